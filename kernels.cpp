@@ -1,0 +1,433 @@
+// Decoding kernels for CPUs: matrix-vector products and attention that run at the speed of the memory. kernels.py builds and registers this
+// file, and holds a plain PyTorch twin of every kernel. AVX512-BF16 and VNNI have their own inner loops; everything else (AVX512, AVX2, NEON)
+// comes out of the compiler's vector types, for whatever -march=native finds.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <omp.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")           // so that arrays of registers stay registers
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+// Bytes that the weights are asked for ahead of their use. The hardware's own prefetcher stops at every 4 KB page.
+constexpr int AHEAD = 4096;
+constexpr int MAX_TOKENS = 16;
+
+INLINE f32x16 splat(float value) { return value - f32x16{}; }
+
+INLINE float sum(f32x16 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    return v[0];
+#endif
+}
+
+INLINE f32x16 load16(const float* p) {
+    f32x16 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE f32x16 load16(const BFloat16* p) {          // a bf16 is the upper half of an fp32
+    u16x16 v;
+    std::memcpy(&v, p, sizeof v);
+    return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+}
+
+INLINE void store16(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE void store16(BFloat16* p, f32x16 v) {       // to nearest, ties to even
+    const u32x16 bits = (u32x16)v;
+    const u16x16 upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x16);
+    std::memcpy(p, &upper, sizeof upper);
+}
+
+INLINE f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+// A register of weights or activations of type T, and its product with another, added to fp32 sums.
+template <typename T>
+struct Lanes {
+    static constexpr int N = 16;
+    using Reg = f32x16;
+    static INLINE Reg load(const T* p) { return load16(p); }
+    static INLINE Reg load_first(const T* p, int n) {
+        T padded[N] = {};
+        std::memcpy(padded, p, n * sizeof(T));
+        return load16(padded);
+    }
+    static INLINE f32x16 dot(f32x16 acc, Reg a, Reg b) { return acc + a * b; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Lanes<BFloat16> {
+    static constexpr int N = 32;
+    using Reg = __m512bh;
+    static INLINE Reg load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static INLINE Reg load_first(const BFloat16* p, int n) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
+    static INLINE f32x16 dot(f32x16 acc, Reg a, Reg b) { return (f32x16)_mm512_dpbf16_ps((__m512)acc, a, b); }
+};
+#endif
+
+// ---- linear: y[m, n] = sum_k x[m, k] w[n, k]
+
+// R rows of w against M tokens. U independent sums per product hide the latency of the multiply-add.
+template <typename T, int R, int M>
+INLINE void dot_rows(const T* w, const T* x, T* y, int64_t K, int64_t N) {
+    using L = Lanes<T>;
+    constexpr int U = R * M >= 4 ? 1 : 4 / (R * M);
+    f32x16 acc[R][M][U] = {};
+    int64_t k = 0;
+    for (; k + U * L::N <= K; k += U * L::N)
+        UNROLL for (int u = 0; u < U; u++) {
+            typename L::Reg wv[R];
+            UNROLL for (int r = 0; r < R; r++) {
+                const T* p = w + r * K + k + u * L::N;
+                __builtin_prefetch((const char*)p + AHEAD);
+                wv[r] = L::load(p);
+            }
+            UNROLL for (int m = 0; m < M; m++) {
+                auto xv = L::load(x + m * K + k + u * L::N);
+                UNROLL for (int r = 0; r < R; r++) acc[r][m][u] = L::dot(acc[r][m][u], wv[r], xv);
+            }
+        }
+    for (; k < K; k += L::N) {
+        int n = std::min<int64_t>(L::N, K - k);
+        UNROLL for (int r = 0; r < R; r++) {
+            auto wv = n == L::N ? L::load(w + r * K + k) : L::load_first(w + r * K + k, n);
+            UNROLL for (int m = 0; m < M; m++)
+                acc[r][m][0] = L::dot(acc[r][m][0], wv, n == L::N ? L::load(x + m * K + k) : L::load_first(x + m * K + k, n));
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int m = 0; m < M; m++) {
+            UNROLL for (int u = 1; u < U; u++) acc[r][m][0] += acc[r][m][u];
+            y[m * N + r] = sum(acc[r][m][0]);
+        }
+}
+
+// Rows begin .. end, one after the other: a core reads its weights as one stream. More tokens share the loads of x between two rows.
+template <typename T, int M>
+void linear_range(const T* w, const T* x, T* y, int64_t begin, int64_t end, int64_t K, int64_t N) {
+    constexpr int R = M < 4 ? 1 : 2;
+    int64_t n = begin;
+    for (; n + R <= end; n += R) dot_rows<T, R, M>(w + n * K, x, y + n, K, N);
+    for (; n < end; n++) dot_rows<T, 1, M>(w + n * K, x, y + n, K, N);
+}
+
+template <typename T>
+using LinearRange = void (*)(const T*, const T*, T*, int64_t, int64_t, int64_t, int64_t);
+
+template <typename T>
+constexpr LinearRange<T> linear_ranges[] = {nullptr, linear_range<T, 1>, linear_range<T, 2>, linear_range<T, 3>, linear_range<T, 4>,
+                                            linear_range<T, 5>, linear_range<T, 6>, linear_range<T, 7>, linear_range<T, 8>};
+
+template <typename T>
+void linear_typed(const Tensor& x, const Tensor& weight, Tensor& y, int64_t M) {
+    const int64_t N = weight.size(0), K = weight.size(1);
+    const T *xp = x.const_data_ptr<T>(), *wp = weight.const_data_ptr<T>();
+    T* yp = y.mutable_data_ptr<T>();
+    // More than 8 tokens do not fit the registers: they go in two turns over rows that the cache still holds.
+    const int64_t first = M > 8 ? (M + 1) / 2 : M, block = M > 8 ? 8 : N;
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+        const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
+        const int64_t begin = N * id / threads, end = N * (id + 1) / threads;
+        for (int64_t n = begin; n < end; n += block) {
+            const int64_t stop = std::min(end, n + block);
+            linear_ranges<T>[first](wp, xp, yp, n, stop, K, N);
+            if (first < M) linear_ranges<T>[M - first](wp, xp + first * K, yp + first * N, n, stop, K, N);
+        }
+    }
+}
+
+// x [..., K], weight [N, K] of the same dtype, at most 16 tokens -> [..., N]
+Tensor linear(const Tensor& x_, const Tensor& weight) {
+    TORCH_CHECK(weight.dim() == 2 && x_.dim() >= 1 && x_.size(-1) == weight.size(1) && x_.scalar_type() == weight.scalar_type() &&
+                weight.is_contiguous(), "linear: x ", x_.sizes(), " ", x_.scalar_type(), ", weight ", weight.sizes(), " ", weight.scalar_type());
+    auto x = x_.contiguous();
+    auto sizes = x.sizes().vec();
+    sizes.back() = weight.size(0);
+    auto y = at::empty(sizes, x.options());
+    const int64_t M = weight.size(1) ? x.numel() / weight.size(1) : 0;
+    TORCH_CHECK(M >= 1 && M <= MAX_TOKENS, "linear: ", M, " tokens, and 1 to 16 are supported");
+    if (x.scalar_type() == at::kBFloat16) linear_typed<BFloat16>(x, weight, y, M);
+    else if (x.scalar_type() == at::kFloat) linear_typed<float>(x, weight, y, M);
+    else TORCH_CHECK(false, "linear: dtype ", x.scalar_type());
+    return y;
+}
+
+// ---- attention of a few queries over the KV cache
+
+// exp(x) for x <= 0, within 2 ulp: 2^n * polynomial(f), n + f = x * log2(e), |f| <= 1/2.
+INLINE f32x16 exp16(f32x16 x) {
+    const float round = 12582912.0f;                       // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    x = x < splat(-87.0f) ? splat(-87.0f) : x;
+    f32x16 shifted = x * 1.44269504f + round, n = shifted - round;
+    f32x16 f = x - n * 0.693359375f;
+    f = f + n * 2.12194440e-4f;
+    f32x16 p = splat(1.98756915e-4f);
+    p = p * f + 1.39819995e-3f;
+    p = p * f + 8.33345191e-3f;
+    p = p * f + 4.16657962e-2f;
+    p = p * f + 1.66666657e-1f;
+    p = p * f + 0.5f;
+    p = p * f * f + f + 1.0f;
+    return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+}
+
+constexpr int BLOCK = 64;                                  // cache positions per turn of the online softmax
+
+// The G query heads that share one KV head, S tokens each: R = S * G queries in all, query r belongs to token r / G.
+struct Queries {
+    int64_t S, G, R, D;
+    const int64_t* pos;                                    // [S]
+    int64_t window;
+    int64_t first(int64_t r) const { return window > 0 ? std::max<int64_t>(0, pos[r / G] - window + 1) : 0; }
+    int64_t last(int64_t r) const { return pos[r / G] + 1; }
+};
+
+// What is known of the softmax over the positions seen so far: maximum, sum and weighted sum of V for each query.
+struct Partial {
+    float *max, *total, *acc;                              // [R], [R], [R, D]
+    static int64_t size(int64_t R, int64_t D) { return R * (D + 2); }
+    Partial(float* p, int64_t R) : max(p), total(p + R), acc(p + 2 * R) {}
+};
+
+#ifdef __AVX512F__
+// Lane i of the result is the sum of v[i]'s lanes.
+INLINE f32x16 sums16(f32x16 v[16]) {
+    const auto lanes = [](f32x16 a, f32x16 b) {            // 128-bit lanes 0 1 of both + lanes 2 3 of both
+        return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44), _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xEE));
+    };
+    __m512 w[8], u[4], t[2];
+    UNROLL for (int i = 0; i < 8; i++) w[i] = lanes(v[i + (i & 4)], v[i + (i & 4) + 4]);
+    UNROLL for (int i = 0; i < 4; i++) u[i] = _mm512_add_ps(_mm512_shuffle_f32x4(w[i], w[i + 4], 0x88), _mm512_shuffle_f32x4(w[i], w[i + 4], 0xDD));
+    UNROLL for (int i = 0; i < 2; i++) t[i] = _mm512_add_ps(_mm512_shuffle_ps(u[2 * i], u[2 * i + 1], 0x44), _mm512_shuffle_ps(u[2 * i], u[2 * i + 1], 0xEE));
+    return (f32x16)_mm512_add_ps(_mm512_shuffle_ps(t[0], t[1], 0x88), _mm512_shuffle_ps(t[0], t[1], 0xDD));
+}
+#else
+INLINE f32x16 sums16(f32x16 v[16]) {
+    f32x16 out;
+    for (int i = 0; i < 16; i++) out[i] = sum(v[i]);
+    return out;
+}
+#endif
+
+// out[i] = q . k[i] for sixteen keys, each D long
+template <typename T>
+INLINE f32x16 dot16(const T* q, const T* k, int64_t D) {
+    using L = Lanes<T>;
+    f32x16 acc[16] = {};
+    int64_t d = 0;
+    for (; d + L::N <= D; d += L::N) {
+        const auto qv = L::load(q + d);
+        UNROLL for (int i = 0; i < 16; i++) acc[i] = L::dot(acc[i], qv, L::load(k + i * D + d));
+    }
+    if (d < D) {
+        const auto qv = L::load_first(q + d, D - d);
+        UNROLL for (int i = 0; i < 16; i++) acc[i] = L::dot(acc[i], qv, L::load_first(k + i * D + d, D - d));
+    }
+    return sums16(acc);
+}
+
+template <typename T>
+INLINE float dot(const T* a, const T* b, int64_t D) {
+    using L = Lanes<T>;
+    f32x16 acc[2] = {};
+    int64_t d = 0;
+    for (; d + 2 * L::N <= D; d += 2 * L::N)
+        for (int u = 0; u < 2; u++) acc[u] = L::dot(acc[u], L::load(a + d + u * L::N), L::load(b + d + u * L::N));
+    for (; d < D; d += L::N) {
+        int n = std::min<int64_t>(L::N, D - d);
+        acc[0] = n == L::N ? L::dot(acc[0], L::load(a + d), L::load(b + d)) : L::dot(acc[0], L::load_first(a + d, n), L::load_first(b + d, n));
+    }
+    return sum(acc[0] + acc[1]);
+}
+
+// acc[r, d .. d + 16 * C) += sum_j p[r, j] v[j, d ..] for NR queries; the next block of keys is fetched meanwhile if `next` is given.
+template <typename T, int NR, int C>
+INLINE void add_values(float* acc, const float* p, const T* v, int64_t from, int64_t to, int64_t d, int64_t D, const T* next) {
+    f32x16 a[NR][C];
+    UNROLL for (int r = 0; r < NR; r++)
+        UNROLL for (int c = 0; c < C; c++) a[r][c] = load16(acc + r * D + d + 16 * c);
+    for (int64_t j = from; j < to; j++) {
+        if (next)
+            for (int64_t line = 0; line < D * (int64_t)sizeof(T); line += 64) __builtin_prefetch((const char*)(next + j * D) + line);
+        f32x16 vj[C];
+        UNROLL for (int c = 0; c < C; c++) vj[c] = load16(v + j * D + d + 16 * c);
+        UNROLL for (int r = 0; r < NR; r++) {
+            f32x16 weight = splat(p[r * BLOCK + j]);
+            UNROLL for (int c = 0; c < C; c++) a[r][c] += weight * vj[c];
+        }
+    }
+    UNROLL for (int r = 0; r < NR; r++)
+        UNROLL for (int c = 0; c < C; c++) store16(acc + r * D + d + 16 * c, a[r][c]);
+}
+
+template <typename T, int NR>
+INLINE void add_values(float* acc, const float* p, const T* v, int64_t from, int64_t to, int64_t D, const T* next) {
+    int64_t d = 0;
+    for (; d + 64 <= D; d += 64) add_values<T, NR, 4>(acc, p, v, from, to, d, D, d ? nullptr : next);
+    for (; d < D; d += 16) add_values<T, NR, 1>(acc, p, v, from, to, d, D, d ? nullptr : next);
+}
+
+// Attention over positions begin .. end of one KV head. q [R, D], keys and values [T, D], scores: scratch [R, BLOCK].
+template <typename T>
+void attend_range(const Queries& a, const T* q, const T* keys, const T* values, int64_t begin, int64_t end, float* scores, Partial out) {
+    const int64_t R = a.R, D = a.D;
+    const float scale = 1.0f / std::sqrt((float)D);
+    std::fill_n(out.max, R, -std::numeric_limits<float>::infinity());
+    std::fill_n(out.total, R, 0.0f);
+    std::fill_n(out.acc, R * D, 0.0f);
+    for (int64_t t = begin; t < end; t += BLOCK) {
+        const int64_t n = std::min<int64_t>(BLOCK, end - t);
+        const T *k = keys + t * D, *v = values + t * D;
+        int64_t j = 0;
+        for (; j + 16 <= n; j += 16) {
+            for (int64_t byte = 0; byte < 16 * D * (int64_t)sizeof(T); byte += 64) __builtin_prefetch((const char*)(v + j * D) + byte);
+            for (int64_t r = 0; r < R; r++) store16(scores + r * BLOCK + j, dot16(q + r * D, k + j * D, D) * scale);
+        }
+        for (; j < n; j++)
+            for (int64_t r = 0; r < R; r++) scores[r * BLOCK + j] = dot(q + r * D, k + j * D, D) * scale;
+        for (int64_t r = 0; r < R; r++) {
+            float* s = scores + r * BLOCK;
+            const int64_t from = std::clamp<int64_t>(a.first(r) - t, 0, n), to = std::clamp<int64_t>(a.last(r) - t, from, n);
+            std::fill(s, s + from, -std::numeric_limits<float>::infinity());
+            std::fill(s + to, s + BLOCK, -std::numeric_limits<float>::infinity());
+            if (from == to) {
+                std::fill_n(s, BLOCK, 0.0f);
+                continue;
+            }
+            const f32x16 highs = max16(max16(load16(s), load16(s + 16)), max16(load16(s + 32), load16(s + 48)));
+            float high = out.max[r];
+            for (int i = 0; i < 16; i++) high = std::max(high, highs[i]);
+            f32x16 total = {};
+            for (int j = 0; j < BLOCK; j += 16) {
+                f32x16 x = load16(s + j) - high, e = exp16(x);
+                e = x < splat(-87.0f) ? f32x16{} : e;
+                total += e;
+                store16(s + j, e);
+            }
+            const float correction = std::exp(out.max[r] - high);
+            if (correction != 1.0f)
+                for (int64_t d = 0; d < D; d += 16) store16(out.acc + r * D + d, load16(out.acc + r * D + d) * correction);
+            out.total[r] = out.total[r] * correction + sum(total);
+            out.max[r] = high;
+        }
+        const T* next = t + BLOCK < end ? k + BLOCK * D : nullptr;
+        int64_t r = 0;
+        for (; r + 4 <= R; r += 4) add_values<T, 4>(out.acc + r * D, scores + r * BLOCK, v, 0, n, D, r ? nullptr : next);
+        for (; r + 2 <= R; r += 2) add_values<T, 2>(out.acc + r * D, scores + r * BLOCK, v, 0, n, D, r ? nullptr : next);
+        for (; r < R; r++) add_values<T, 1>(out.acc + r * D, scores + r * BLOCK, v, 0, n, D, r ? nullptr : next);
+    }
+}
+
+template <typename T>
+void attend_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos, int64_t window, Tensor& out) {
+    const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3), K = k_cache.size(1), G = H / K, R = S * G;
+    const T *qp = q.const_data_ptr<T>(), *kp = k_cache.const_data_ptr<T>(), *vp = v_cache.const_data_ptr<T>();
+    const int64_t *pos = input_pos.const_data_ptr<int64_t>(), pos_stride = input_pos.dim() == 2 && input_pos.size(0) > 1 ? S : 0;
+    T* yp = out.mutable_data_ptr<T>();
+    std::vector<int64_t> begins(B), ends(B);
+    int64_t longest = 0;
+    for (int64_t b = 0; b < B; b++) {
+        auto [low, high] = std::minmax_element(pos + b * pos_stride, pos + b * pos_stride + S);
+        TORCH_CHECK(*low >= 0 && *high < k_cache.size(2), "attend: position ", *low < 0 ? *low : *high, " is outside the cache of ", k_cache.size(2));
+        begins[b] = window > 0 ? std::max<int64_t>(0, *low - window + 1) : 0;
+        ends[b] = *high + 1;
+        longest = std::max(longest, ends[b] - begins[b]);
+    }
+    // When there are fewer heads than threads can share evenly, the positions are split as well.
+    const int64_t threads = at::get_num_threads(), heads = B * K;
+    const int64_t splits = heads % threads == 0 || heads >= 8 * threads ? 1
+        : std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, std::max<int64_t>(1, longest / (2 * BLOCK)));
+    const int64_t partial_size = Partial::size(R, D);
+    std::vector<float> partials(heads * splits * partial_size);
+    const bool parallel = longest * heads * R * D > (1 << 15);
+#pragma omp parallel num_threads(threads) if (parallel)
+    {
+        std::vector<float> scores(R * BLOCK);
+        std::vector<T> queries(R * D);
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < heads * splits; unit++) {
+            const int64_t head = unit / splits, split = unit % splits, b = head / K, kv = head % K;
+            const int64_t length = (ends[b] - begins[b] + splits - 1) / splits;
+            const int64_t begin = begins[b] + split * length, end = std::min(ends[b], begin + length);
+            const Queries a{S, G, R, D, pos + b * pos_stride, window};
+            for (int64_t s = 0; s < S; s++) std::copy_n(qp + ((b * S + s) * H + kv * G) * D, G * D, queries.data() + s * G * D);
+            attend_range<T>(a, queries.data(), kp + head * k_cache.stride(1), vp + head * v_cache.stride(1), begin, end, scores.data(),
+                            Partial(partials.data() + unit * partial_size, R));
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < heads * R; i++) {
+            const int64_t head = i / R, r = i % R, b = head / K, kv = head % K;
+            float high = -std::numeric_limits<float>::infinity(), total = 0;
+            for (int64_t split = 0; split < splits; split++) high = std::max(high, Partial(partials.data() + (head * splits + split) * partial_size, R).max[r]);
+            float* sum_of = nullptr;
+            for (int64_t split = 0; split < splits; split++) {
+                Partial part(partials.data() + (head * splits + split) * partial_size, R);
+                const float weight = std::exp(part.max[r] - high);
+                total += part.total[r] * weight;
+                if (!sum_of && splits == 1) sum_of = part.acc + r * D;
+                else if (!sum_of) {
+                    sum_of = part.acc + r * D;
+                    for (int64_t d = 0; d < D; d++) sum_of[d] *= weight;
+                } else
+                    for (int64_t d = 0; d < D; d++) sum_of[d] += part.acc[r * D + d] * weight;
+            }
+            T* y = yp + ((b * S + r / G) * H + kv * G + r % G) * D;
+            for (int64_t d = 0; d < D; d += 16) store16(y + d, load16(sum_of + d) * (1 / total));
+        }
+    }
+}
+
+// q [B, S, H, D], caches [B, K, T, D], input_pos int64 [S] or [B, S], window 0 = none -> [B, S, H * D]
+Tensor attend(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos_, int64_t window) {
+    TORCH_CHECK(q_.dim() == 4 && k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.is_contiguous() && v_cache.is_contiguous() &&
+                q_.size(0) == k_cache.size(0) && q_.size(3) == k_cache.size(3) && q_.size(2) % k_cache.size(1) == 0 && q_.size(3) % 16 == 0 &&
+                q_.scalar_type() == k_cache.scalar_type() && q_.scalar_type() == v_cache.scalar_type() && input_pos_.scalar_type() == at::kLong &&
+                input_pos_.size(-1) == q_.size(1), "attend: q ", q_.sizes(), " ", q_.scalar_type(), ", cache ", k_cache.sizes(), " ",
+                k_cache.scalar_type(), ", input_pos ", input_pos_.sizes());
+    auto q = q_.contiguous(), input_pos = input_pos_.contiguous();
+    auto out = at::empty({q.size(0), q.size(1), q.size(2) * q.size(3)}, q.options());
+    if (q.scalar_type() == at::kBFloat16) attend_typed<BFloat16>(q, k_cache, v_cache, input_pos, window, out);
+    else if (q.scalar_type() == at::kFloat) attend_typed<float>(q, k_cache, v_cache, input_pos, window, out);
+    else TORCH_CHECK(false, "attend: dtype ", q.scalar_type());
+    return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(qwen_fast, m) {
+    m.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
+    m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(qwen_fast, CPU, m) {
+    m.impl("linear", &linear);
+    m.impl("attend", &attend);
+}

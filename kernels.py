@@ -1,0 +1,208 @@
+"""Fast CPU kernels for decoding (kernels.cpp, built on first use) and their plain PyTorch twins.
+
+Shapes: B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, N and K_in the rows and columns of a weight.
+The C++ ops take up to 16 tokens, which is where reading the weights is what takes the time; longer inputs go to PyTorch's own operators.
+QWEN_FAST_KERNELS=off in the environment leaves them out.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_TOKENS = 16                   # of the C++ ops
+SOURCE = Path(__file__).with_name("kernels.cpp")
+HUGE_PAGE = 2 << 20
+
+
+# ---- building and loading
+
+def cpu_flags() -> str:
+    """What distinguishes this CPU's instruction set: a library built for another one must not be loaded."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features"))).split(":", 1)[1]
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself."""
+    flags = cpu_flags().split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags
+
+
+@functools.cache
+def problem() -> str | None:
+    """Loads the C++ ops, building them if need be. Returns why the PyTorch path must be taken instead, in one line, or None."""
+    if os.environ.get("QWEN_FAST_KERNELS", "").lower() in ("off", "0"):
+        return "QWEN_FAST_KERNELS=off"
+    try:
+        torch.ops.load_library(built_library())
+        register_fakes()
+        return None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"kernels.cpp is not used ({reason}); PyTorch's own operators run instead, more slowly", file=sys.stderr)
+        return reason
+
+
+@torch.compiler.assume_constant_result
+def ready() -> bool:
+    return problem() is None
+
+
+def built_library() -> Path:
+    """The shared library for this source, PyTorch and CPU, built if it is not in the cache. Errors: OSError, RuntimeError."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    torch_dir = Path(torch.__file__).parent
+    compile_flags = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-std=c++20", "-Wno-psabi",
+                     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    # The libgomp that PyTorch brought along: with a second one, two pools of threads would fight for the cores.
+    gomp = sorted((torch_dir / "lib").glob("libgomp*.so*"))[:1]
+    link_flags = ["-shared", f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10", *(map(str, gomp) if gomp else ["-fopenmp"])]
+    key = "\0".join([SOURCE.read_text(), *compile_flags, torch.__version__, str(torch_dir), cpu_flags()])
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "qwen_fast")
+    library = folder / f"kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    if compiler is None:
+        raise RuntimeError("no C++ compiler was found")
+    print(f"building {SOURCE.name} for this CPU (once, about half a minute)", file=sys.stderr)
+    start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = library.with_suffix(f".{os.getpid()}.tmp")       # two processes may build at once: the last rename wins, both are whole
+    try:
+        include = [f"-isystem{torch_dir / 'include'}", f"-isystem{torch_dir / 'include/torch/csrc/api/include'}"]
+        subprocess.run([compiler, *compile_flags, *include, "-c", str(SOURCE), "-o", f"{partial}.o"], check=True, capture_output=True, text=True)
+        subprocess.run([compiler, f"{partial}.o", "-o", str(partial), *link_flags], check=True, capture_output=True, text=True)
+        os.replace(partial, library)
+    except subprocess.CalledProcessError as error:
+        errors = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()[-1:] or ["no message"]
+        raise RuntimeError(f"{compiler} failed: {errors[0]}") from error
+    finally:
+        for path in (partial, Path(f"{partial}.o")):
+            path.unlink(missing_ok=True)
+    print(f"built in {time.perf_counter() - start:.0f} seconds: {library}", file=sys.stderr)
+    return library
+
+
+def register_fakes() -> None:
+    @torch.library.register_fake("qwen_fast::linear")
+    def _(x: Tensor, weight: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.size(0))
+
+    @torch.library.register_fake("qwen_fast::attend")
+    def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+        return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))
+
+
+def describe(device: torch.device | str = "cpu") -> str:
+    """Which path runs on the device, in one line for the user."""
+    if torch.device(device).type != "cpu":
+        return "PyTorch kernels"
+    why_not = problem()
+    if why_not:
+        return f"PyTorch kernels ({why_not})"
+    flags = cpu_flags().split()
+    kinds = [("avx512_bf16", "AVX512-BF16"), ("avx512f", "AVX512"), ("avx2", "AVX2"), ("asimd", "NEON")]
+    return f"{next((name for flag, name in kinds if flag in flags), 'portable')} kernels, {torch.get_num_threads()} threads"
+
+
+# ---- weights in large pages
+
+def advise_huge(tensor: Tensor) -> Tensor:
+    """Asks for 2 MB pages under a tensor whose memory has not been touched yet: reading through 4 KB pages costs bandwidth. Linux only."""
+    start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    begin, end = -(-start // HUGE_PAGE) * HUGE_PAGE, -(-(start + size) // 4096) * 4096
+    if sys.platform == "linux" and end - begin >= HUGE_PAGE:
+        MADV_HUGEPAGE = 14
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)     # refusal costs speed only
+    return tensor
+
+
+def huge_empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """An uninitialized CPU tensor that starts on a 2 MB page, if it is larger than one."""
+    numel = torch.Size(shape).numel()
+    if numel * dtype.itemsize < HUGE_PAGE:
+        return torch.empty(shape, dtype=dtype)
+    room = torch.empty(numel + HUGE_PAGE // dtype.itemsize, dtype=dtype)
+    skip = -room.data_ptr() % HUGE_PAGE // dtype.itemsize
+    return advise_huge(room[skip:skip + numel].view(shape))
+
+
+def place(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """A copy of a weight where it will be used: on the CPU in large pages of anonymous memory, away from the file it was mapped from."""
+    if torch.device(device).type != "cpu":
+        return tensor.to(device, dtype)
+    return huge_empty(tensor.shape, dtype).copy_(tensor)
+
+
+# ---- linear
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K_in], weight [N, K_in] -> [..., N], summed in fp32."""
+    if (x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and 0 < x.numel() <= MAX_TOKENS * x.size(-1)
+            and weight.dtype == x.dtype and weight.is_contiguous() and ready()):
+        return torch.ops.qwen_fast.linear(x, weight)
+    return linear_reference(x, weight)
+
+
+def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+# ---- attention over the KV cache
+
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0) -> Tensor:
+    """Causal attention of q [B, S, H, D] at input_pos ([S] or [B, S]) over caches [B, K, T, D] -> [B, S, H * D].
+
+    A query at position p sees slots <= p, and with a window > 0 only those > p - window. On a CPU the cost follows the position, not T.
+    """
+    if q.device.type != "cpu":
+        return attend_reference(q, k_cache, v_cache, input_pos, window)
+    if (q.size(1) <= MAX_TOKENS and q.dtype in (torch.bfloat16, torch.float32) and k_cache.dtype == q.dtype and q.size(3) % 16 == 0
+            and k_cache.is_contiguous() and v_cache.is_contiguous() and ready()):
+        return torch.ops.qwen_fast.attend(q, k_cache, v_cache, input_pos, window)
+    return attend_sliced(q, k_cache, v_cache, input_pos, window)
+
+
+def visible(input_pos: Tensor, slots: int, window: int) -> Tensor:
+    """Which cache slots each query sees: bool [S, slots] or [B, 1, S, slots]."""
+    slot = torch.arange(slots, device=input_pos.device)
+    mask = slot <= input_pos[..., None]
+    if window > 0:
+        mask = mask & (slot > input_pos[..., None] - window)
+    return mask[:, None] if mask.dim() == 3 else mask
+
+
+def attend_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0) -> Tensor:
+    """The same over the whole cache under a mask: no size depends on the positions' values."""
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k_cache.to(q.dtype), v_cache.to(q.dtype),
+                                       attn_mask=visible(input_pos, k_cache.size(2), window), enable_gqa=True)
+    return y.transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op("qwen_fast::attend_sliced", mutates_args=())
+def attend_sliced(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+    """The same over the cache up to the last position. Opaque to the compiler, because the slice depends on the positions' values."""
+    S, end = q.size(1), int(input_pos.max()) + 1
+    k, v = k_cache[:, :, :end].to(q.dtype), v_cache[:, :, :end].to(q.dtype)
+    from_start = end == S and (window <= 0 or window >= end) and bool((input_pos == torch.arange(S)).all())
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=from_start,
+                                       attn_mask=None if from_start else visible(input_pos, end, window), enable_gqa=True)
+    return y.transpose(1, 2).flatten(2).contiguous()
+
+
+@attend_sliced.register_fake
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+    return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))

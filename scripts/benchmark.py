@@ -1,0 +1,356 @@
+"""Measures decoding and prefill against other programs and against the memory's limit, in one run on one machine.
+
+    python scripts/benchmark.py --model Qwen3-0.6B --device cpu --dtype bf16 --quant none int8 int4 --peers llama.cpp transformers
+
+The named shape is filled with random weights. Every configuration runs in a process of its own, one after the other, --rounds times over, and
+medians are reported, so that a noisy neighbour meets them all alike. Tables go to stdout, with JSON and a plot to --out; the last line is JSON.
+"""
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from cli import UserError, run
+from convert import read_json
+from generate import parse_device
+from model import PUBLISHED, ModelArgs
+
+WORKER = Path(__file__).resolve().with_name("benchmark_worker.py")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("transformers",)}
+OURS = "qwen-fast"
+
+
+# What one token costs
+
+def matrices(args: ModelArgs) -> list[tuple[int, int]]:
+    """[N, K] of every matrix that a decoded token passes through: all but the input embedding, the output head included, tied or not."""
+    width = args.n_head * args.head_dim
+    layer = [(width + 2 * args.n_local_heads * args.head_dim, args.dim), (args.dim, width),
+             (2 * args.intermediate_size, args.dim), (args.dim, args.intermediate_size)]
+    return layer * args.n_layer + [(args.vocab_size, args.dim)]
+
+
+def vector_elements(args: ModelArgs) -> int:
+    """Norm weights and biases."""
+    qkv, F, C = (args.n_head + 2 * args.n_local_heads) * args.head_dim, args.intermediate_size, args.dim
+    layer = 2 * C + args.qkv_bias * qkv + args.o_bias * C + args.mlp_bias * (2 * F + C) + args.qk_norm * 2 * args.head_dim
+    return args.n_layer * layer + C
+
+
+def bytes_per_token(args: ModelArgs, quantization: str = "none", position: int = 0, batch: int = 1, dtype_bytes: int = 2, groupsize: int = 32,
+                    program: str = OURS) -> int:
+    """Bytes that one decode step must read: every weight once, and of each row's KV cache the slots 0 .. position.
+
+    int8 has one scale a row, int4 one a group; llama.cpp's Q8_0 and Q4_0 one fp16 scale per 32 weights.
+    """
+    if quantization == "none":
+        weights = dtype_bytes * sum(n * k for n, k in matrices(args))
+    elif program == "llama.cpp":
+        weights = sum(n * k // 32 for n, k in matrices(args)) * {"int8": 34, "int4": 18}[quantization]
+    elif quantization == "int8":
+        weights = sum(n * k + dtype_bytes * n for n, k in matrices(args))
+    else:
+        weights = sum(n * k // 2 + 2 * n * k // groupsize for n, k in matrices(args))
+    slots = sum(min(position + 1, window or position + 1) for window in args.windows or (0,) * args.n_layer)
+    return weights + dtype_bytes * vector_elements(args) + batch * slots * 2 * args.n_local_heads * args.head_dim * dtype_bytes
+
+
+def mbu(bytes_read: int, seconds: float, bandwidth: float) -> float:
+    """Model bandwidth utilization: the share of the measured read bandwidth (bytes/s) that one step's necessary reads make up."""
+    return bytes_read / seconds / bandwidth
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """The smallest of the values that at least `percent` percent of them do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * percent // 100).__int__() - 1)]
+
+
+# From raw figures to rows
+
+def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) -> dict:
+    """One row: medians over the rounds of what the workers measured (see benchmark_worker.measured)."""
+    def median(of) -> float | None:
+        values = [of(r) for r in rounds]
+        return None if None in values else statistics.median(values)
+    dtype_bytes = {"bf16": 2, "fp16": 2, "fp32": 4}[job["dtype_name"]]
+    cost = dict(quantization=job["quantization"], dtype_bytes=dtype_bytes, groupsize=job["groupsize"], program=job["program"])
+    step_s = median(lambda r: statistics.median(r["seconds"]))
+    bytes_read = bytes_per_token(args, position=job["prompt_length"] + job["tokens"] // 2, **cost)
+    row = dict(label=label(job), program=job["program"], quantization=job["quantization"], compile=job["compile"], version=rounds[0]["version"],
+               decode_tok_s=1 / step_s, decode_ms=1e3 * step_s, decode_ms_p90=1e3 * median(lambda r: percentile(r["seconds"], 90)),
+               decode_tok_s_rounds=[1 / statistics.median(r["seconds"]) for r in rounds],
+               mbu=mbu(bytes_read, step_s, bandwidth), bytes_per_token=bytes_read, limit_tok_s=bandwidth / bytes_read,
+               prefill_tok_s=job["prompt_length"] / median(lambda r: r["ttft_s"]), ttft_ms=1e3 * median(lambda r: r["ttft_s"]),
+               peak_gb=median(lambda r: r["peak_bytes"]) / 1e9, load_s=median(lambda r: r.get("load_s")),
+               compile_cold_s=rounds[0].get("compile_s"), weight_bytes=rounds[0].get("weight_bytes"),
+               compile_warm_s=statistics.median(r["compile_s"] for r in rounds[1:]) if len(rounds) > 1 and rounds[0].get("compile_s") else None,
+               recompiles=max(r.get("recompiles", 0) for r in rounds), position={}, capacity={}, batch={})
+    for i, sweep in enumerate(rounds[0].get("sweeps", [])):
+        seconds, at = statistics.median(statistics.median(r["sweeps"][i]["seconds"]) for r in rounds), sweep["at"]
+        row[sweep["what"]][at] = dict(ms=1e3 * seconds, tok_s=(at if sweep["what"] == "batch" else 1) / seconds)
+        if sweep["what"] == "position":
+            row["position"][at]["mbu"] = mbu(bytes_per_token(args, position=at + job["tokens"] // 2, **cost), seconds, bandwidth)
+    return row
+
+
+def label(job: dict) -> str:
+    return job["program"] + (" --compile" if job["compile"] else "")
+
+
+def rows_of(rows: list[dict], program: str, quantization: str) -> dict | None:
+    return next((r for r in rows if r["program"] == program and r["quantization"] == quantization), None)
+
+
+def ratio(row: dict, other: dict | None, figure=lambda row: row["decode_tok_s"]) -> float | None:
+    """How many times the other's rate; None where there is nothing to compare."""
+    if other is None or other is row:
+        return None
+    try:
+        return figure(row) / figure(other)
+    except KeyError:
+        return None
+
+
+# Tables
+
+def shown(value: float | None, digits: int = 1, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown, with aligned columns."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * (w - 1) + ":" if i > 1 else "-" * w for i, w in enumerate(widths)], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) + " |" for line in lines)
+
+
+def bits(row: dict) -> str:
+    return "-" if row["quantization"] == "none" else row["quantization"]
+
+
+def main_table(rows: list[dict]) -> str:
+    peers = [p for p in ("llama.cpp", "transformers", "plain") if rows_of(rows, p, "none") or rows_of(rows, p, "int8") or rows_of(rows, p, "int4")]
+    header = ["program", "quant", "decode tok/s", "ms", "p90 ms", "of limit", *[f"x {p}" for p in peers], "prefill tok/s", "TTFT ms",
+              *[f"prefill x {p}" for p in peers], "peak GB", "load s", "compile cold / warm s"]
+    lines = []
+    for row in rows:
+        others = [rows_of(rows, p, row["quantization"]) for p in peers]
+        compile_s = "-" if row["compile_cold_s"] is None else f"{row['compile_cold_s']:.1f} / {shown(row['compile_warm_s'])}"
+        lines.append([row["label"], bits(row), shown(row["decode_tok_s"]), shown(row["decode_ms"], 2), shown(row["decode_ms_p90"], 2),
+                      shown(100 * row["mbu"], 0, " %"), *[shown(ratio(row, o), 2) for o in others], shown(row["prefill_tok_s"], 0),
+                      shown(row["ttft_ms"], 0), *[shown(ratio(row, o, lambda r: r["prefill_tok_s"]), 2) for o in others], shown(row["peak_gb"], 2),
+                      shown(row["load_s"]), compile_s])
+    return table(header, lines)
+
+
+def sweep_table(rows: list[dict], what: str) -> str:
+    """One column for each position, capacity or batch size, with the ratio to llama.cpp where it was measured too."""
+    rows = [r for r in rows if r[what]]
+    if not rows:
+        return ""
+    values = sorted(rows[0][what])
+    titles = {"position": "Decode ms at position", "capacity": "Decode ms at position 64, cache capacity", "batch": "Decode tok/s of all rows, batch size"}
+    lines = []
+    for row in rows:
+        peer, cells = rows_of(rows, "llama.cpp", row["quantization"]), []
+        for at in values:
+            x = ratio(row, peer, lambda r: r[what][at]["tok_s"])
+            cells.append(shown(row[what][at]["tok_s" if what == "batch" else "ms"], 2) + ("" if x is None else f" ({x:.2f} x llama.cpp)"))
+        growth = row[what][values[-1]]["ms"] / row[what][values[0]]["ms"]
+        lines.append([row["label"], bits(row), *cells, shown(growth, 2)])
+    return f"\n{titles[what]}:\n\n" + table(["program", "quant", *map(str, values), "time, last : first"], lines) + "\n"
+
+
+def report(result: dict) -> str:
+    machine = result["machine"]
+    versions = ", ".join(dict.fromkeys(r["version"] for r in result["rows"]))
+    text = (f"{result['model']}, {result['dtype']}, {machine['threads']} threads on {machine['cpu']} ({machine['cores']} cores; {machine['flags']})"
+            f"{'; ' + machine['gpu'] if machine['gpu'] else ''}; {machine['memory_gb']:.0f} GB; read bandwidth {machine['bandwidth_gb_s']:.1f} GB/s "
+            f"({machine['bandwidth_by']}); {versions}; {machine['date']}.\n"
+            f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; medians of {result['rounds']} interleaved rounds.\n\n")
+    text += main_table(result["rows"]) + "\n" + "".join(sweep_table(result["rows"], what) for what in ("position", "capacity", "batch"))
+    return text + "".join(f"\nskipped: {line}" for line in result["skipped"])
+
+
+def plot(result: dict, path: Path) -> None:
+    """Bars of decode tok/s, each with its own limit as a mark; lines of decode time over position."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    rows, deep = result["rows"], [r for r in result["rows"] if r["position"]]
+    figure, axes = pyplot.subplots(1, 2 if deep else 1, figsize=(14 if deep else 8, 0.4 * len(rows) + 2.5), squeeze=False)
+    names = [f"{r['label']} {'' if r['quantization'] == 'none' else r['quantization']}" for r in rows]
+    bars = axes[0][0]
+    bars.barh(names, [r["decode_tok_s"] for r in rows], color=["tab:blue" if r["program"] == OURS else "tab:gray" for r in rows])
+    bars.plot([r["limit_tok_s"] for r in rows], names, "k|", markersize=16, label="memory's limit")
+    bars.invert_yaxis()
+    bars.set(xlabel="decode tokens/s", title=f"{result['model']} {result['dtype']}, {result['machine']['cpu']}, {result['machine']['threads']} threads")
+    bars.legend()
+    for row, name in zip(rows, names):
+        if row["position"]:
+            axes[0][1].plot(list(row["position"]), [v["ms"] for v in row["position"].values()], "o-" if row["program"] == OURS else "x--", label=name)
+    if deep:
+        axes[0][1].set(xlabel="position", ylabel="ms a token", ylim=(0, None))
+        axes[0][1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# Running
+
+def describe_machine(threads: int, device: torch.device) -> dict:
+    cpu, flags, memory = platform.processor() or platform.machine(), "", 0
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        cpu = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
+        present = set(next(line for line in info.splitlines() if line.startswith("flags")).split())
+        flags = " ".join(f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if f in present)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (OSError, StopIteration, ValueError):
+        pass
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return dict(cpu=cpu, cores=os.cpu_count(), flags=flags, memory_gb=memory, threads=threads, gpu=gpu, torch=torch.__version__,
+                date=datetime.date.today().isoformat())
+
+
+def work(job: dict, caches: str) -> dict:
+    """Runs one worker to its end. A worker that fails gives {"failed": its last line}."""
+    # A compiled configuration keeps its own compile cache: empty in the first round, filled in the later ones.
+    folder = f"{caches}/{job['program']}-{job['quantization']}-{job['compile']}"
+    env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=f"{folder}/triton", OMP_NUM_THREADS=str(job["threads"]))
+    done = subprocess.run([sys.executable, str(WORKER), json.dumps(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        print(done.stderr[-4000:], file=sys.stderr)
+        return dict(failed=last)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def missing(program: str) -> str | None:
+    """The first package that a peer needs and that is not installed."""
+    return next((name for name in NEEDS.get(program, ()) if importlib.util.find_spec(name) is None), None)
+
+
+def plan(args: argparse.Namespace, common: dict) -> tuple[list[dict], list[str]]:
+    """The jobs in the order in which a round runs them, and one line for each one left out."""
+    jobs, skipped = [], []
+    for quantization in args.quant:
+        if quantization != "none" and importlib.util.find_spec("quantize") is None:
+            skipped.append(f"{OURS} {quantization}: there is no quantize.py")
+        else:
+            jobs += [dict(common, program=OURS, quantization=quantization, compile=mode == "compile") for mode in args.modes]
+        if "llama.cpp" in args.peers and not missing("llama.cpp"):
+            jobs.append(dict(common, program="llama.cpp", quantization=quantization, compile=False))
+    if "transformers" in args.peers and "none" in args.quant and not missing("transformers"):
+        jobs.append(dict(common, program="transformers", quantization="none", compile=False))
+    if "none" in args.quant and not args.no_plain:
+        jobs.append(dict(common, program="plain", quantization="none", compile=False))
+    skipped += [f"{peer}: {missing(peer)} is not installed (pip install -r requirements-bench.txt)" for peer in args.peers if missing(peer)]
+    return jobs, skipped
+
+
+def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, caches: str) -> dict:
+    common = dict(config=config, name=name, device=args.device, dtype=DTYPES[args.dtype], dtype_name=args.dtype, threads=args.threads,
+                  prompt_length=args.prompt_length, tokens=args.tokens, positions=args.positions, capacities=args.capacities,
+                  batch_sizes=args.batch_sizes, groupsize=args.groupsize, work_dir=work_dir,
+                  checkpoint_path=str(args.checkpoint_path) if args.checkpoint_path else None)
+    jobs, skipped = plan(args, common)
+    bandwidths, found = [], [[] for _ in jobs]
+    for number in range(1, args.rounds + 1):
+        rates = work(dict(common, program="bandwidth", quantization="none", compile=False), caches)
+        if "failed" in rates:
+            raise RuntimeError(f"the bandwidth's measurement failed: {rates['failed']}")
+        bandwidths.append(max((rate, way) for way, rate in rates["rates"].items()))
+        print(f"round {number}: reads {bandwidths[-1][0] / 1e9:.1f} GB/s ({bandwidths[-1][1]})", file=sys.stderr)
+        for job, results in zip(jobs, found):
+            if results and "failed" in results[-1]:
+                continue
+            results.append(work(job, caches))
+            rate = "failed" if "failed" in results[-1] else f"{1 / statistics.median(results[-1]['seconds']):.1f} tok/s"
+            print(f"round {number}: {label(job)} {job['quantization']}: {rate}", file=sys.stderr)
+    bandwidth = statistics.median(rate for rate, _ in bandwidths)
+    machine = describe_machine(args.threads, torch.device(args.device)) | dict(
+        bandwidth_gb_s=bandwidth / 1e9, bandwidth_by=bandwidths[-1][1], bandwidth_rounds=[rate / 1e9 for rate, _ in bandwidths])
+    rows = []
+    for job, results in zip(jobs, found):
+        if "failed" in results[-1]:
+            skipped.append(f"{label(job)} {job['quantization']} failed: {results[-1]['failed']}")
+        else:
+            rows.append(summarize(job, results, ModelArgs.from_hf(config), bandwidth))
+    return dict(model=name, dtype=args.dtype, device=args.device, prompt_length=args.prompt_length, tokens=args.tokens, rounds=args.rounds,
+                machine=machine, rows=rows, skipped=skipped)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="Qwen3-0.6B", choices=PUBLISHED, metavar="NAME", help="a published shape, e.g. Llama-3.2-1B")
+    parser.add_argument("--checkpoint_path", type=Path, help="measure this checkpoint instead; the others run random weights of its shape")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--quant", nargs="+", default=["none"], choices=["none", "int8", "int4"])
+    parser.add_argument("--groupsize", type=int, default=32, help="of int4")
+    parser.add_argument("--modes", nargs="*", default=["compile", "eager"], choices=["compile", "eager"], help="how to run this project")
+    parser.add_argument("--peers", nargs="*", default=[], choices=["llama.cpp", "transformers"])
+    parser.add_argument("--no_plain", action="store_true", help="leave out the plain PyTorch program")
+    parser.add_argument("--prompt_length", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=64, help="how many to time")
+    parser.add_argument("--positions", type=int, nargs="*", default=[], help="decode at these positions, e.g. 64 1024 4096")
+    parser.add_argument("--capacities", type=int, nargs="*", default=[], help="decode at position 64 of caches this long, e.g. 1024 32768")
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[], help="e.g. 1 4 16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work_dir", type=Path, help="keeps the random checkpoints and GGUF files for the next run (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, help="folder for the JSON, the Markdown table and the plot")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    for flag in ("prompt_length", "tokens", "rounds", "threads", "groupsize"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
+    parse_device(args.device)
+    if args.checkpoint_path:
+        folder = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
+        config, name = read_json(folder / "config.json"), folder.resolve().name
+    else:
+        config, name = PUBLISHED[args.model], args.model
+    shape = ModelArgs.from_hf(config)
+    if max([0, *args.capacities, *(p + args.tokens + 1 for p in [args.prompt_length, *args.positions])]) > shape.max_position:
+        raise UserError(f"--prompt_length, --positions, --capacities: with --tokens they go past the model's {shape.max_position} positions")
+    if min([args.tokens + 1, *args.capacities]) <= args.tokens:
+        raise UserError(f"--capacities {min(args.capacities)} does not hold --tokens {args.tokens}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that a worker does not outlive this process
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        if args.work_dir:
+            args.work_dir.mkdir(parents=True, exist_ok=True)
+        result = measure(args, config, name, str(args.work_dir or scratch), f"{scratch}/caches")
+    text = report(result)
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        stem = args.out / f"{name}-{args.device.replace(':', '')}"
+        stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=1))
+        stem.with_name(stem.name + ".md").write_text(text + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            plot(result, stem.with_name(stem.name + ".png"))
+        else:
+            print("\nskipped: the plot: matplotlib is not installed (pip install -r requirements-bench.txt)")
+    print("\n" + json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)

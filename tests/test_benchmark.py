@@ -1,0 +1,183 @@
+"""The benchmark's arithmetic against figures worked out by hand, its tables, and what it does about programs that are not there."""
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import PUBLISHED, ModelArgs
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark, worker = load("benchmark"), load("benchmark_worker")
+QWEN3, LLAMA2 = ModelArgs.from_name("Qwen3-0.6B"), ModelArgs.from_name("Llama-2-7B")
+
+
+# Qwen3-0.6B, a layer: qkv 4096 x 1024, o 1024 x 2048, gate and up 6144 x 1024, down 1024 x 3072 = 15,728,640; 28 of them and the tied head
+# of 151936 x 1024 make 595,984,384; norms 28 x (2 x 1024 + 2 x 128) + 1024 = 65,536. A cache slot: 28 x 2 x 8 x 128 x 2 bytes = 114,688.
+def test_bytes_per_token_of_qwen3():
+    assert benchmark.bytes_per_token(QWEN3, "none", position=0) == 2 * (595_984_384 + 65_536) + 114_688
+    assert benchmark.bytes_per_token(QWEN3, "none", position=4095) == 1_192_099_840 + 4096 * 114_688
+    assert benchmark.bytes_per_token(QWEN3, "none", position=63, batch=4) == 1_192_099_840 + 4 * 64 * 114_688
+    assert benchmark.bytes_per_token(QWEN3, "none", position=0, dtype_bytes=4) == 2 * (1_192_099_840 + 114_688)
+
+
+def test_bytes_per_token_of_quantized_qwen3():
+    rows = 28 * (4096 + 1024 + 6144 + 1024) + 151_936
+    assert benchmark.bytes_per_token(QWEN3, "int8") == 595_984_384 + 2 * rows + 2 * 65_536 + 114_688
+    assert benchmark.bytes_per_token(QWEN3, "int4", groupsize=32) == 595_984_384 * 9 // 16 + 2 * 65_536 + 114_688
+    assert benchmark.bytes_per_token(QWEN3, "int4", groupsize=128) == 595_984_384 // 2 + 595_984_384 // 64 + 2 * 65_536 + 114_688
+    assert benchmark.bytes_per_token(QWEN3, "int8", program="llama.cpp") == 595_984_384 * 34 // 32 + 2 * 65_536 + 114_688
+    assert benchmark.bytes_per_token(QWEN3, "int4", program="llama.cpp") == 595_984_384 * 18 // 32 + 2 * 65_536 + 114_688
+
+
+# Llama-2-7B, a layer: qkv 12288 x 4096, o 4096 x 4096, gate and up 22016 x 4096, down 4096 x 11008 = 202,375,168; 32 of them, the head of
+# 32000 x 4096 and 65 norms of 4096 make 6,607,343,616 = 6.74 G parameters less the input embedding. A cache slot: 32 x 2 x 4096 x 2 bytes.
+def test_bytes_per_token_of_llama2():
+    assert benchmark.bytes_per_token(LLAMA2, "none", position=0) == 2 * 6_607_343_616 + 524_288
+    assert benchmark.bytes_per_token(LLAMA2, "none", position=511, batch=2) == 2 * 6_607_343_616 + 1024 * 524_288
+
+
+def test_biases_count_and_a_window_ends_the_cache():
+    qwen2 = ModelArgs.from_name("Qwen2.5-0.5B")
+    assert benchmark.vector_elements(qwen2) == 24 * (2 * 896 + 896 + 2 * 128) + 896
+    config = dict(PUBLISHED["Qwen2.5-0.5B"], use_sliding_window=True, sliding_window=100, max_window_layers=20)
+    windowed = ModelArgs.from_hf(config)
+    slot = 2 * 2 * 64 * 2
+    assert benchmark.bytes_per_token(qwen2, position=999) - benchmark.bytes_per_token(windowed, position=999) == 4 * 900 * slot
+    assert benchmark.bytes_per_token(qwen2, position=99) == benchmark.bytes_per_token(windowed, position=99)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen2.5-0.5B", "Qwen-1.8B", "Llama-3.2-1B"])
+def test_every_format_holds_the_same_number_of_weights(name):
+    """The GGUF's tensors and this project's parameters, counted apart from each other."""
+    import torch
+    from generate import bytes_read_per_token
+    from model import Transformer
+    args = ModelArgs.from_name(name)
+    with torch.device("meta"):
+        model = Transformer(args).to(torch.bfloat16)
+    slot = 2 * args.n_layer * args.n_local_heads * args.head_dim * 2
+    assert bytes_read_per_token(model) == benchmark.bytes_per_token(args) - slot
+    sizes = {key: torch.Size(shape).numel() for key, shape in worker.gguf_tensors(args).items()}
+    embedding = 0 if args.tie_word_embeddings else sizes["token_embd.weight"]
+    assert 2 * (sum(sizes.values()) - embedding) == benchmark.bytes_per_token(args) - slot
+
+
+def test_mbu():
+    assert benchmark.mbu(1_200_000_000, 0.04, 40e9) == pytest.approx(0.75)
+    assert benchmark.mbu(benchmark.bytes_per_token(LLAMA2), 1 / 104.9, 1700e9) == pytest.approx(0.815, abs=0.001)      # gpt-fast's published figure
+
+
+def test_percentile_is_one_of_the_values():
+    assert benchmark.percentile([float(i) for i in range(1, 11)], 90) == 9.0
+    assert benchmark.percentile([3.0, 1.0, 2.0], 90) == 3.0
+    assert benchmark.percentile([5.0], 90) == 5.0
+
+
+def job(program="qwen-fast", quantization="none", compile=False, **more) -> dict:
+    return dict(program=program, quantization=quantization, compile=compile, dtype_name="bf16", groupsize=32, prompt_length=256, tokens=64, **more)
+
+
+def raw(seconds: list[float], ttft: float = 0.5, **more) -> dict:
+    return dict(seconds=seconds, ttft_s=ttft, peak_bytes=2_000_000_000, version="v 1", **more)
+
+
+def test_rows_take_the_median_of_rounds():
+    """One slow round does not count; the first round's compilation is the cold one."""
+    rounds = [raw([0.02, 0.04, 0.9], 0.4, compile_s=20.0, sweeps=[dict(what="position", at=64, seconds=[0.03, 0.05, 0.05])]),
+              raw([0.4, 0.5, 0.6], 2.0, compile_s=4.0, sweeps=[dict(what="position", at=64, seconds=[0.06])]),
+              raw([0.05, 0.05, 0.05], 0.5, compile_s=3.0, sweeps=[dict(what="position", at=64, seconds=[0.01])])]
+    row = benchmark.summarize(job(compile=True), rounds, QWEN3, bandwidth=40e9)
+    assert row["decode_ms"] == pytest.approx(50) and row["decode_tok_s"] == pytest.approx(20)
+    assert row["decode_ms_p90"] == pytest.approx(600)
+    assert row["prefill_tok_s"] == pytest.approx(512) and row["ttft_ms"] == pytest.approx(500)
+    assert (row["compile_cold_s"], row["compile_warm_s"]) == (20.0, 3.5)
+    assert row["mbu"] == pytest.approx((1_192_099_840 + 289 * 114_688) / 0.05 / 40e9)
+    assert row["position"][64]["ms"] == pytest.approx(50)
+
+
+def result(rows: list[dict]) -> dict:
+    machine = dict(cpu="A CPU", cores=2, threads=2, flags="avx2", gpu="", memory_gb=16.0, bandwidth_gb_s=40.0, bandwidth_by="sum", date="2025-01-01")
+    return dict(model="Qwen3-0.6B", dtype="bf16", prompt_length=256, tokens=64, rounds=1, machine=machine, rows=rows, skipped=["a: is not there"])
+
+
+def test_the_table_gives_ratios_to_the_same_quantization():
+    def row(program, quantization, ms, **more):
+        sweeps = [dict(what="position", at=at, seconds=[ms * factor / 1000]) for at, factor in ((64, 1), (4096, 1.5))] if program != "plain" else []
+        return benchmark.summarize(job(program, quantization, **more), [raw([ms / 1000], sweeps=sweeps)], QWEN3, bandwidth=40e9)
+    rows = [row("qwen-fast", "none", 40.0), row("llama.cpp", "none", 50.0), row("plain", "none", 100.0),
+            row("qwen-fast", "int4", 12.5), row("llama.cpp", "int4", 10.0)]
+    lines = benchmark.report(result(rows)).splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    columns, cells = table[0], table[2:7]
+    assert [line[columns.index("x llama.cpp")] for line in cells] == ["1.25", "-", "0.50", "0.80", "-"]
+    assert [line[columns.index("x plain")] for line in cells] == ["2.50", "2.00", "-", "-", "-"]
+    assert [line[columns.index("decode tok/s")] for line in cells] == ["25.0", "20.0", "10.0", "80.0", "100.0"]
+    assert table[7] == ["program", "quant", "64", "4096", "time, last : first"]
+    assert table[9] == ["qwen-fast", "-", "40.00 (1.25 x llama.cpp)", "60.00 (1.25 x llama.cpp)", "1.50"]
+    assert len({len(line) for line in lines if line.startswith("|")}) <= 2 and lines[-1] == "skipped: a: is not there"
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [benchmark.summarize(job(), [raw([0.04], sweeps=[dict(what="position", at=64, seconds=[0.04])])], QWEN3, bandwidth=40e9)]
+    benchmark.plot(result(rows), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missing_peer_is_named_and_left_out(monkeypatch):
+    monkeypatch.setitem(benchmark.NEEDS, "llama.cpp", ("a_package_that_is_not_there",))
+    monkeypatch.setitem(benchmark.NEEDS, "transformers", ())
+    args = benchmark.parse_args(["--peers", "llama.cpp", "transformers", "--modes", "eager"])
+    jobs, skipped = benchmark.plan(args, {})
+    assert [j["program"] for j in jobs] == ["qwen-fast", "transformers", "plain"]
+    assert len(skipped) == 1 and "llama.cpp" in skipped[0] and "a_package_that_is_not_there" in skipped[0]
+
+
+def test_a_worker_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path):
+    def work(job, caches):
+        if job["program"] == "bandwidth":
+            return dict(rates={"sum": 3e10, "dot": 4e10})
+        return dict(failed="RuntimeError: no") if job["program"] == "plain" else raw([0.05])
+    monkeypatch.setattr(benchmark, "work", work)
+    args = benchmark.parse_args(["--modes", "eager", "--rounds", "2"])
+    measured = benchmark.measure(args, PUBLISHED["Qwen3-0.6B"], "Qwen3-0.6B", str(tmp_path), str(tmp_path))
+    assert [row["label"] for row in measured["rows"]] == ["qwen-fast"] and measured["machine"]["bandwidth_gb_s"] == 40.0
+    assert measured["skipped"] == ["plain none failed: RuntimeError: no"]
+
+
+def test_a_position_past_the_model_is_refused():
+    done = subprocess.run([sys.executable, SCRIPTS / "benchmark.py", "--model", "Llama-2-7B", "--positions", "5000"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --prompt_length, --positions") and "4096" in done.stderr
+
+
+TINY = dict(model_type="qwen3", num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=128,
+            vocab_size=512, rope_theta=1e6, max_position_embeddings=1024, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("program", ["qwen-fast", "plain", "llama.cpp", "transformers"])
+def test_workers_measure_a_tiny_shape(program, tmp_path):
+    if benchmark.missing(program):
+        pytest.skip(f"{benchmark.missing(program)} is not installed")
+    task = job(program) | dict(config=TINY, name="tiny", device="cpu", dtype="bfloat16", threads=1, prompt_length=12, tokens=5, positions=[16, 40],
+                               capacities=[64, 128], batch_sizes=[1, 3], work_dir=str(tmp_path), checkpoint_path=None)
+    done = benchmark.work(task, str(tmp_path))
+    assert "failed" not in done, done
+    assert len(done["seconds"]) == 5 and done["ttft_s"] > 0 and done["peak_bytes"] > 1e6
+    row = benchmark.summarize(task, [json.loads(json.dumps(done))], ModelArgs.from_hf(TINY), 4e10)
+    if program == "qwen-fast":
+        assert sorted(row["position"]) == [16, 40] and sorted(row["capacity"]) == [64, 128] and sorted(row["batch"]) == [1, 3]
+        assert done["recompiles"] == 0 and done["load_s"] > 0
+    if program == "llama.cpp":
+        assert sorted(row["position"]) == [16, 40] and sorted(row["batch"]) == [1, 3]

@@ -1,0 +1,497 @@
+"""convert.py and scripts/: checkpoints of every family and layout against their source tensors, bit for bit, and everything that can be wrong."""
+import errno
+import importlib.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.errors as hub_errors
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import convert as convert_module
+from cli import UserError
+from convert import convert
+from model import ModelArgs, Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+FAMILIES = {
+    "llama": ("Llama", dict(num_key_value_heads=2)),
+    "llama-biased": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=1)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2, sliding_window=8)),
+}
+
+
+def tiny(family: str = "qwen2", tied: bool = False, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    name, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **extra, tie_word_embeddings=tied)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+    for parameter in model.parameters():             # norms and biases too, or a swapped one would not show
+        parameter.data.copy_(torch.randn(parameter.shape))
+    return model
+
+
+def tensors_of(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
+    """State dict in which no two names share memory, without a tied head."""
+    tied = model.config.tie_word_embeddings
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def check(folder: Path, source: dict[str, Tensor], layers: int = 2) -> None:
+    """Every tensor of folder/model.pth equals the source's rows, and each source tensor is there once."""
+    saved = torch.load(folder / "model.pth", mmap=True, weights_only=True)
+    assert (saved["version"], saved["quantization"]) == (1, None)
+    state, left = saved["state_dict"], dict(source)
+
+    def equal(target: Tensor, *names: str) -> None:
+        row = 0
+        for name in names:
+            part = left.pop(name)
+            assert target.dtype == part.dtype and torch.equal(target[row:row + len(part)], part), name
+            row += len(part)
+        assert row == len(target)
+
+    equal(state.pop("tok_embeddings.weight"), "model.embed_tokens.weight")
+    equal(state.pop("norm.weight"), "model.norm.weight")
+    if "lm_head.weight" in source:
+        equal(state.pop("output.weight"), "lm_head.weight")
+    for i in range(layers):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        for target in [name for name in state if name.startswith(ours)]:
+            module, kind = target.removeprefix(ours).rsplit(".", 1)
+            names = {"attention.wqkv": [f"self_attn.{p}_proj" for p in "qkv"], "attention.wo": ["self_attn.o_proj"],
+                     "attention.q_norm": ["self_attn.q_norm"], "attention.k_norm": ["self_attn.k_norm"],
+                     "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"], "feed_forward.w2": ["mlp.down_proj"],
+                     "attention_norm": ["input_layernorm"], "ffn_norm": ["post_attention_layernorm"]}[module]
+            equal(state.pop(target), *(f"{theirs}{name}.{kind}" for name in names))
+    assert not state and not left
+
+
+def write_bin(folder: Path, source: dict[str, Tensor], shards: int = 1, legacy: bool = False) -> None:
+    names, weight_map = list(source), {}
+    for number in range(shards):
+        file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        weight_map.update(dict.fromkeys(names[number::shards], file))
+        torch.save({name: source[name] for name in names[number::shards]}, folder / file, _use_new_zipfile_serialization=not legacy)
+    if shards > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A valid single-file checkpoint, untied Qwen2."""
+    tiny().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_and_tying(tmp_path: Path, family: str, tied: bool) -> None:
+    model = tiny(family, tied)
+    model.save_pretrained(tmp_path)
+    assert convert(tmp_path, progress=False) == tmp_path / "model.pth"
+    check(tmp_path, tensors_of(model))
+    with torch.device("meta"):
+        ours = Transformer(ModelArgs.from_hf(json.loads((tmp_path / "config.json").read_text())))
+    ours.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True)["state_dict"], strict=True, assign=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", ["single", "shards", "shards without index", "other index name", "bin", "bin shards", "legacy bin"])
+def test_layouts_and_dtypes(tmp_path: Path, layout: str, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(convert_module, "RENEW_BYTES", 5000)               # mappings are renewed within a file
+    model = tiny(dtype=dtype)
+    if "bin" in layout:
+        model.config.save_pretrained(tmp_path)
+        write_bin(tmp_path, tensors_of(model), shards=3 if "shards" in layout else 1, legacy="legacy" in layout)
+    else:
+        model.save_pretrained(tmp_path, max_shard_size="5GB" if layout == "single" else "20KB")
+        index = tmp_path / "model.safetensors.index.json"
+        assert layout == "single" or len(list(tmp_path.glob("*.safetensors"))) > 2 and index.exists()
+        if layout == "shards without index":
+            index.unlink()
+        if layout == "other index name":
+            index.rename(tmp_path / "weights.safetensors.index.json")
+    convert(tmp_path, progress=False)
+    check(tmp_path, tensors_of(model))
+
+
+def test_qwen_v1(tmp_path: Path, monkeypatch) -> None:
+    """w2 is the gate and w1 is up; c_attn comes fused; the FFN width in config.json counts both."""
+    model = tiny("qwen2")
+    source = tensors_of(model)
+    for i in range(2):                               # Qwen v1 has as many KV heads as heads
+        for kind in ("weight", "bias"):
+            for p in "kv":
+                source[f"model.layers.{i}.self_attn.{p}_proj.{kind}"] = torch.randn(32, *([32] if kind == "weight" else []))
+    v1 = {"transformer.wte.weight": source["model.embed_tokens.weight"], "transformer.ln_f.weight": source["model.norm.weight"],
+          "lm_head.weight": source["lm_head.weight"], "transformer.rotary_emb.inv_freq": torch.ones(4)}
+    for i in range(2):
+        ours, v1_layer = f"model.layers.{i}.", f"transformer.h.{i}."
+        for kind in ("weight", "bias"):
+            v1[f"{v1_layer}attn.c_attn.{kind}"] = torch.cat([source[f"{ours}self_attn.{p}_proj.{kind}"] for p in "qkv"])
+        for theirs, name in {"attn.c_proj": "self_attn.o_proj", "mlp.w2": "mlp.gate_proj", "mlp.w1": "mlp.up_proj",
+                             "mlp.c_proj": "mlp.down_proj", "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}.items():
+            v1[f"{v1_layer}{theirs}.weight"] = source[f"{ours}{name}.weight"]
+        v1[f"{v1_layer}attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(v1, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        model_type="qwen", architectures=["QWenLMHeadModel"], hidden_size=32, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2,
+        kv_channels=8, vocab_size=96, seq_length=64, max_position_embeddings=64, layer_norm_epsilon=1e-6, rotary_emb_base=10000, no_bias=True,
+        use_logn_attn=True, use_dynamic_ntk=True, tie_word_embeddings=False)))
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
+    rebuilt = []
+    monkeypatch.setattr(convert_module, "rebuild_tiktoken", rebuilt.append)
+    convert(tmp_path, progress=False)
+    check(tmp_path, source)
+    assert rebuilt == [tmp_path]
+
+
+def test_base_model_without_prefix_and_with_old_buffers(tmp_path: Path) -> None:
+    model = tiny("llama", tied=True)
+    source = tensors_of(model)
+    model.config.save_pretrained(tmp_path)
+    bare = {name.removeprefix("model."): tensor for name, tensor in source.items()}
+    save_file({**bare, "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
+    convert(tmp_path, progress=False)
+    check(tmp_path, source)
+
+
+def test_tied_head_that_is_there_all_the_same(tmp_path: Path) -> None:
+    model = tiny(tied=True)
+    source = tensors_of(model)
+    model.config.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**source, "lm_head.weight": source["model.embed_tokens.weight"].clone()}, file)
+    convert(tmp_path, progress=False)
+    check(tmp_path, source)
+    save_file({**source, "lm_head.weight": source["model.embed_tokens.weight"] + 1}, file)
+    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        convert(tmp_path, progress=False)
+
+
+def test_parts_of_different_dtypes_take_the_wider(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    source = load_file(file)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    source[name] = source[name].half()
+    save_file(source, file)
+    convert(folder, progress=False)
+    check(folder, {**source, name: source[name].float()})
+
+
+def test_index_is_followed(tmp_path: Path) -> None:
+    """A second copy of the weights beside the index is not read, nor a name that the index puts elsewhere."""
+    model = tiny()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "consolidated.safetensors")
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(tmp_path / file for file in weight_map.values() if file != weight_map["model.norm.weight"])
+    save_file({**load_file(other), "model.norm.weight": torch.zeros(32)}, other)
+    convert(tmp_path, progress=False)
+    check(tmp_path, tensors_of(model))
+
+
+def edit_config(**changes):
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+    return edit
+
+
+def put(name: str, content: bytes | str, remove: bool = True):
+    def edit(folder: Path) -> None:
+        if remove:
+            (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1000)
+
+
+def truncated_bin(folder: Path) -> None:
+    write_bin(folder, load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    os.truncate(folder / "pytorch_model.bin", 20000)
+
+
+def rename_layer(weights: dict[str, Tensor]) -> None:
+    for name in [name for name in weights if ".layers.1." in name]:
+        weights[name.replace(".layers.1.", ".layers.7.")] = weights.pop(name)
+
+
+INDEX = "model.safetensors.index.json"
+BAD = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "config is not JSON": (put("config.json", "{", remove=False), "config.json: unreadable"),
+    "config is a list": (put("config.json", "[]", remove=False), "config.json: expected a JSON object"),
+    "unsupported model": (edit_config(model_type="gpt2"), "gpt2"),
+    "mixture of experts": (edit_config(model_type="qwen3_moe"), "qwen3_moe"),
+    "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"config.json: already quantized checkpoints \(gptq\)"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights there"),
+    "shard absent": (put(INDEX, json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})),
+                     "model-00001-of-00002.safetensors named in model.safetensors.index.json but not there"),
+    "index without map": (put(INDEX, "{}", remove=False), "index.json: no weight_map"),
+    "index is not JSON": (put(INDEX, "<html>", remove=False), "index.json: unreadable"),
+    "truncated safetensors": (truncate, "model.safetensors: corrupt or truncated"),
+    "garbage safetensors": (put("model.safetensors", b"garbage" * 100), "model.safetensors: corrupt or truncated"),
+    "empty safetensors": (put("model.safetensors", b""), "model.safetensors: corrupt or truncated"),
+    "git-lfs pointer": (put("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"), "a git-lfs pointer"),
+    "truncated bin": (truncated_bin, "pytorch_model.bin: corrupt or truncated"),
+    "garbage bin": (put("pytorch_model.bin", b"garbage" * 100), "pytorch_model.bin: corrupt or truncated"),
+    "empty bin": (put("pytorch_model.bin", b""), "pytorch_model.bin: corrupt or truncated"),
+    "missing head": (edit_weights(lambda w: w.pop("lm_head.weight")), r"missing: lm_head\.weight"),
+    "unexpected": (edit_weights(lambda w: w.update({"model.layers.0.mlp.router.weight": torch.ones(2)})),
+                   r"unexpected: model\.layers\.0\.mlp\.router\.weight"),
+    "mis-shaped": (edit_weights(lambda w: w.update({"model.norm.weight": torch.ones(31)})),
+                   r"mis-shaped: model\.norm\.weight \[31\] instead of \[32\]"),
+    "dtype": (edit_weights(lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+              r"unsupported dtype: model\.norm\.weight torch.int8"),
+    "many missing": (edit_weights(rename_layer),
+                     r"missing: layers\.1\..* and 4 more \(12 in all\); unexpected: model\.layers\.7\..* and 4 more \(12 in all\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_checkpoints_are_named(folder: Path, case: str) -> None:
+    spoil, message = BAD[case]
+    spoil(folder)
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        convert(folder, progress=False)
+    assert "\n" not in str(error.value)
+    assert sorted(folder.iterdir()) == before        # nothing left behind
+
+
+def test_bin_runs_no_code(folder: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "evil"),)
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin"):
+        convert(folder, progress=False)
+    assert not (folder / "evil").exists()
+
+
+def command(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd="/")
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    """The error line of a command that ended as a user's mistake; a progress bar may stand before it."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_command(folder: Path) -> None:
+    done = command(ROOT / "scripts/convert_hf_checkpoint.py", "--checkpoint_dir", folder)
+    assert done.returncode == 0 and str(folder / "model.pth") in done.stdout and "Converting" in done.stderr
+    check(folder, load_file(folder / "model.safetensors"))
+    os.truncate(folder / "model.safetensors", 5000)
+    old = (folder / "model.pth").stat().st_mtime_ns
+    line = one_line(command(ROOT / "scripts/convert_hf_checkpoint.py", "--checkpoint_dir", folder))
+    assert line.startswith(f"error: {folder}/model.safetensors: corrupt") and (folder / "model.pth").stat().st_mtime_ns == old
+
+
+@pytest.mark.parametrize("limit", [4096, 60000])
+def test_file_that_cannot_grow(folder: Path, limit: int) -> None:
+    """What torch.save (4096) and a plain write (60000) really raise when the file system takes no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(UserError, match="could not write .*model.pth"):
+            convert(folder, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(folder.glob("*.pth")) and not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk(folder: Path, code: int, monkeypatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="could not write .*model.pth"):
+        convert(folder, progress=False)
+    assert not list(folder.glob("*.pth")) and not list(folder.glob(".*"))
+
+
+def test_killed_conversion_leaves_no_checkpoint(folder: Path) -> None:
+    program = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import convert
+        read_shard = convert.read_shard
+        def dying(path, names):
+            for number, item in enumerate(read_shard(path, names)):
+                if number == 5:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield item
+        convert.read_shard = dying
+        convert.convert({str(folder)!r}, progress=False)
+    """
+    assert command("-c", textwrap.dedent(program)).returncode == -signal.SIGKILL
+    assert not (folder / "model.pth").exists() and len(list(folder.glob(".model.pth.*.tmp"))) == 1
+    convert(folder, progress=False)
+    check(folder, load_file(folder / "model.safetensors"))
+    assert not list(folder.glob(".*"))               # what the killed one left is gone too
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
+@pytest.mark.parametrize("layout", ["single", "shards", "bin"])
+def test_memory(tmp_path: Path, layout: str) -> None:
+    """Resident memory, mapped pages included, grows by less than 1.2 times the checkpoint."""
+    config = transformers.Qwen3Config(vocab_size=8192, hidden_size=1024, intermediate_size=3072, num_hidden_layers=5,
+                                      num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+    with torch.device("meta"):
+        shapes = transformers.Qwen3ForCausalLM(config).state_dict()
+    source = {name: torch.full(value.shape, 0.5, dtype=torch.bfloat16) for name, value in shapes.items() if name != "lm_head.weight"}
+    config.save_pretrained(tmp_path)
+    if layout == "bin":
+        write_bin(tmp_path, source)
+    else:
+        names = list(source)
+        for number in range(count := 1 if layout == "single" else 3):
+            save_file({name: source[name] for name in names[number::count]}, tmp_path / f"model-{number}.safetensors")
+    size = sum(tensor.nbytes for tensor in source.values())
+    program = f"""
+        import re, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import convert
+        def peak():
+            return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+        before = peak()
+        convert.convert({str(tmp_path)!r}, progress=False)
+        print(peak() - before)
+    """
+    done = command("-c", textwrap.dedent(program))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.2 * size, f"{int(done.stdout) / size:.2f} times"
+
+
+def download_module():
+    spec = importlib.util.spec_from_file_location("download", ROOT / "scripts/download.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+REPOSITORY = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+              "chat_template.jinja", "special_tokens_map.json"]
+EXTRAS = ["README.md", ".gitattributes", "modeling_qwen.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors",
+          "original/consolidated.00.pth", "training_args.bin", "tf_model.h5", "onnx/model.onnx"]
+
+
+def test_wanted_files() -> None:
+    wanted_files = download_module().wanted_files
+    assert set(wanted_files(REPOSITORY + EXTRAS)) == set(REPOSITORY)
+    old = ["config.json", "qwen.tiktoken", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+    assert set(wanted_files(old + ["tokenization_qwen.py", "qwen_generation_utils.py", "optimizer.bin"])) == set(old)
+    assert wanted_files(["config.json", "model.gguf"]) == []
+
+
+@pytest.fixture
+def hub(monkeypatch) -> SimpleNamespace:
+    """download.py with the Hub's two calls replaced; `fail` makes either raise, `asked` records what was asked for."""
+    module, state = download_module(), SimpleNamespace(files=REPOSITORY + EXTRAS, files_that_come=99, fail_info=None, fail_download=None, asked=None)
+
+    def model_info(self, repo_id: str, revision: str | None = None) -> SimpleNamespace:
+        if state.fail_info:
+            raise state.fail_info
+        return SimpleNamespace(sha="0123abcd", siblings=[SimpleNamespace(rfilename=file) for file in state.files])
+
+    def snapshot_download(repo_id: str, **options) -> str:
+        if state.fail_download:
+            raise state.fail_download
+        state.asked = (repo_id, options)
+        options["local_dir"].mkdir(parents=True)
+        for file in options["allow_patterns"][:state.files_that_come]:
+            (options["local_dir"] / file).touch()
+        return str(options["local_dir"])
+    monkeypatch.setattr(module.HfApi, "model_info", model_info)
+    monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+    state.download = module.download
+    return state
+
+
+def test_download(hub: SimpleNamespace, tmp_path: Path) -> None:
+    assert hub.download("Qwen/Qwen3-0.6B", tmp_path, "secret") == tmp_path / "Qwen/Qwen3-0.6B"
+    repo_id, options = hub.asked
+    assert repo_id == "Qwen/Qwen3-0.6B" and set(options["allow_patterns"]) == set(REPOSITORY)
+    assert (options["local_dir"], options["token"], options["revision"]) == (tmp_path / "Qwen/Qwen3-0.6B", "secret", "0123abcd")
+
+
+def answer(kind: type) -> Exception:
+    """A Hub error without the HTTP response it usually carries, whose class depends on the version of huggingface_hub."""
+    return kind.__new__(kind, "the server said so")
+
+
+@pytest.mark.parametrize("kind, message", [
+    (hub_errors.GatedRepoError, "a/b is gated: .*HF_TOKEN"),
+    (hub_errors.RepositoryNotFoundError, "a/b: no such repository, or a private one"),
+    (hub_errors.HfHubHTTPError, "could not download a/b"),
+    (hub_errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+    (hub_errors.HTTPError, "could not download a/b"),
+    (OSError, "could not download a/b"),
+])
+@pytest.mark.parametrize("call", ["fail_info", "fail_download"])
+def test_download_errors(hub: SimpleNamespace, tmp_path: Path, call: str, kind: type, message: str) -> None:
+    setattr(hub, call, answer(kind))
+    with pytest.raises(UserError, match=message) as error:
+        hub.download("a/b", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_download_mistakes(hub: SimpleNamespace, tmp_path: Path) -> None:
+    hub.files = ["model.gguf", "README.md"]
+    with pytest.raises(UserError, match="a/b: no config.json with safetensors"):
+        hub.download("a/b", tmp_path)
+    hub.fail_info = answer(hub_errors.RevisionNotFoundError)
+    with pytest.raises(UserError, match="--revision v9"):
+        hub.download("a/b", tmp_path, revision="v9")
+
+
+def test_partial_download(hub: SimpleNamespace, tmp_path: Path) -> None:
+    hub.files_that_come = 3
+    with pytest.raises(UserError, match="could not download all of a/b: .*safetensors.* missing"):
+        hub.download("a/b", tmp_path)
+
+
+@pytest.mark.parametrize("script", ["scripts/download.py", "scripts/prepare.sh"])
+def test_nobody_answers(script: str) -> None:
+    """Without a network the command ends at once with one line; prepare.sh goes no further."""
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", "PYTHON": sys.executable}
+    arguments = [sys.executable] * script.endswith(".py") + [ROOT / script, "Qwen/Qwen3-0.6B"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=30, cwd="/", env=env)
+    assert "Qwen/Qwen3-0.6B" in one_line(done) and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_prepare_usage() -> None:
+    done = subprocess.run([ROOT / "scripts/prepare.sh"], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stderr

@@ -1,0 +1,334 @@
+"""Decoding, sampling and the command, on tiny checkpoints."""
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+import cli
+import generate
+from cli import UserError
+from generate import Generator, Sampling, load_model, main, sample
+from tokenizer import Tokenizer
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tiny.reference("qwen3-tied"), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_model(folder / "model.pth", "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def compiled(loaded):
+    return Generator(*loaded, compile=True, compile_prefill=True)
+
+
+def tokens(generator, prompt, n=32, sampling=GREEDY, **more):
+    more.setdefault("stop_ids", frozenset())
+    return [row[0] for row in generator.generate(prompt, n, sampling, **more)]
+
+
+# ---- decoding
+
+def test_compiled_equals_eager_and_does_not_recompile(loaded, compiled):
+    eager = Generator(*loaded)
+    loaded[0].setup_caches(1, 160)
+    expected = [tokens(eager, p) for p in PROMPTS]
+    assert tokens(compiled, PROMPTS[0]) == expected[0]
+    torch._dynamo.utils.counters.clear()
+    assert [tokens(compiled, p) for p in PROMPTS] == expected
+    assert tokens(compiled, PROMPTS[1], 100)[:32] == expected[1]
+    assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == 0
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8, 20, None), Sampling(1.0, None, 0.9)])
+def test_the_same_seed_gives_the_same_text_compiled_or_not(loaded, compiled, sampling):
+    eager = Generator(*loaded)
+    first = tokens(eager, PROMPTS[0], sampling=sampling, seed=5)
+    assert tokens(eager, PROMPTS[0], sampling=sampling, seed=5) == first
+    assert tokens(eager, PROMPTS[0], sampling=sampling, seed=6) != first
+    if sampling.top_p is None:
+        assert tokens(compiled, PROMPTS[0], sampling=sampling, seed=5) == first
+
+
+def test_rows_of_a_batch_are_independent(loaded):
+    generator = Generator(*loaded)
+    alone = [tokens(generator, p, 20) for p in PROMPTS]
+    together = list(zip(*generator.generate(PROMPTS, 20, GREEDY, stop_ids=frozenset())))
+    assert [list(row) for row in together] == alone
+
+
+def test_each_row_stops_at_its_own_stop_id(loaded):
+    generator = Generator(*loaded)
+    alone = [tokens(generator, p, 20) for p in PROMPTS]
+    stop = frozenset([alone[0][5], alone[1][2]])
+    rows = [list(row) for row in zip(*generator.generate(PROMPTS, 20, GREEDY, stop_ids=stop))]
+    for row, whole in zip(rows, alone):
+        end = next((i for i, t in enumerate(whole) if t in stop), len(whole))
+        assert row[:end] == whole[:end] and all(t is None for t in row[end:])
+
+
+def test_stop_id_is_not_part_of_the_text_and_ends_a_single_row(loaded):
+    generator = Generator(*loaded)
+    whole = tokens(generator, PROMPTS[0], 20)
+    end = whole.index(whole[6])
+    assert tokens(generator, PROMPTS[0], 20, stop_ids=frozenset([whole[6]])) == whole[:end]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_new_tokens(loaded, n):
+    assert len(tokens(Generator(*loaded), PROMPTS[0], n)) == n
+
+
+def test_prefill_in_chunks_equals_one_pass(loaded, monkeypatch):
+    generator, prompts = Generator(*loaded), [list(range(100)), list(range(40, 70))]
+    expected = list(generator.generate(prompts, 8, GREEDY, stop_ids=frozenset()))
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    assert list(generator.generate(prompts, 8, GREEDY, stop_ids=frozenset())) == expected
+
+
+def test_a_kept_cache_gives_what_a_fresh_one_gives(loaded):
+    generator, calls = Generator(*loaded), []
+    plain = generator.prefill
+    generator.prefill = lambda idx, *rest: calls.append(idx.size(1)) or plain(idx, *rest)
+    first = tokens(generator, PROMPTS[0], 12, max_seq_length=128)
+    second = PROMPTS[0] + first + [50, 51, 52]
+    kept = tokens(generator, second, 12, keep_cache=True)
+    assert calls[-1] == 4                                # the last answer's last token, which was never fed, and the three new ones
+    assert kept == tokens(Generator(*loaded), second, 12)
+    changed = PROMPTS[0][:4] + [60, 61]
+    assert tokens(generator, changed, 12, keep_cache=True) == tokens(Generator(*loaded), changed, 12)
+
+
+def test_an_answer_broken_off_leaves_a_usable_cache(loaded):
+    generator = Generator(*loaded)
+    answer = generator.generate(PROMPTS[0], 30, GREEDY, stop_ids=frozenset(), max_seq_length=128)
+    part = [next(answer)[0] for _ in range(5)]
+    answer.close()
+    longer = PROMPTS[0] + part + [7]
+    assert tokens(generator, longer, 12, keep_cache=True) == tokens(Generator(*loaded), longer, 12)
+
+
+def test_plain_function(loaded):
+    model, tokenizer = loaded
+    assert list(generate.generate(model, tokenizer, PROMPTS[0], 5, GREEDY)) == tokens(Generator(*loaded), PROMPTS[0], 5)
+
+
+# ---- sampling
+
+def chi_square_fits(counts, probs):
+    expected = probs * counts.sum()
+    assert (counts[probs == 0] == 0).all()
+    kept = expected > 5
+    statistic = ((counts - expected)[kept].square() / expected[kept]).sum().item()
+    degrees = int(kept.sum()) - 1
+    return statistic < degrees + 4.5 * (2 * degrees) ** 0.5 + 10
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, None), Sampling(0.7, None), Sampling(1.3, 7), Sampling(0.9, None, 0.8), Sampling(1.0, 30, 0.5),
+                                      Sampling(1.0, 1), Sampling(1.0, None, 1e-6)])
+def test_samples_follow_the_distribution(sampling):
+    draws, source = 40_000, torch.Generator().manual_seed(0)
+    logits = torch.randn(50, generator=source) * 2
+    noise = torch.empty(draws, sampling.candidates(50)).exponential_(generator=source)
+    counts = sample(logits.expand(draws, -1), sampling, noise).flatten().bincount(minlength=50).double()
+
+    order = (logits.double() / sampling.temperature).softmax(-1).sort(descending=True)
+    probs = order.values.clone()
+    probs[sampling.top_k or 50:] = 0
+    probs /= probs.sum()
+    held = 0.0
+    for i in range(50):                                  # the smallest set that holds top_p, and the first in any case
+        if i and held >= (sampling.top_p or 1.0):
+            probs[i] = 0
+        held += probs[i].item()
+    expected = torch.zeros(50, dtype=torch.double).scatter_(0, order.indices, probs / probs.sum())
+    assert chi_square_fits(counts, expected)
+
+
+def test_temperature_zero_is_argmax_even_between_near_ties():
+    logits = torch.tensor([[1.0, 1.0 + 1e-6, 0.5]])
+    assert all(sample(logits, GREEDY, torch.empty(1, 0)).item() == 1 for _ in range(20))
+
+
+def test_ids_past_the_tokenizer_are_never_sampled(loaded):
+    model, tokenizer = loaded
+    assert tokenizer.vocab_size == 257 < model.args.vocab_size
+    generator = Generator(model, tokenizer)
+    drawn = [i for seed in range(4) for row in generator.generate([PROMPTS[0]] * 8, 40, Sampling(50.0, None), seed=seed, stop_ids=frozenset()) for i in row]
+    assert max(drawn) < 257 and len(set(drawn)) > 200
+
+
+# ---- the command
+
+def run_main(capsys, *argv):
+    main(list(map(str, argv)))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--compile"], ["--batch_size", 3], ["--temperature", 0, "--top_k", 0], ["--top_p", 0.9], ["--prompt", "20", "--ignore_eos"],
+                                     ["--compile_prefill"], ["--dtype", "bf16"]])
+def test_report(folder, capsys, options):
+    out = run_main(capsys, "--checkpoint_path", folder / "model.pth", "--prompt", "hello", "--num_samples", 2, "--max_new_tokens", 12, "--device", "cpu", *options)
+    for label in ("Time to load model: ", "Time for inference 1: ", "Time for inference 2: ", " sec total, ", "Bandwidth achieved: ", "Average tokens/sec: ",
+                  "Memory used: ", "Time to first token: "):
+        assert label in out
+    assert ("Compilation time: " in out) == any("compile" in str(o) for o in options)
+
+
+def test_seed_and_prompt_file(folder, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("héllo 你好 😀")
+    common = ["--checkpoint_path", folder / "model.pth", "--num_samples", 1, "--max_new_tokens", 20, "--seed", 3, "--device", "cpu"]
+
+    def text(*more):
+        return run_main(capsys, *common, *more).split("\n", 1)[1].split("Time for inference")[0]
+    assert text("--prompt_file", tmp_path / "prompt.txt") == text("--prompt", "héllo 你好 😀")
+    assert text("--prompt", "a")[0] == "a"
+
+
+def test_profile_is_a_chrome_trace(folder, capsys, tmp_path):
+    run_main(capsys, "--checkpoint_path", folder / "model.pth", "--num_samples", 1, "--max_new_tokens", 3, "--profile", tmp_path / "trace.json", "--device", "cpu")
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def chat_folder(tmp_path):
+    folder = tiny.save(tiny.reference("qwen2"), tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_conversation(tmp_path, capsys, monkeypatch):
+    folder = chat_folder(tmp_path)
+    lines = iter(["hello", "more", "/reset", "x" * 600, "again", ""])
+    prompts, plain = [], Generator.generate
+
+    def spy(self, rows, *rest, **more):
+        prompts.append(self_tokenizer.decode(rows[0]))
+        return plain(self, rows, *rest, **more)
+    self_tokenizer = Tokenizer.from_dir(folder)
+    monkeypatch.setattr(Generator, "generate", spy)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    out = run_main(capsys, "--checkpoint_path", folder / "model.pth", "--interactive", "--chat", "--system", "be", "--max_new_tokens", 8, "--seed", 1,
+                   "--dtype", "fp32", "--device", "cpu")
+    assert len(prompts) == 3
+    assert prompts[0] == "[system]be[user]hello[assistant]"
+    assert prompts[1].startswith("[system]be[user]hello[assistant]") and prompts[1].endswith("[user]more[assistant]")
+    assert prompts[2] == "[system]be[user]again[assistant]"
+    assert "/reset begins anew" in out.split("\n", 2)[2]     # the long message was answered so
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path, capsys, monkeypatch):
+    folder = chat_folder(tmp_path)
+    lines, asked = iter(["one", "two", ""]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(1) or next(lines))
+    plain = Generator.advance
+
+    def interrupted(self, *args):
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+    monkeypatch.setattr(Generator, "advance", interrupted)
+    run_main(capsys, "--checkpoint_path", folder / "model.pth", "--interactive", "--chat", "--max_new_tokens", 8, "--device", "cpu", "--dtype", "fp32")
+    assert len(asked) == 3
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("argv, named", [
+    (["--prompt", ""], "--prompt is empty"), (["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--max_new_tokens", "-3"], "--max_new_tokens -3"),
+    (["--batch_size", "0"], "--batch_size 0"), (["--num_samples", "0"], "--num_samples 0"), (["--temperature", "-1"], "--temperature -1"),
+    (["--temperature", "nan"], "--temperature nan"), (["--top_p", "0"], "--top_p 0"), (["--top_p", "1.5"], "--top_p 1.5"), (["--top_k", "-1"], "--top_k -1"),
+    (["--device", "tpu9"], "tpu9"), (["--device", "meta"], "meta"), (["--prompt", "500"], "exceed the model's context of 512"),
+    (["--prompt", "0"], "--prompt is empty"), (["--max_seq_length", "513"], "--max_seq_length 513"), (["--max_seq_length", "20"], "--max_seq_length 20 is less"),
+    (["--prompt_file", "/nowhere.txt"], "/nowhere.txt"), (["--chat"], "no chat template"), (["--device", "cpu", "--dtype", "fp16"], "fp16"),
+    (["--checkpoint_path", "/nowhere/model.pth"], "/nowhere/model.pth")])
+def test_bad_input_is_refused_in_a_line(folder, argv, named, capsys):
+    with pytest.raises(UserError) as refused:
+        main(["--checkpoint_path", str(folder / "model.pth"), "--num_samples", "1", "--device", "cpu", *argv])
+    assert named in str(refused.value)
+    assert cli.fail(str(refused.value)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_asked_for_and_absent(folder):
+    with pytest.raises(UserError, match="--device cuda: .*sees no CUDA device"):
+        main(["--checkpoint_path", str(folder / "model.pth"), "--device", "cuda"])
+
+
+def test_damaged_checkpoints(tmp_path):
+    folder = tiny.save(tiny.reference("qwen2"), tmp_path)
+    load_model(folder / "model.pth")
+    whole = (folder / "model.pth").read_bytes()
+    for bad in (whole[:len(whole) // 2], whole[:100], b"", b"not a checkpoint" * 100):
+        (folder / "model.pth").write_bytes(bad)
+        with pytest.raises(UserError, match="model.pth is not a checkpoint"):
+            load_model(folder / "model.pth")
+    torch.save({"version": 99, "quantization": None, "state_dict": {}}, folder / "model.pth")
+    with pytest.raises(UserError, match="version 99"):
+        load_model(folder / "model.pth")
+    torch.save({"layers": torch.zeros(3)}, folder / "model.pth")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_model(folder / "model.pth")
+
+
+def test_checkpoint_of_another_shape_or_without_config(tmp_path):
+    folder = tiny.save(tiny.reference("qwen2"), tmp_path)
+    load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for change in (dict(hidden_size=128), dict(num_hidden_layers=4), dict(num_hidden_layers=2), dict(model_type="qwen3")):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match="does not fit its config.json"):
+            load_model(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(UserError, match="bert"):
+        load_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json"):
+        load_model(folder)
+
+
+def test_out_of_memory_says_what_was_needed(folder, loaded, monkeypatch):
+    monkeypatch.setattr(generate, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="out of memory: the weights of .* take .* GB, and .* GB are free"):
+        load_model(folder / "model.pth")
+    with pytest.raises(UserError, match="out of memory: keys and values of 7 x 500 positions"):
+        next(Generator(*loaded).generate([[1]] * 7, 10, max_seq_length=500))
+
+
+def test_without_a_compiler_it_says_so_and_runs_eagerly(folder):
+    """With a real compiler setting that cannot work, in a fresh process: the kernels' build fails too."""
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", folder / "model.pth", "--compile", "--num_samples", "1", "--device", "cpu",
+                           "--max_new_tokens", "8"], capture_output=True, text=True,
+                          env={"PATH": "/nonexistent", "CXX": "/nonexistent/c++", "HOME": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+                               "TORCH_EXTENSIONS_DIR": str(folder / "extensions")})
+    assert done.returncode == 0, done.stderr
+    assert "Average tokens/sec" in done.stdout
+    assert "--compile: no working C++ compiler" in done.stderr
+
+
+def test_the_command_exits_with_2_and_one_line(folder):
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", "/nowhere/model.pth"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --checkpoint_path /nowhere/model.pth")
+
+
+def test_default_dtype_never_picks_fp16_on_a_cpu(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(generate.kernels, "cpu_has_bf16", lambda: has)
+        assert generate.default_dtype(cpu) == expected
+    for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert generate.default_dtype(cuda) == expected
