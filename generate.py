@@ -162,7 +162,7 @@ class Generator:
         if compile:
             self.decode = torch.compile(self.decode_step, fullgraph=True, **compile_settings(model.device))
         if compile_prefill:
-            self.prefill = torch.compile(model.forward, fullgraph=True, dynamic=True)
+            self.prefill = torch.compile(model.forward, fullgraph=True)
 
     def decode_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
         """Next ids [B, 1] after idx [B, 1] at input_pos [B, 1]."""
@@ -228,9 +228,17 @@ class Generator:
             chunk = padded[:, begin:begin + PREFILL_CHUNK].to(device)
             last = (lengths - 1 - begin)[:, None]
             inside = (last >= 0) & (last < chunk.size(1))
-            new = self.prefill(chunk, torch.arange(begin, begin + chunk.size(1), device=device), last.clamp(0, chunk.size(1) - 1).to(device))
+            new = self.forward_chunk(chunk, torch.arange(begin, begin + chunk.size(1), device=device), last.clamp(0, chunk.size(1) - 1).to(device))
             logits = new if logits is None else torch.where(inside[:, :, None].to(device), new, logits)
         return logits
+
+    def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
+        """Through the compiled prefill, which takes any length but 1: the compiler would make a special case of it."""
+        if idx.size(1) == 1:
+            return self.model(idx, input_pos, logits_at)
+        torch._dynamo.maybe_mark_dynamic(idx, 1)
+        torch._dynamo.maybe_mark_dynamic(input_pos, 0)
+        return self.prefill(idx, input_pos, logits_at)
 
 
 def compile_settings(device: torch.device) -> dict:
@@ -302,7 +310,7 @@ class Timing:
 
 def stream(generator: Generator, tokenizer: Tokenizer, prompts, show: bool, **request) -> tuple[list[list[int]], Timing]:
     """Runs one request to its end, printing row 0's text as it comes."""
-    decoder, out, first, steps = StreamDecoder(tokenizer), [[] for _ in prompts], 0.0, 0
+    decoder, out, first, steps = StreamDecoder(tokenizer, True, after=prompts[0]), [[] for _ in prompts], 0.0, 0
     start = time.perf_counter()
     try:
         for ids in generator.generate(prompts, **request):
@@ -365,7 +373,7 @@ def chat(generator: Generator, tokenizer: Tokenizer, args: argparse.Namespace, r
             print(f"The conversation and this message are {len(prompt)} tokens, and --max_seq_length is {request['max_seq_length']}: /reset begins anew.")
             continue
         answer: list[int] = []
-        decoder = StreamDecoder(tokenizer)
+        decoder = StreamDecoder(tokenizer, skip_special=True, after=prompt)
         try:
             for (i,) in generator.generate([prompt], **{**request, "max_new_tokens": min(room, request["max_new_tokens"])}, keep_cache=True):
                 answer.append(i)
@@ -453,11 +461,11 @@ def main(argv: list[str] | None = None) -> None:
         request["seed"] = None if args.seed is None else args.seed + number - 1
         profiler = torch.profiler.profile() if args.profile and number == args.num_samples else None
         if not args.chat and not args.prompt.isdigit():
-            print(tokenizer.decode(prompts[0]), end="", flush=True)
+            print(tokenizer.decode(prompts[0], skip_special=True), end="", flush=True)
         with profiler or torch.inference_mode():
             rows, timing = stream(generator, tokenizer, prompts, show=True, **request)
         for row in rows[1:]:
-            print(f"--- \n{'' if args.chat else tokenizer.decode(prompts[0])}{tokenizer.decode(row)}")
+            print(f"---\n{tokenizer.decode(row if args.chat else prompts[0] + row, skip_special=True)}")
         rates.append(report(timing, number, weights, device))
         if profiler:
             profiler.export_chrome_trace(str(args.profile))

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from cli import written_whole
 from generate import DEMO, Generator, Sampling, bytes_read_per_token, load_model, reserve_cache, warm_up
 from model import ModelArgs, Transformer, rope_frequencies, rotate
@@ -63,10 +64,9 @@ def run_bandwidth(job: dict, args: ModelArgs) -> dict:
     """Bytes/s read from a buffer far larger than the caches, several ways; the best of each way's repetitions."""
     cuda = job["device"].startswith("cuda")
     numbers = torch.ones((4 if cuda else 1) << 28, device=job["device"])
-    matrix, vector = numbers.view(1 << 14, -1), torch.ones(numbers.numel() >> 14, device=job["device"])
     parts, pool = numbers.chunk(job["threads"]), ThreadPoolExecutor(job["threads"])
     ways: dict[str, Callable] = {"sum of fp32": numbers.sum, "sum of int64": numbers.view(torch.int64).sum, "maximum": numbers.amax,
-                                 "dot product": lambda: torch.dot(numbers, numbers), "matrix-vector product": lambda: torch.mv(matrix, vector)}
+                                 "sum of bf16": numbers.view(torch.bfloat16).sum, "dot product": lambda: torch.dot(numbers, numbers)}
     if cuda:
         ways["compiled sum of fp32"] = torch.compile(numbers.sum)
     else:
@@ -111,6 +111,7 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
     """Greedy decoding through Generator, as generate.py does it; the sweeps step the decoder at a position of a cache filled beforehand."""
     dtype, device = getattr(torch, job["dtype"]), torch.device(job["device"])
     folder = Path(job["checkpoint_path"] or random_checkpoint(job["config"], dtype, Path(job["work_dir"]) / f"{job['name']}-{job['dtype']}"))
+    path = kernels.describe(device)                                      # builds the kernels, once on a machine
     start = time.perf_counter()
     model, _ = load_model(folder, device, dtype)
     if job["quantization"] != "none":
@@ -124,14 +125,13 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
     reset_peak_memory()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     ttft_s, seconds = token_times(generator.generate(prompt, tokens + 1, **request), time.perf_counter())
-    main = measured(seconds, ttft_s, peak_memory(), f"torch {torch.__version__}", load_s=load_s, compile_s=compile_s if job["compile"] else None,
+    main = measured(seconds, ttft_s, peak_memory(), f"torch {torch.__version__} ({path})", load_s=load_s, compile_s=compile_s if job["compile"] else None,
                     recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs, weight_bytes=bytes_read_per_token(model))
 
     def prepared(batch: int, capacity: int) -> Generator:
         """A generator for another shape of cache; every page of the cache is real."""
         torch.compiler.reset()
-        reserve_cache(model, batch, 0)
-        model.max_seq_length = 0                                         # also give up a larger cache
+        model.max_seq_length = 0                                         # a larger cache is given up too
         reserve_cache(model, batch, capacity)
         for layer in model.layers:
             layer.attention.kv_cache.k_cache.fill_(0.01)

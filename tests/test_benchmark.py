@@ -1,12 +1,11 @@
 """The benchmark's arithmetic against figures worked out by hand, its tables, and what it does about programs that are not there."""
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from cli import UserError
 from model import PUBLISHED, ModelArgs
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -157,9 +156,11 @@ def test_a_worker_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path
     assert measured["skipped"] == ["plain none failed: RuntimeError: no"]
 
 
-def test_a_position_past_the_model_is_refused():
-    done = subprocess.run([sys.executable, SCRIPTS / "benchmark.py", "--model", "Llama-2-7B", "--positions", "5000"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --prompt_length, --positions") and "4096" in done.stderr
+@pytest.mark.parametrize("flags, named", [
+    (["--model", "Llama-2-7B", "--positions", "4050"], "--positions"), (["--capacities", "64"], "--capacities 64"), (["--rounds", "0"], "--rounds 0")])
+def test_flags_that_cannot_be_are_refused(flags, named):
+    with pytest.raises(UserError, match=named):
+        benchmark.main(flags)
 
 
 TINY = dict(model_type="qwen3", num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=128,

@@ -430,8 +430,9 @@ def test_same_tokenizer(loaded, folders, tmp_path):
     assert "token 702 is b'<|im_end|>'" in same_tokenizer(loaded["qwen3"], other)
 
 
-@pytest.mark.parametrize("name, content", [("tokenizer.json", b"{"), ("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff\xfe"), ("tokenizer.model", b""),
-                                           ("tokenizer.model", b"garbage" * 9), ("qwen.tiktoken", b"no ranks"), ("qwen.tiktoken", b"IQ== 0\n")])
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", b"{"), ("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff\xfe"), ("tokenizer.model", b""),
+    ("tokenizer.model", b"garbage" * 9), ("qwen.tiktoken", b"no ranks"), ("qwen.tiktoken", b"IQ== 0\n")])
 def test_broken_files_are_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
