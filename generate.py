@@ -132,9 +132,10 @@ class Sampling:
 
 def sample(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     """Draws ids [B, 1] from logits [B, V] by the Gumbel-max trick: argmax(logits / T - log E), E exponential noise [B, candidates] in fp32."""
+    logits = logits.float()
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / sampling.temperature
+    logits = logits / sampling.temperature
     n = noise.size(-1)
     if n < logits.size(-1) or sampling.top_p is not None:
         logits, ids = logits.topk(n, dim=-1)                       # sorted, the most probable first

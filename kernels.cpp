@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <omp.h>
 #include <torch/library.h>
 
@@ -28,9 +29,9 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
-// Bytes that the weights are asked for ahead of their use. The hardware's own prefetcher stops at every 4 KB page.
-constexpr int AHEAD = 4096;
 constexpr int MAX_TOKENS = 16;
 
 INLINE f32x16 splat(float value) { return value - f32x16{}; }
@@ -58,6 +59,26 @@ INLINE f32x16 load16(const BFloat16* p) {          // a bf16 is the upper half o
     return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
 #else
     return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+#endif
+}
+
+INLINE f32x16 load16(const int8_t* p) {
+    i8x16 v;
+    std::memcpy(&v, p, sizeof v);
+#ifdef __AVX512F__
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v));
+#else
+    return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
+#endif
+}
+
+INLINE f32x16 load16(const uint8_t* p) {
+    u8x16 v;
+    std::memcpy(&v, p, sizeof v);
+#ifdef __AVX512F__
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)v));
+#else
+    return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
 #endif
 }
 
@@ -98,48 +119,32 @@ struct Lanes<BFloat16> {
 
 // ---- linear: y[m, n] = sum_k x[m, k] w[n, k]
 
-// R rows of w against M tokens. U independent sums per product hide the latency of the multiply-add.
-template <typename T, int R, int M>
-INLINE void dot_rows(const T* w, const T* x, T* y, int64_t K, int64_t N) {
-    using L = Lanes<T>;
-    constexpr int U = R * M >= 4 ? 1 : 4 / (R * M);
-    f32x16 acc[R][M][U] = {};
-    int64_t k = 0;
-    for (; k + U * L::N <= K; k += U * L::N)
-        UNROLL for (int u = 0; u < U; u++) {
-            typename L::Reg wv[R];
-            UNROLL for (int r = 0; r < R; r++) {
-                const T* p = w + r * K + k + u * L::N;
-                __builtin_prefetch((const char*)p + AHEAD);
-                wv[r] = L::load(p);
-            }
-            UNROLL for (int m = 0; m < M; m++) {
-                auto xv = L::load(x + m * K + k + u * L::N);
-                UNROLL for (int r = 0; r < R; r++) acc[r][m][u] = L::dot(acc[r][m][u], wv[r], xv);
-            }
-        }
-    for (; k < K; k += L::N) {
-        int n = std::min<int64_t>(L::N, K - k);
-        UNROLL for (int r = 0; r < R; r++) {
-            auto wv = n == L::N ? L::load(w + r * K + k) : L::load_first(w + r * K + k, n);
-            UNROLL for (int m = 0; m < M; m++)
-                acc[r][m][0] = L::dot(acc[r][m][0], wv, n == L::N ? L::load(x + m * K + k) : L::load_first(x + m * K + k, n));
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int m = 0; m < M; m++) {
-            UNROLL for (int u = 1; u < U; u++) acc[r][m][0] += acc[r][m][u];
-            y[m * N + r] = sum(acc[r][m][0]);
-        }
-}
-
-// Rows begin .. end, one after the other: a core reads its weights as one stream. More tokens share the loads of x between two rows.
+// Rows begin .. end of w against M tokens, one after the other: a core reads its weights as one stream, which is what the hardware's prefetcher
+// follows best (two rows at once ran at half the speed, and prefetching by hand took a tenth off).
+// U independent sums per product hide the latency of the multiply-add.
 template <typename T, int M>
 void linear_range(const T* w, const T* x, T* y, int64_t begin, int64_t end, int64_t K, int64_t N) {
-    constexpr int R = M < 4 ? 1 : 2;
-    int64_t n = begin;
-    for (; n + R <= end; n += R) dot_rows<T, R, M>(w + n * K, x, y + n, K, N);
-    for (; n < end; n++) dot_rows<T, 1, M>(w + n * K, x, y + n, K, N);
+    using L = Lanes<T>;
+    constexpr int U = M >= 4 ? 1 : 4 / M;
+    for (int64_t row = begin; row < end; row++) {
+        const T* p = w + row * K;
+        f32x16 acc[M][U] = {};
+        int64_t k = 0;
+        for (; k + U * L::N <= K; k += U * L::N)
+            UNROLL for (int u = 0; u < U; u++) {
+                const auto wv = L::load(p + k + u * L::N);
+                UNROLL for (int m = 0; m < M; m++) acc[m][u] = L::dot(acc[m][u], wv, L::load(x + m * K + k + u * L::N));
+            }
+        for (; k < K; k += L::N) {
+            const int n = std::min<int64_t>(L::N, K - k);
+            const auto wv = n == L::N ? L::load(p + k) : L::load_first(p + k, n);
+            UNROLL for (int m = 0; m < M; m++) acc[m][0] = L::dot(acc[m][0], wv, n == L::N ? L::load(x + m * K + k) : L::load_first(x + m * K + k, n));
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+            UNROLL for (int u = 1; u < U; u++) acc[m][0] += acc[m][u];
+            y[m * N + row] = sum(acc[m][0]);
+        }
+    }
 }
 
 template <typename T>
@@ -154,8 +159,8 @@ void linear_typed(const Tensor& x, const Tensor& weight, Tensor& y, int64_t M) {
     const int64_t N = weight.size(0), K = weight.size(1);
     const T *xp = x.const_data_ptr<T>(), *wp = weight.const_data_ptr<T>();
     T* yp = y.mutable_data_ptr<T>();
-    // More than 8 tokens do not fit the registers: they go in two turns over rows that the cache still holds.
-    const int64_t first = M > 8 ? (M + 1) / 2 : M, block = M > 8 ? 8 : N;
+    // More than 8 tokens do not fit the registers: they go in two turns over a row that the cache still holds.
+    const int64_t first = M > 8 ? (M + 1) / 2 : M, block = M > 8 ? 1 : N;
 #pragma omp parallel num_threads(at::get_num_threads())
     {
         const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -424,14 +429,315 @@ Tensor attend(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, co
     return out;
 }
 
+// ---- int8 and int4 weights
+//
+// With VNNI the activations are rounded to int8 in groups along k, each with a scale of its own, and the products are summed as integers.
+// Without it, or where `exact` is asked for, the weights are converted to fp32 on their way.
+
+#ifdef __AVX512VNNI__
+constexpr bool HAVE_VNNI = true;
+#else
+constexpr bool HAVE_VNNI = false;
+#endif
+
+// M tokens of x in fp32, each padded with zeros, and rounded to int8: x[k] ~ scale * q[k], one scale per G values of k.
+struct Activations {
+    int64_t padded, groups;                                // lengths of one token's rows
+    std::vector<float> x, scale, sums;                     // sums: of the (rounded) x over each group
+    std::vector<int8_t> q;
+
+    template <typename T>
+    Activations(const T* source, int64_t M, int64_t K, int64_t padded_, int64_t G, bool round)
+        : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups), q(round ? M * padded : 0) {
+        for (int64_t m = 0; m < M; m++) {
+            int64_t k = 0;
+            for (; k + 16 <= K; k += 16) store16(x.data() + m * padded + k, load16(source + m * K + k));
+            for (; k < K; k++) x[m * padded + k] = source[m * K + k];
+        }
+        for (int64_t i = 0; i < M * groups; i++) {
+            const float* from = x.data() + i * G;
+            f32x16 high = {}, total = {};
+            for (int64_t j = 0; j < G; j += 16) {
+                const f32x16 v = load16(from + j);
+                high = max16(high, max16(v, -v));
+                total += v;
+            }
+            if (round) {
+                float highest = 0;
+                for (int j = 0; j < 16; j++) highest = std::max(highest, high[j]);
+                const float inverse = highest > 0 ? 127.0f / highest : 0.0f, magic = 12582912.0f;   // adding 1.5 * 2^23 rounds to an integer
+                total = f32x16{};
+                for (int64_t j = 0; j < G; j += 16) {
+                    const f32x16 shifted = load16(from + j) * inverse + magic;
+                    const i8x16 bytes = __builtin_convertvector((i32x16)shifted, i8x16);            // whose low byte is what we want
+                    std::memcpy(q.data() + i * G + j, &bytes, sizeof bytes);
+                    total += shifted - magic;
+                }
+                scale[i] = highest / 127.0f;
+            }
+            sums[i] = sum(total) * scale[i];
+        }
+    }
+};
+
+constexpr int TILE = 4;                                    // tokens that share one pass over the weights
+
+// ---- int8: w [N, K] as stored, y[m, n] = scale[n] * sum_k w[n, k] x[m, k]
+
+constexpr int G8 = 64;                                     // activations to a scale: one register of weights
+
+template <int M, bool exact>
+INLINE void int8_row(const int8_t* w, const Activations& a, int64_t first, int64_t K, float* out) {
+    f32x16 acc[M] = {};
+    int64_t k = 0;
+#ifdef __AVX512VNNI__
+    if constexpr (!exact) {
+        // dpbusd wants one side unsigned: w + 128 stands in for w, and the caller takes 128 * sum(x) off again.
+        const __m512i flip = _mm512_set1_epi8((char)0x80);
+        for (int64_t g = 0; k < K; k += G8, g++) {
+            const __m512i raw = k + G8 <= K ? _mm512_loadu_si512(w + k) : _mm512_maskz_loadu_epi8((1ull << (K - k)) - 1, w + k);
+            const __m512i wv = _mm512_xor_si512(raw, flip);
+            UNROLL for (int m = 0; m < M; m++) {
+                const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), wv, _mm512_loadu_si512(a.q.data() + (first + m) * a.padded + k));
+                acc[m] += (f32x16)_mm512_cvtepi32_ps(dots) * a.scale[(first + m) * a.groups + g];
+            }
+        }
+    }
+#endif
+    for (; k + 16 <= K; k += 16) {
+        const f32x16 wv = load16(w + k);
+        UNROLL for (int m = 0; m < M; m++) acc[m] += wv * load16(a.x.data() + (first + m) * a.padded + k);
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+        out[m] = sum(acc[m]);
+        for (int64_t j = k; j < K; j++) out[m] += w[j] * a.x[(first + m) * a.padded + j];
+    }
+}
+
+template <bool exact>
+constexpr decltype(&int8_row<1, exact>) int8_rows[] = {nullptr, int8_row<1, exact>, int8_row<2, exact>, int8_row<3, exact>, int8_row<4, exact>};
+
+template <typename T, bool exact>
+void int8_decode(const Tensor& x, const Tensor& weight, const Tensor& scale, Tensor& y, int64_t M) {
+    const int64_t N = weight.size(0), K = weight.size(1);
+    const Activations a(x.const_data_ptr<T>(), M, K, (K + G8 - 1) / G8 * G8, G8, !exact);
+    float offset[MAX_TOKENS] = {};
+    if (!exact)
+        for (int64_t i = 0; i < M * a.groups; i++) offset[i / a.groups] += 128.0f * a.sums[i];
+    const int8_t* w = weight.const_data_ptr<int8_t>();
+    const float* scales = scale.const_data_ptr<float>();
+    T* yp = y.mutable_data_ptr<T>();
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+        const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (int64_t n = N * id / threads; n < N * (id + 1) / threads; n++)
+            for (int64_t m = 0; m < M; m += TILE) {
+                float out[TILE];
+                const int64_t tokens = std::min<int64_t>(TILE, M - m);
+                int8_rows<exact>[tokens](w + n * K, a, m, K, out);
+                for (int64_t i = 0; i < tokens; i++) yp[(m + i) * N + n] = (out[i] - offset[m + i]) * scales[n];
+            }
+    }
+}
+
+// Many tokens: a part of the weights at a time is converted, small enough for the cache, and multiplied by PyTorch.
+constexpr int64_t PART = 1 << 21;
+
+template <typename T>
+void int8_prefill(const Tensor& x, const Tensor& weight, const Tensor& scale, Tensor& y) {
+    const int64_t N = weight.size(0), K = weight.size(1), step = std::max<int64_t>(64, PART / std::max<int64_t>(K, 1));
+    const int8_t* w = weight.const_data_ptr<int8_t>();
+    auto part = at::empty({std::min(step, N), K}, x.options());
+    for (int64_t n = 0; n < N; n += step) {
+        const int64_t rows = std::min(step, N - n);
+        T* to = part.mutable_data_ptr<T>();
+#pragma omp parallel for num_threads(at::get_num_threads())
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t k = 0;
+            for (; k + 16 <= K; k += 16) store16(to + i * K + k, load16(w + (n + i) * K + k));
+            for (; k < K; k++) to[i * K + k] = w[(n + i) * K + k];
+        }
+        auto out = y.narrow(1, n, rows);
+        out.copy_(at::mm(x, part.narrow(0, 0, rows).t()).mul_(scale.narrow(0, n, rows)));
+    }
+}
+
+// x [..., K] bf16 or fp32, weight int8 [N, K], scale fp32 [N] -> [..., N]
+Tensor int8_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale, bool exact) {
+    TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.is_contiguous() && x_.dim() >= 1 && x_.size(-1) == weight.size(1) &&
+                scale.scalar_type() == at::kFloat && scale.is_contiguous() && scale.numel() == weight.size(0),
+                "int8_linear: x ", x_.sizes(), ", weight ", weight.sizes(), " ", weight.scalar_type(), ", scale ", scale.sizes(), " ", scale.scalar_type());
+    auto x = x_.reshape({-1, weight.size(1)}).contiguous();
+    auto y = at::empty({x.size(0), weight.size(0)}, x.options());
+    const int64_t M = x.size(0);
+    const auto run = [&](auto zero) {
+        using T = decltype(zero);
+        if (M > MAX_TOKENS) int8_prefill<T>(x, weight, scale, y);
+        else if (M > 0 && HAVE_VNNI && !exact) int8_decode<T, false>(x, weight, scale, y, M);
+        else if (M > 0) int8_decode<T, true>(x, weight, scale, y, M);
+    };
+    TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "int8_linear: dtype ", x.scalar_type());
+    if (x.scalar_type() == at::kBFloat16) run(BFloat16());
+    else run(0.0f);
+    auto sizes = x_.sizes().vec();
+    sizes.back() = weight.size(0);
+    return y.view(sizes);
+}
+
+// ---- int4: w[n, k] = scale[n, k / G] * (q[n, k] - zero[n, k / G]), packed in blocks of 16 rows
+//
+// packed [N / 16, K / 32, 4, 16, 4]: for 32 values of k four registers, each of which holds 8 of them for 16 rows. A byte is two values of q:
+// register j, row r, byte b holds k = 8 j + b in its lower half and k = 8 j + 4 + b in its upper half. scales, zeros [N / 16, K / G, 16].
+
+constexpr int G4 = 32;                                     // activations to a scale
+constexpr int ROWS = 16;
+
+struct Int4 {
+    const uint8_t* packed;
+    const BFloat16* scales;
+    const uint8_t* zeros;
+    int64_t groups, per;                                   // groups of G along k, and how many times 32 values are in one
+    int64_t units() const { return groups * per; }
+};
+
+// Sixteen rows against M tokens.
+template <int M, bool exact>
+INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64_t first, f32x16* out) {
+    const uint8_t* p = w.packed + block * w.units() * 256;
+    f32x16 acc[M] = {};
+    for (int64_t g = 0; g < w.groups; g++) {
+        const f32x16 scale = load16(w.scales + (block * w.groups + g) * ROWS), zero = load16(w.zeros + (block * w.groups + g) * ROWS);
+        for (int64_t unit = g * w.per; unit < (g + 1) * w.per; unit++, p += 256) {
+            f32x16 dots[M] = {};
+#ifdef __AVX512VNNI__
+            if constexpr (!exact) {
+                const __m512i low = _mm512_set1_epi8(15);
+                __m512i whole[M];
+                UNROLL for (int m = 0; m < M; m++) whole[m] = _mm512_setzero_si512();
+                UNROLL for (int j = 0; j < 4; j++) {
+                    const __m512i both = _mm512_loadu_si512(p + 64 * j);
+                    const __m512i lower = _mm512_and_si512(both, low), upper = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+                    UNROLL for (int m = 0; m < M; m++) {
+                        int32_t q[2];
+                        std::memcpy(q, a.q.data() + (first + m) * a.padded + unit * G4 + 8 * j, sizeof q);
+                        whole[m] = _mm512_dpbusd_epi32(whole[m], lower, _mm512_set1_epi32(q[0]));
+                        whole[m] = _mm512_dpbusd_epi32(whole[m], upper, _mm512_set1_epi32(q[1]));
+                    }
+                }
+                UNROLL for (int m = 0; m < M; m++) dots[m] = (f32x16)_mm512_cvtepi32_ps(whole[m]);
+            }
+#endif
+            if constexpr (exact)
+                for (int j = 0; j < 4; j++) {
+                    u32x16 eight;
+                    std::memcpy(&eight, p + 64 * j, sizeof eight);
+                    UNROLL for (int i = 0; i < 8; i++) {           // lower halves of bytes 0 .. 3, then the upper ones
+                        const f32x16 q = __builtin_convertvector((i32x16)((eight >> (i < 4 ? 8 * i : 8 * (i - 4) + 4)) & 15), f32x16);
+                        UNROLL for (int m = 0; m < M; m++) dots[m] += q * a.x[(first + m) * a.padded + unit * G4 + 8 * j + i];
+                    }
+                }
+            UNROLL for (int m = 0; m < M; m++) {
+                const int64_t i = (first + m) * a.groups + unit;
+                acc[m] += scale * (dots[m] * a.scale[i] - zero * a.sums[i]);
+            }
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) out[m] = acc[m];
+}
+
+template <bool exact>
+constexpr decltype(&int4_block<1, exact>) int4_blocks[] = {nullptr, int4_block<1, exact>, int4_block<2, exact>, int4_block<3, exact>, int4_block<4, exact>};
+
+template <typename T, bool exact>
+void int4_decode(const Tensor& x, const Int4& w, Tensor& y, int64_t M) {
+    const int64_t N = y.size(1), blocks = (N + ROWS - 1) / ROWS;
+    const Activations a(x.const_data_ptr<T>(), M, x.size(1), w.units() * G4, G4, !exact);
+    T* yp = y.mutable_data_ptr<T>();
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+        const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (int64_t block = blocks * id / threads; block < blocks * (id + 1) / threads; block++)
+            for (int64_t m = 0; m < M; m += TILE) {
+                f32x16 out[TILE];
+                const int64_t tokens = std::min<int64_t>(TILE, M - m), n = block * ROWS;
+                int4_blocks<exact>[tokens](w, block, a, m, out);
+                for (int64_t i = 0; i < tokens; i++)
+                    if (n + ROWS <= N) store16(yp + (m + i) * N + n, out[i]);
+                    else
+                        for (int64_t r = 0; r < N - n; r++) yp[(m + i) * N + n + r] = out[i][r];
+            }
+    }
+}
+
+// Many tokens, as for int8. The part is written as [K, rows]: the sixteen rows of a block lie side by side.
+template <typename T>
+void int4_prefill(const Tensor& x_, const Int4& w, Tensor& y) {
+    const int64_t N = y.size(1), K = x_.size(1), padded = w.units() * G4;
+    const int64_t step = std::max<int64_t>(64, PART / padded / 64 * 64);
+    auto part = at::empty({padded, std::min(step, (N + ROWS - 1) / ROWS * ROWS)}, x_.options());
+    const int64_t width = part.size(1);
+    for (int64_t n = 0; n < N; n += step) {
+        const int64_t rows = std::min(step, N - n);
+        T* to = part.mutable_data_ptr<T>();
+#pragma omp parallel for num_threads(at::get_num_threads())
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            const int64_t block = (n + r) / ROWS;
+            for (int64_t unit = 0; unit < w.units(); unit++) {
+                const int64_t g = block * w.groups + unit / w.per;
+                const f32x16 scale = load16(w.scales + g * ROWS), zero = load16(w.zeros + g * ROWS);
+                for (int j = 0; j < 4; j++) {
+                    u32x16 eight;
+                    std::memcpy(&eight, w.packed + (block * w.units() + unit) * 256 + 64 * j, sizeof eight);
+                    UNROLL for (int i = 0; i < 8; i++) {
+                        const f32x16 q = __builtin_convertvector((i32x16)((eight >> (i < 4 ? 8 * i : 8 * (i - 4) + 4)) & 15), f32x16);
+                        store16(to + (unit * G4 + 8 * j + i) * width + r, scale * (q - zero));
+                    }
+                }
+            }
+        }
+        y.narrow(1, n, rows).copy_(at::mm(x_, part.narrow(0, 0, K).narrow(1, 0, rows)));
+    }
+}
+
+// x [..., K] bf16 or fp32 -> [..., N]; the rest as above, G = 32 * (K / 32) / (K / G) with K padded to a multiple of G
+Tensor int4_linear(const Tensor& x_, const Tensor& packed, const Tensor& scales, const Tensor& zeros, int64_t N, bool exact) {
+    const int64_t K = x_.size(-1), blocks = (N + ROWS - 1) / ROWS;
+    TORCH_CHECK(packed.dim() == 5 && packed.scalar_type() == at::kByte && packed.is_contiguous() && packed.size(0) == blocks && scales.dim() == 3 &&
+                scales.scalar_type() == at::kBFloat16 && scales.is_contiguous() && scales.size(0) == blocks && zeros.sizes() == scales.sizes() &&
+                zeros.scalar_type() == at::kByte && zeros.is_contiguous() && scales.size(1) > 0 && packed.size(1) % scales.size(1) == 0 &&
+                K <= packed.size(1) * G4 && K > packed.size(1) * G4 - packed.size(1) / scales.size(1) * G4,
+                "int4_linear: x ", x_.sizes(), ", packed ", packed.sizes(), ", scales ", scales.sizes(), ", zeros ", zeros.sizes(), ", N ", N);
+    const Int4 w{packed.const_data_ptr<uint8_t>(), scales.const_data_ptr<BFloat16>(), zeros.const_data_ptr<uint8_t>(), scales.size(1),
+                 packed.size(1) / scales.size(1)};
+    auto x = x_.reshape({-1, K}).contiguous();
+    auto y = at::empty({x.size(0), N}, x.options());
+    const int64_t M = x.size(0);
+    const auto run = [&](auto zero) {
+        using T = decltype(zero);
+        if (M > MAX_TOKENS) int4_prefill<T>(x, w, y);
+        else if (M > 0 && HAVE_VNNI && !exact) int4_decode<T, false>(x, w, y, M);
+        else if (M > 0) int4_decode<T, true>(x, w, y, M);
+    };
+    TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "int4_linear: dtype ", x.scalar_type());
+    if (x.scalar_type() == at::kBFloat16) run(BFloat16());
+    else run(0.0f);
+    auto sizes = x_.sizes().vec();
+    sizes.back() = N;
+    return y.view(sizes);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(qwen_fast, m) {
     m.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
     m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", {at::Tag::pt2_compliant_tag});
+    m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
+    m.def("int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros, int out_features, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(qwen_fast, CPU, m) {
     m.impl("linear", &linear);
     m.impl("attend", &attend);
+    m.impl("int8_linear", &int8_linear);
+    m.impl("int4_linear", &int4_linear);
 }

@@ -105,6 +105,14 @@ def register_fakes() -> None:
     def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
         return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))
 
+    @torch.library.register_fake("qwen_fast::int8_linear")
+    def _(x: Tensor, weight: Tensor, scale: Tensor, exact: bool) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.size(0))
+
+    @torch.library.register_fake("qwen_fast::int4_linear")
+    def _(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, exact: bool) -> Tensor:
+        return x.new_empty(*x.shape[:-1], out_features)
+
 
 def describe(device: torch.device | str = "cpu") -> str:
     """Which path runs on the device, in one line for the user."""
@@ -159,6 +167,78 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
+
+
+# ---- linear with int8 weights: w = scale * q, one scale per row
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, exact: bool = False) -> Tensor:
+    """x [..., K_in], weight int8 [N, K_in], scale fp32 [N] -> [..., N].
+
+    Unless exact, up to 16 tokens of activations may be rounded to int8, in groups of 64 with a scale each (on CPUs with VNNI).
+    """
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous() and ready():
+        return torch.ops.qwen_fast.int8_linear(x, weight, scale, exact)
+    return int8_linear_reference(x, weight, scale)
+
+
+def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+
+
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """What the kernels make of activations x [..., K_in] (64 to a group beside int8 weights, 32 beside int4), in fp32."""
+    padded = F.pad(x.float(), (0, -x.size(-1) % group)).unflatten(-1, (-1, group))
+    high = padded.abs().amax(-1, keepdim=True)
+    rounded = torch.where(high > 0, (padded * (127.0 / high)).round() * (high / 127.0), 0.0)
+    return rounded.flatten(-2)[..., :x.size(-1)]
+
+
+# ---- linear with int4 weights: w = scale * (q - zero), scale and zero per row and group of G along K_in
+#
+# As stored: weight uint8 [N, K_in / 2], byte i holds q of column 2 i in its lower half and of column 2 i + 1 in its upper half;
+# scales [N, K_in / G], zeros uint8 [N, K_in / G].
+# Packed for the CPU: blocks of 16 rows, [N / 16, K_in / 32, 4, 16, 4] (kernels.cpp says what goes where), scales bf16 and zeros [N / 16, K_in / G, 16].
+# K_in is padded to whole groups and N to whole blocks.
+
+def unpack_int4(weight: Tensor) -> Tensor:
+    """uint8 [N, K_in / 2] -> the values 0 .. 15, uint8 [N, K_in]."""
+    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)
+
+
+def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The stored form to the CPU's packed form. groupsize: a multiple of 32."""
+    N, groups = scales.shape
+    q = F.pad(unpack_int4(weight), (0, groups * groupsize - 2 * weight.size(1), 0, -N % 16))
+    q = q.view(-1, 16, groups * groupsize // 32, 4, 2, 4)                  # block, row, unit, register, half, byte
+    lower, upper = q.permute(4, 0, 2, 3, 1, 5)                             # block, unit, register, row, byte
+    packed = huge_empty(lower.shape, torch.uint8)
+    torch.bitwise_or(lower, upper << 4, out=packed)
+
+    def in_blocks(t: Tensor) -> Tensor:
+        return F.pad(t, (0, 0, 0, -N % 16)).view(-1, 16, groups).transpose(1, 2).contiguous()
+    return packed, in_blocks(scales.bfloat16()), in_blocks(zeros.to(torch.uint8))
+
+
+def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The weights [N, K_in] that the packed form stands for."""
+    q = torch.stack((packed & 15, packed >> 4), dim=3)                     # block, unit, register, half, row, byte
+    q = q.permute(0, 4, 1, 2, 3, 5).reshape(len(packed), 16, scales.size(1), -1).to(dtype)
+    w = (q - zeros.to(dtype).transpose(1, 2)[..., None]) * scales.to(dtype).transpose(1, 2)[..., None]
+    return w.flatten(2).flatten(0, 1)[:out_features, :in_features]
+
+
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, exact: bool = False) -> Tensor:
+    """x [..., K_in] and weights as pack_int4 gave them -> [..., N].
+
+    Unless exact, up to 16 tokens of activations may be rounded to int8, in groups of 32 with a scale each (on CPUs with VNNI).
+    """
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and ready():
+        return torch.ops.qwen_fast.int4_linear(x, packed, scales, zeros, out_features, exact)
+    return int4_linear_reference(x, packed, scales, zeros, out_features)
+
+
+def int4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int) -> Tensor:
+    return F.linear(x, dequantize_packed_int4(packed, scales, zeros, out_features, x.size(-1), x.dtype))
 
 
 # ---- attention over the KV cache
