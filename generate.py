@@ -24,6 +24,7 @@ from tokenizer import StreamDecoder, Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo" / "model.pth"
 PREFILL_CHUNK = 1024
+MAPPED_BYTES = 1 << 28
 
 
 # ---- loading
@@ -74,9 +75,13 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     wrong = sorted(expected.keys() ^ state.keys()) or [n for n in expected if expected[n] != state[n].shape]
     if wrong:
         raise UserError(f"{path} does not fit its config.json: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}")
-    for name in list(state):                # one at a time: the file's pages are dropped as the copies are made
-        state[name] = kernels.place(state[name], device, dtype)
-    model.load_state_dict(state, assign=True)
+    placed, held = {}, 0
+    for name in expected:
+        if held > MAPPED_BYTES:             # the file's pages count as this process's memory until the mapping goes
+            state, held = read_state(path), 0
+        placed[name] = kernels.place(state[name], device, dtype)
+        held += state[name].nbytes
+    model.load_state_dict(placed, assign=True)
     return model.eval(), tokenizer
 
 

@@ -119,32 +119,48 @@ struct Lanes<BFloat16> {
 
 // ---- linear: y[m, n] = sum_k x[m, k] w[n, k]
 
-// Rows begin .. end of w against M tokens, one after the other: a core reads its weights as one stream, which is what the hardware's prefetcher
-// follows best (two rows at once ran at half the speed, and prefetching by hand took a tenth off).
-// U independent sums per product hide the latency of the multiply-add.
-template <typename T, int M>
-void linear_range(const T* w, const T* x, T* y, int64_t begin, int64_t end, int64_t K, int64_t N) {
+// R rows of w against M tokens. U independent sums per product hide the latency of the multiply-add.
+template <typename T, int R, int M>
+INLINE void dot_rows(const T* w, const T* x, T* y, int64_t K, int64_t N) {
     using L = Lanes<T>;
-    constexpr int U = M >= 4 ? 1 : 4 / M;
-    for (int64_t row = begin; row < end; row++) {
-        const T* p = w + row * K;
-        f32x16 acc[M][U] = {};
-        int64_t k = 0;
-        for (; k + U * L::N <= K; k += U * L::N)
-            UNROLL for (int u = 0; u < U; u++) {
-                const auto wv = L::load(p + k + u * L::N);
-                UNROLL for (int m = 0; m < M; m++) acc[m][u] = L::dot(acc[m][u], wv, L::load(x + m * K + k + u * L::N));
+    constexpr int U = R * M >= 4 ? 1 : 4 / (R * M);
+    f32x16 acc[R][M][U] = {};
+    int64_t k = 0;
+    for (; k + U * L::N <= K; k += U * L::N)
+        UNROLL for (int u = 0; u < U; u++) {
+            typename L::Reg wv[R];
+            UNROLL for (int r = 0; r < R; r++) {
+                if (R > 1) __builtin_prefetch(w + R * (K + k) + r * L::N);     // the next rows, in the order of their addresses
+                wv[r] = L::load(w + r * K + k + u * L::N);
             }
-        for (; k < K; k += L::N) {
-            const int n = std::min<int64_t>(L::N, K - k);
-            const auto wv = n == L::N ? L::load(p + k) : L::load_first(p + k, n);
-            UNROLL for (int m = 0; m < M; m++) acc[m][0] = L::dot(acc[m][0], wv, n == L::N ? L::load(x + m * K + k) : L::load_first(x + m * K + k, n));
+            UNROLL for (int m = 0; m < M; m++) {
+                const auto xv = L::load(x + m * K + k + u * L::N);
+                UNROLL for (int r = 0; r < R; r++) acc[r][m][u] = L::dot(acc[r][m][u], wv[r], xv);
+            }
         }
-        UNROLL for (int m = 0; m < M; m++) {
-            UNROLL for (int u = 1; u < U; u++) acc[m][0] += acc[m][u];
-            y[m * N + row] = sum(acc[m][0]);
+    for (; k < K; k += L::N) {
+        const int n = std::min<int64_t>(L::N, K - k);
+        UNROLL for (int r = 0; r < R; r++) {
+            const auto wv = n == L::N ? L::load(w + r * K + k) : L::load_first(w + r * K + k, n);
+            UNROLL for (int m = 0; m < M; m++)
+                acc[r][m][0] = L::dot(acc[r][m][0], wv, n == L::N ? L::load(x + m * K + k) : L::load_first(x + m * K + k, n));
         }
     }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int m = 0; m < M; m++) {
+            UNROLL for (int u = 1; u < U; u++) acc[r][m][0] += acc[r][m][u];
+            y[m * N + r] = sum(acc[r][m][0]);
+        }
+}
+
+// Rows begin .. end, one after the other: the hardware's prefetcher follows one stream best (two rows at once ran at half the speed, and
+// prefetching by hand took a tenth off). Only with many tokens, where loading x is what takes the time, two rows share those loads.
+template <typename T, int M>
+void linear_range(const T* w, const T* x, T* y, int64_t begin, int64_t end, int64_t K, int64_t N) {
+    constexpr int R = M < 5 ? 1 : 2;
+    int64_t n = begin;
+    for (; n + R <= end; n += R) dot_rows<T, R, M>(w + n * K, x, y + n, K, N);
+    for (; n < end; n++) dot_rows<T, 1, M>(w + n * K, x, y + n, K, N);
 }
 
 template <typename T>
@@ -159,8 +175,8 @@ void linear_typed(const Tensor& x, const Tensor& weight, Tensor& y, int64_t M) {
     const int64_t N = weight.size(0), K = weight.size(1);
     const T *xp = x.const_data_ptr<T>(), *wp = weight.const_data_ptr<T>();
     T* yp = y.mutable_data_ptr<T>();
-    // More than 8 tokens do not fit the registers: they go in two turns over a row that the cache still holds.
-    const int64_t first = M > 8 ? (M + 1) / 2 : M, block = M > 8 ? 1 : N;
+    // More than 8 tokens do not fit the registers: they go in two turns over rows that the cache still holds.
+    const int64_t first = M > 8 ? (M + 1) / 2 : M, block = M > 8 ? 2 : N;
 #pragma omp parallel num_threads(at::get_num_threads())
     {
         const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();

@@ -1,7 +1,7 @@
 """Makes checkpoints/demo and checkpoints/demo-draft: two small Qwen3 models of Python source code, trained from scratch.
 
     python scripts/train_demo.py --name demo                  # the target: more than an hour on two CPU cores
-    python scripts/train_demo.py --name demo-draft --teacher checkpoints/demo
+    python scripts/train_demo.py --name demo-draft            # the draft: ten minutes
     python scripts/train_demo.py --dump_heldout FILE          # the text that neither has seen
 
 The text is the Python standard library of the interpreter that runs this script, its tests included. The modules in
@@ -185,18 +185,14 @@ def build_model(name: str):
     return model
 
 
-def train(name: str, steps: int, batch_tokens: int, muon_lr: float, adam_lr: float, seed: int, state_file: Path, teacher_dir: Path | None) -> None:
+def train(name: str, steps: int, batch_tokens: int, muon_lr: float, adam_lr: float, seed: int, state_file: Path) -> None:
     torch.manual_seed(seed)
     folder = ROOT / "checkpoints" / name
-    library_texts = read_sources([f for f in source_files(heldout=False)])
     tokenizer_file = ROOT / "checkpoints" / "demo" / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.exists() else train_tokenizer(library_texts)
+    tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.exists() else train_tokenizer(read_sources(source_files(heldout=False)))
     save_tokenizer(tokenizer, folder)
     corpus, heldout = Corpus(tokenizer, seed), heldout_text()
-    model, teacher = build_model(name), None
-    if teacher_dir:
-        from transformers import AutoModelForCausalLM
-        teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.bfloat16)
+    model = build_model(name)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {corpus.tokens_per_epoch:,} tokens an epoch", flush=True)
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -208,12 +204,7 @@ def train(name: str, steps: int, batch_tokens: int, muon_lr: float, adam_lr: flo
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float().flatten(0, 1)
-        hard = F.cross_entropy(logits, ids[:, 1:].flatten())
-        if teacher is None:
-            return hard
-        with torch.no_grad():
-            target = teacher(input_ids=ids[:, :-1], use_cache=False).logits.float().flatten(0, 1).softmax(-1)
-        return 0.3 * hard - 0.7 * (target * logits.log_softmax(-1)).sum(-1).mean()
+        return F.cross_entropy(logits, ids[:, 1:].flatten())
 
     compiled = torch.compile(loss_of, dynamic=False)
     first = 0
@@ -254,20 +245,19 @@ def train(name: str, steps: int, batch_tokens: int, muon_lr: float, adam_lr: flo
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", choices=SHAPES, default="demo")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch_tokens", type=int, default=8192)
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adam_lr", type=float, default=0.004)
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--state", type=Path, help="where training can resume from (default: checkpoints/NAME/training.pt)")
-    parser.add_argument("--teacher", type=Path, help="HF folder whose predictions the model also learns from")
     parser.add_argument("--dump_heldout", type=Path, metavar="FILE", help="write the held-out text and stop")
     args = parser.parse_args(argv)
     if args.dump_heldout:
         args.dump_heldout.write_text("\n".join(read_sources(source_files(heldout=True))), "utf-8")
         return
     train(args.name, args.steps, args.batch_tokens, args.muon_lr, args.adam_lr, args.seed,
-          args.state or ROOT / "checkpoints" / args.name / "training.pt", args.teacher)
+          args.state or ROOT / "checkpoints" / args.name / "training.pt")
 
 
 if __name__ == "__main__":
