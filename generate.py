@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
+import quantize
 from cli import UserError, run
 from convert import convert, read_json
 from model import ModelArgs, Transformer
@@ -24,7 +25,6 @@ from tokenizer import StreamDecoder, Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo" / "model.pth"
 PREFILL_CHUNK = 1024
-MAPPED_BYTES = 1 << 28
 
 
 # ---- loading
@@ -51,9 +51,9 @@ def parse_device(name: str) -> torch.device:
 
 
 def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
-    """The model and its tokenizer. A folder that holds a Hugging Face checkpoint but no model.pth yet is converted first.
+    """The model and its tokenizer, quantized if the file says so. A folder that holds a Hugging Face checkpoint but no model.pth yet is converted first.
 
-    dtype: of the weights and the computation; by default what the device computes best. Errors: UserError.
+    dtype: of the computation and of the weights that are not quantized; by default what the device computes best. Errors: UserError.
     """
     path, device = Path(checkpoint_path), torch.device(device)
     if path.is_dir():
@@ -65,36 +65,19 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
         convert(path.parent)
     args = ModelArgs.from_hf(read_json(path.parent / "config.json"))
     tokenizer = Tokenizer.from_dir(path.parent)
-    state = read_state(path)
+    state, quantization = quantize.read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(args)
+    if quantization:
+        quantize.replace_linears(model, quantization)
+    quantize.check_fits(path, model, state)
     dtype = dtype or default_dtype(device)
-    bytes_needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    check_memory(device, bytes_needed, f"the weights of {path}")
-    expected = {name: p.shape for name, p in model.state_dict().items()}
-    wrong = sorted(expected.keys() ^ state.keys()) or [n for n in expected if expected[n] != state[n].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit its config.json: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}")
-    placed, held = {}, 0
-    for name in expected:
-        if held > MAPPED_BYTES:             # the file's pages count as this process's memory until the mapping goes
-            state, held = read_state(path), 0
-        placed[name] = kernels.place(state[name], device, dtype)
-        held += state[name].nbytes
-    model.load_state_dict(placed, assign=True)
+    dtypes = {name: quantize.loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}
+    check_memory(device, sum(state[name].numel() * dtypes[name].itemsize for name in state), f"the weights of {path}")
+    weights = zip(dtypes, quantize.read_weights(path, list(dtypes)))
+    model.load_state_dict({name: kernels.place(tensor, device, dtypes[name]) for name, tensor in weights}, assign=True)
+    quantize.pack_for(model, device)
     return model.eval(), tokenizer
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict inside a model.pth, mapped from the file."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        version, state = checkpoint["version"], checkpoint["state_dict"]
-    except Exception as error:              # torch.load reports a damaged file in many ways
-        raise UserError(f"{path} is not a checkpoint that convert_hf_checkpoint.py wrote, or was cut short ({type(error).__name__})") from None
-    if version != 1 or checkpoint["quantization"] is not None:
-        raise UserError(f"{path}: version {version}, quantization {checkpoint['quantization']}: not supported by this version of the program")
-    return state
 
 
 def check_memory(device: torch.device, needed: int, what: str) -> None:
@@ -413,6 +396,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
+    parser.add_argument("--activations", choices=["int8", "bf16"], default="int8", help="beside int8 and int4 weights, where the CPU has int8 products")
     return parser.parse_args(argv)
 
 
@@ -445,6 +429,7 @@ def main(argv: list[str] | None = None) -> None:
 
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, dtype)
+    quantize.set_activations(model, args.activations)
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, {str(model.dtype)[6:]}, {device}, {kernels.describe(device)})")
     if args.max_seq_length > model.args.max_position:
         raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {model.args.max_position} positions")

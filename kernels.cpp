@@ -46,6 +46,18 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 
+INLINE f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+INLINE float highest(f32x16 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float high = v[0];
+    for (int i = 1; i < 16; i++) high = std::max(high, v[i]);
+    return high;
+#endif
+}
+
 INLINE f32x16 load16(const float* p) {
     f32x16 v;
     std::memcpy(&v, p, sizeof v);
@@ -89,8 +101,6 @@ INLINE void store16(BFloat16* p, f32x16 v) {       // to nearest, ties to even
     const u16x16 upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x16);
     std::memcpy(p, &upper, sizeof upper);
 }
-
-INLINE f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
 // A register of weights or activations of type T, and its product with another, added to fp32 sums.
 template <typename T>
@@ -251,7 +261,7 @@ INLINE f32x16 sums16(f32x16 v[16]) {
     __m512 w[8], u[4], t[2];
     UNROLL for (int i = 0; i < 8; i++) w[i] = lanes(v[i + (i & 4)], v[i + (i & 4) + 4]);
     UNROLL for (int i = 0; i < 4; i++) u[i] = _mm512_add_ps(_mm512_shuffle_f32x4(w[i], w[i + 4], 0x88), _mm512_shuffle_f32x4(w[i], w[i + 4], 0xDD));
-    UNROLL for (int i = 0; i < 2; i++) t[i] = _mm512_add_ps(_mm512_shuffle_ps(u[2 * i], u[2 * i + 1], 0x44), _mm512_shuffle_ps(u[2 * i], u[2 * i + 1], 0xEE));
+    UNROLL for (int i = 0; i < 4; i += 2) t[i / 2] = _mm512_add_ps(_mm512_shuffle_ps(u[i], u[i + 1], 0x44), _mm512_shuffle_ps(u[i], u[i + 1], 0xEE));
     return (f32x16)_mm512_add_ps(_mm512_shuffle_ps(t[0], t[1], 0x88), _mm512_shuffle_ps(t[0], t[1], 0xDD));
 }
 #else
@@ -348,8 +358,7 @@ void attend_range(const Queries& a, const T* q, const T* keys, const T* values, 
                 continue;
             }
             const f32x16 highs = max16(max16(load16(s), load16(s + 16)), max16(load16(s + 32), load16(s + 48)));
-            float high = out.max[r];
-            for (int i = 0; i < 16; i++) high = std::max(high, highs[i]);
+            const float high = std::max(out.max[r], highest(highs));
             f32x16 total = {};
             for (int j = 0; j < BLOCK; j += 16) {
                 f32x16 x = load16(s + j) - high, e = exp16(x);
@@ -411,7 +420,8 @@ void attend_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
         for (int64_t i = 0; i < heads * R; i++) {
             const int64_t head = i / R, r = i % R, b = head / K, kv = head % K;
             float high = -std::numeric_limits<float>::infinity(), total = 0;
-            for (int64_t split = 0; split < splits; split++) high = std::max(high, Partial(partials.data() + (head * splits + split) * partial_size, R).max[r]);
+            for (int64_t split = 0; split < splits; split++)
+                high = std::max(high, Partial(partials.data() + (head * splits + split) * partial_size, R).max[r]);
             float* sum_of = nullptr;
             for (int64_t split = 0; split < splits; split++) {
                 Partial part(partials.data() + (head * splits + split) * partial_size, R);
@@ -460,11 +470,11 @@ constexpr bool HAVE_VNNI = false;
 struct Activations {
     int64_t padded, groups;                                // lengths of one token's rows
     std::vector<float> x, scale, sums;                     // sums: of the (rounded) x over each group
-    std::vector<int8_t> q;
+    std::vector<int32_t> q;                                // four int8 in each
 
     template <typename T>
     Activations(const T* source, int64_t M, int64_t K, int64_t padded_, int64_t G, bool round)
-        : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups), q(round ? M * padded : 0) {
+        : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups), q(round ? M * padded / 4 : 0) {
         for (int64_t m = 0; m < M; m++) {
             int64_t k = 0;
             for (; k + 16 <= K; k += 16) store16(x.data() + m * padded + k, load16(source + m * K + k));
@@ -479,17 +489,16 @@ struct Activations {
                 total += v;
             }
             if (round) {
-                float highest = 0;
-                for (int j = 0; j < 16; j++) highest = std::max(highest, high[j]);
-                const float inverse = highest > 0 ? 127.0f / highest : 0.0f, magic = 12582912.0f;   // adding 1.5 * 2^23 rounds to an integer
+                const float magic = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer
+                const float top = highest(high), inverse = top > 0 ? 127.0f / top : 0.0f;
                 total = f32x16{};
                 for (int64_t j = 0; j < G; j += 16) {
                     const f32x16 shifted = load16(from + j) * inverse + magic;
                     const i8x16 bytes = __builtin_convertvector((i32x16)shifted, i8x16);            // whose low byte is what we want
-                    std::memcpy(q.data() + i * G + j, &bytes, sizeof bytes);
+                    std::memcpy(q.data() + (i * G + j) / 4, &bytes, sizeof bytes);
                     total += shifted - magic;
                 }
-                scale[i] = highest / 127.0f;
+                scale[i] = top / 127.0f;
             }
             sums[i] = sum(total) * scale[i];
         }
@@ -510,14 +519,20 @@ INLINE void int8_row(const int8_t* w, const Activations& a, int64_t first, int64
     if constexpr (!exact) {
         // dpbusd wants one side unsigned: w + 128 stands in for w, and the caller takes 128 * sum(x) off again.
         const __m512i flip = _mm512_set1_epi8((char)0x80);
-        for (int64_t g = 0; k < K; k += G8, g++) {
-            const __m512i raw = k + G8 <= K ? _mm512_loadu_si512(w + k) : _mm512_maskz_loadu_epi8((1ull << (K - k)) - 1, w + k);
+        const int32_t* q = a.q.data() + first * (a.padded / 4);
+        const float* steps = a.scale.data() + first * a.groups;
+        const auto add = [&](f32x16* sums, __m512i raw, int64_t g) __attribute__((always_inline)) {
             const __m512i wv = _mm512_xor_si512(raw, flip);
             UNROLL for (int m = 0; m < M; m++) {
-                const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), wv, _mm512_loadu_si512(a.q.data() + (first + m) * a.padded + k));
-                acc[m] += (f32x16)_mm512_cvtepi32_ps(dots) * a.scale[(first + m) * a.groups + g];
+                const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), wv, _mm512_loadu_si512(q + m * (a.padded / 4) + g * (G8 / 4)));
+                sums[m] += (f32x16)_mm512_cvtepi32_ps(dots) * steps[m * a.groups + g];
             }
-        }
+        };
+        f32x16 odd[M] = {};
+        int64_t g = 0;
+        for (; k + 2 * G8 <= K; k += 2 * G8, g += 2) add(acc, _mm512_loadu_si512(w + k), g), add(odd, _mm512_loadu_si512(w + k + G8), g + 1);
+        for (; k < K; k += G8, g++) add(acc, _mm512_maskz_loadu_epi8(k + G8 <= K ? ~0ull : (1ull << (K - k)) - 1, w + k), g);
+        UNROLL for (int m = 0; m < M; m++) acc[m] += odd[m];
     }
 #endif
     for (; k + 16 <= K; k += 16) {
@@ -582,7 +597,8 @@ void int8_prefill(const Tensor& x, const Tensor& weight, const Tensor& scale, Te
 Tensor int8_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale, bool exact) {
     TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.is_contiguous() && x_.dim() >= 1 && x_.size(-1) == weight.size(1) &&
                 scale.scalar_type() == at::kFloat && scale.is_contiguous() && scale.numel() == weight.size(0),
-                "int8_linear: x ", x_.sizes(), ", weight ", weight.sizes(), " ", weight.scalar_type(), ", scale ", scale.sizes(), " ", scale.scalar_type());
+                "int8_linear: x ", x_.sizes(), ", weight ", weight.sizes(), " ", weight.scalar_type(), ", scale ", scale.sizes(), " ",
+                scale.scalar_type());
     auto x = x_.reshape({-1, weight.size(1)}).contiguous();
     auto y = at::empty({x.size(0), weight.size(0)}, x.options());
     const int64_t M = x.size(0);
@@ -620,6 +636,8 @@ struct Int4 {
 template <int M, bool exact>
 INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64_t first, f32x16* out) {
     const uint8_t* p = w.packed + block * w.units() * 256;
+    const int32_t* fours = a.q.data() + first * (a.padded / 4);
+    const float *steps = a.scale.data() + first * a.groups, *sums = a.sums.data() + first * a.groups;
     f32x16 acc[M] = {};
     for (int64_t g = 0; g < w.groups; g++) {
         const f32x16 scale = load16(w.scales + (block * w.groups + g) * ROWS), zero = load16(w.zeros + (block * w.groups + g) * ROWS);
@@ -628,19 +646,18 @@ INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64
 #ifdef __AVX512VNNI__
             if constexpr (!exact) {
                 const __m512i low = _mm512_set1_epi8(15);
-                __m512i whole[M];
-                UNROLL for (int m = 0; m < M; m++) whole[m] = _mm512_setzero_si512();
+                __m512i whole[M][2];
+                UNROLL for (int m = 0; m < M; m++) whole[m][0] = whole[m][1] = _mm512_setzero_si512();
                 UNROLL for (int j = 0; j < 4; j++) {
                     const __m512i both = _mm512_loadu_si512(p + 64 * j);
                     const __m512i lower = _mm512_and_si512(both, low), upper = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
                     UNROLL for (int m = 0; m < M; m++) {
-                        int32_t q[2];
-                        std::memcpy(q, a.q.data() + (first + m) * a.padded + unit * G4 + 8 * j, sizeof q);
-                        whole[m] = _mm512_dpbusd_epi32(whole[m], lower, _mm512_set1_epi32(q[0]));
-                        whole[m] = _mm512_dpbusd_epi32(whole[m], upper, _mm512_set1_epi32(q[1]));
+                        const int32_t* q = fours + m * (a.padded / 4) + unit * (G4 / 4) + 2 * j;
+                        whole[m][0] = _mm512_dpbusd_epi32(whole[m][0], lower, _mm512_set1_epi32(q[0]));
+                        whole[m][1] = _mm512_dpbusd_epi32(whole[m][1], upper, _mm512_set1_epi32(q[1]));
                     }
                 }
-                UNROLL for (int m = 0; m < M; m++) dots[m] = (f32x16)_mm512_cvtepi32_ps(whole[m]);
+                UNROLL for (int m = 0; m < M; m++) dots[m] = (f32x16)_mm512_cvtepi32_ps(_mm512_add_epi32(whole[m][0], whole[m][1]));
             }
 #endif
             if constexpr (exact)
@@ -653,8 +670,8 @@ INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64
                     }
                 }
             UNROLL for (int m = 0; m < M; m++) {
-                const int64_t i = (first + m) * a.groups + unit;
-                acc[m] += scale * (dots[m] * a.scale[i] - zero * a.sums[i]);
+                const int64_t i = m * a.groups + unit;
+                acc[m] += scale * (dots[m] * steps[i] - zero * sums[i]);
             }
         }
     }
@@ -662,7 +679,8 @@ INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64
 }
 
 template <bool exact>
-constexpr decltype(&int4_block<1, exact>) int4_blocks[] = {nullptr, int4_block<1, exact>, int4_block<2, exact>, int4_block<3, exact>, int4_block<4, exact>};
+constexpr decltype(&int4_block<1, exact>) int4_blocks[] = {nullptr, int4_block<1, exact>, int4_block<2, exact>, int4_block<3, exact>,
+                                                                int4_block<4, exact>};
 
 template <typename T, bool exact>
 void int4_decode(const Tensor& x, const Int4& w, Tensor& y, int64_t M) {

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def built_library() -> Path:
     print(f"building {SOURCE.name} for this CPU (once, about half a minute)", file=sys.stderr)
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    partial = library.with_suffix(f".{os.getpid()}.tmp")       # two processes may build at once: the last rename wins, both are whole
+    partial = Path(f"{library}.{os.getpid()}.{threading.get_ident()}.tmp")       # two may build at once: the last rename wins, both are whole
     try:
         include = [f"-isystem{torch_dir / 'include'}", f"-isystem{torch_dir / 'include/torch/csrc/api/include'}"]
         subprocess.run([compiler, *compile_flags, *include, "-c", str(SOURCE), "-o", f"{partial}.o"], check=True, capture_output=True, text=True)
@@ -138,10 +139,11 @@ def large_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device:
     if torch.device(device).type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):             # a kernel without huge pages: slower, no more
-        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    return whole[-whole.data_ptr() % HUGE_PAGE:][:size].view(dtype).view(shape)
+    start = -whole.data_ptr() % HUGE_PAGE
+    with contextlib.suppress(OSError):             # a kernel without huge pages: slower, no more. The last page is a large one if half of it is used
+        memory.madvise(mmap.MADV_HUGEPAGE, start, (size + HUGE_PAGE // 2) // HUGE_PAGE * HUGE_PAGE)
+    return whole[start:start + size].view(dtype).view(shape)
 
 
 def place(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -193,8 +195,8 @@ def round_activations(x: Tensor, group: int) -> Tensor:
 #
 # As stored: weight uint8 [N, K_in / 2], byte i holds q of column 2 i in its lower half and of column 2 i + 1 in its upper half;
 # scales [N, K_in / G], zeros uint8 [N, K_in / G].
-# Packed for the CPU: blocks of 16 rows, [N / 16, K_in / 32, 4, 16, 4] (kernels.cpp says what goes where), scales bf16 and zeros [N / 16, K_in / G, 16].
-# K_in is padded to whole groups and N to whole blocks.
+# Packed for the CPU: blocks of 16 rows, [N / 16, K_in / 32, 4, 16, 4] (kernels.cpp says what goes where), scales bf16 and zeros
+# [N / 16, K_in / G, 16]. K_in is padded to whole groups and N to whole blocks.
 
 def unpack_int4(weight: Tensor) -> Tensor:
     """uint8 [N, K_in / 2] -> the values 0 .. 15, uint8 [N, K_in]."""
@@ -207,12 +209,14 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> 
     q = F.pad(unpack_int4(weight), (0, groups * groupsize - 2 * weight.size(1), 0, -N % 16))
     q = q.view(-1, 16, groups * groupsize // 32, 4, 2, 4)                  # block, row, unit, register, half, byte
     lower, upper = q.permute(4, 0, 2, 3, 1, 5)                             # block, unit, register, row, byte
-    packed = large_zeros(lower.shape, torch.uint8)
-    torch.bitwise_or(lower, upper << 4, out=packed)
 
     def in_blocks(t: Tensor) -> Tensor:
-        return F.pad(t, (0, 0, 0, -N % 16)).view(-1, 16, groups).transpose(1, 2).contiguous()
-    return packed, in_blocks(scales.bfloat16()), in_blocks(zeros.to(torch.uint8))
+        return F.pad(t, (0, 0, 0, -N % 16)).view(-1, 16, groups).transpose(1, 2)
+    scales, zeros = in_blocks(scales.bfloat16()), in_blocks(zeros.to(torch.uint8))
+    memory = large_zeros((lower.numel() + 3 * zeros.numel(),), torch.uint8)        # one piece, so that the small parts are in large pages too
+    parts = memory.split([lower.numel(), 2 * zeros.numel(), zeros.numel()])
+    return (torch.bitwise_or(lower, upper << 4, out=parts[0].view(lower.shape)), parts[1].view(torch.bfloat16).view(scales.shape).copy_(scales),
+            parts[2].view(zeros.shape).copy_(zeros))
 
 
 def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import quantize
 from cli import UserError, run
 from convert import read_json
 from generate import parse_device
@@ -36,7 +37,7 @@ OURS = "qwen-fast"
 # What one token costs
 
 def matrices(args: ModelArgs) -> list[tuple[int, int]]:
-    """[N, K] of every matrix that a decoded token passes through: all but the input embedding, the output head included, tied or not."""
+    """[N, K] of every matrix that a decoded token passes through: all but the input embedding; the output head, tied or not, comes last."""
     width = args.n_head * args.head_dim
     layer = [(width + 2 * args.n_local_heads * args.head_dim, args.dim), (args.dim, width),
              (2 * args.intermediate_size, args.dim), (args.dim, args.intermediate_size)]
@@ -50,20 +51,24 @@ def vector_elements(args: ModelArgs) -> int:
     return args.n_layer * layer + C
 
 
+def matrix_bytes(n: int, k: int, kind: str, dtype_bytes: int, groupsize: int, program: str) -> int:
+    """int8: an fp32 scale a row. int4: a bf16 scale and a zero of one byte a group. llama.cpp's Q8_0 and Q4_0: an fp16 scale per 32 weights."""
+    if kind == "none":
+        return dtype_bytes * n * k
+    if program == "llama.cpp":
+        return n * k // 32 * {"int8": 34, "int4": 18}[kind]
+    return n * k + 4 * n if kind == "int8" else n * (-(-k // 2) + 3 * -(-k // groupsize))
+
+
 def bytes_per_token(args: ModelArgs, quantization: str = "none", position: int = 0, batch: int = 1, dtype_bytes: int = 2, groupsize: int = 32,
-                    program: str = OURS) -> int:
+                    lm_head: str = "int8", program: str = OURS) -> int:
     """Bytes that one decode step must read: every weight once, and of each row's KV cache the slots 0 .. position.
 
-    int8 has one scale a row, int4 one a group; llama.cpp's Q8_0 and Q4_0 one fp16 scale per 32 weights.
+    lm_head: the output head's format in a quantized model.
     """
-    if quantization == "none":
-        weights = dtype_bytes * sum(n * k for n, k in matrices(args))
-    elif program == "llama.cpp":
-        weights = sum(n * k // 32 for n, k in matrices(args)) * {"int8": 34, "int4": 18}[quantization]
-    elif quantization == "int8":
-        weights = sum(n * k + dtype_bytes * n for n, k in matrices(args))
-    else:
-        weights = sum(n * k // 2 + 2 * n * k // groupsize for n, k in matrices(args))
+    *inner, head = matrices(args)
+    weights = sum(matrix_bytes(n, k, quantization, dtype_bytes, groupsize, program) for n, k in inner)
+    weights += matrix_bytes(*head, "none" if quantization == "none" else lm_head, dtype_bytes, groupsize, program)
     slots = sum(min(position + 1, window or position + 1) for window in args.windows or (0,) * args.n_layer)
     return weights + dtype_bytes * vector_elements(args) + batch * slots * 2 * args.n_local_heads * args.head_dim * dtype_bytes
 
@@ -86,7 +91,7 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) 
         values = [of(r) for r in rounds]
         return None if None in values else statistics.median(values)
     dtype_bytes = {"bf16": 2, "fp16": 2, "fp32": 4}[job["dtype_name"]]
-    cost = dict(quantization=job["quantization"], dtype_bytes=dtype_bytes, groupsize=job["groupsize"], program=job["program"])
+    cost = dict(quantization=job["quantization"], dtype_bytes=dtype_bytes, groupsize=job["groupsize"], lm_head=job["lm_head"], program=job["program"])
     step_s = median(lambda r: statistics.median(r["seconds"]))
     bytes_read = bytes_per_token(args, position=job["prompt_length"] + job["tokens"] // 2, **cost)
     row = dict(label=label(job), program=job["program"], quantization=job["quantization"], compile=job["compile"], version=rounds[0]["version"],
@@ -180,7 +185,8 @@ def report(result: dict) -> str:
     text = (f"{result['model']}, {result['dtype']}, {machine['threads']} threads on {machine['cpu']} ({machine['cores']} cores; {machine['flags']})"
             f"{'; ' + machine['gpu'] if machine['gpu'] else ''}; {machine['memory_gb']:.0f} GB; read bandwidth {machine['bandwidth_gb_s']:.1f} GB/s "
             f"({machine['bandwidth_by']}); {versions}; {machine['date']}.\n"
-            f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; medians of {result['rounds']} interleaved rounds.\n\n")
+            f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; medians of {result['rounds']} interleaved rounds. "
+            f"Output head of the quantized models: {result['lm_head']}.\n\n")
     text += main_table(result["rows"]) + "\n" + "".join(sweep_table(result["rows"], what) for what in ("position", "capacity", "batch"))
     return text + "".join(f"\nskipped: {line}" for line in result["skipped"])
 
@@ -248,10 +254,7 @@ def plan(args: argparse.Namespace, common: dict) -> tuple[list[dict], list[str]]
     """The jobs in the order in which a round runs them, and one line for each one left out."""
     jobs, skipped = [], []
     for quantization in args.quant:
-        if quantization != "none" and importlib.util.find_spec("quantize") is None:
-            skipped.append(f"{OURS} {quantization}: there is no quantize.py")
-        else:
-            jobs += [dict(common, program=OURS, quantization=quantization, compile=mode == "compile") for mode in args.modes]
+        jobs += [dict(common, program=OURS, quantization=quantization, compile=mode == "compile") for mode in args.modes]
         if "llama.cpp" in args.peers and not missing("llama.cpp"):
             jobs.append(dict(common, program="llama.cpp", quantization=quantization, compile=False))
     if "transformers" in args.peers and "none" in args.quant and not missing("transformers"):
@@ -265,7 +268,7 @@ def plan(args: argparse.Namespace, common: dict) -> tuple[list[dict], list[str]]
 def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, caches: str) -> dict:
     common = dict(config=config, name=name, device=args.device, dtype=DTYPES[args.dtype], dtype_name=args.dtype, threads=args.threads,
                   prompt_length=args.prompt_length, tokens=args.tokens, positions=args.positions, capacities=args.capacities,
-                  batch_sizes=args.batch_sizes, groupsize=args.groupsize, work_dir=work_dir,
+                  batch_sizes=args.batch_sizes, groupsize=args.groupsize, lm_head=args.lm_head, work_dir=work_dir,
                   checkpoint_path=str(args.checkpoint_path) if args.checkpoint_path else None)
     jobs, skipped = plan(args, common)
     bandwidths, found = [], [[] for _ in jobs]
@@ -290,7 +293,7 @@ def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, ca
             skipped.append(f"{label(job)} {job['quantization']} failed: {results[-1]['failed']}")
         else:
             rows.append(summarize(job, results, ModelArgs.from_hf(config), bandwidth))
-    return dict(model=name, dtype=args.dtype, device=args.device, prompt_length=args.prompt_length, tokens=args.tokens, rounds=args.rounds,
+    return dict(model=name, dtype=args.dtype, device=args.device, prompt_length=args.prompt_length, tokens=args.tokens, rounds=args.rounds, lm_head=args.lm_head,
                 machine=machine, rows=rows, skipped=skipped)
 
 
@@ -302,6 +305,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--quant", nargs="+", default=["none"], choices=["none", "int8", "int4"])
     parser.add_argument("--groupsize", type=int, default=32, help="of int4")
+    parser.add_argument("--lm_head", default="int8", choices=["none", "int8", "int4"], help="of the quantized models, llama.cpp's too")
     parser.add_argument("--modes", nargs="*", default=["compile", "eager"], choices=["compile", "eager"], help="how to run this project")
     parser.add_argument("--peers", nargs="*", default=[], choices=["llama.cpp", "transformers"])
     parser.add_argument("--no_plain", action="store_true", help="leave out the plain PyTorch program")
@@ -324,8 +328,11 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
     parse_device(args.device)
     if args.checkpoint_path:
-        folder = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
-        config, name = read_json(folder / "config.json"), folder.resolve().name
+        if args.checkpoint_path.is_dir():
+            args.checkpoint_path /= "model.pth"
+        if not args.checkpoint_path.exists() or quantize.read_checkpoint(args.checkpoint_path)[1]:
+            raise UserError(f"--checkpoint_path {args.checkpoint_path}: an unquantized model.pth is needed; --quant quantizes it for the measurement")
+        config, name = read_json(args.checkpoint_path.parent / "config.json"), args.checkpoint_path.resolve().parent.name
     else:
         config, name = PUBLISHED[args.model], args.model
     shape = ModelArgs.from_hf(config)

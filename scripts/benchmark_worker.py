@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+import quantize
 from cli import written_whole
 from generate import DEMO, Generator, Sampling, bytes_read_per_token, load_model, reserve_cache, warm_up
 from model import ModelArgs, Transformer, rope_frequencies, rotate
@@ -88,34 +89,49 @@ def run_bandwidth(job: dict, args: ModelArgs) -> dict:
 
 # This project
 
-def random_checkpoint(config: dict, dtype: torch.dtype, folder: Path) -> Path:
-    """A checkpoint of random weights with the demo's tokenizer, written once. Values of normal size: no NaN, no slow denormals."""
-    if not (folder / "model.pth").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in DEMO.parent.glob("*.json"):
+def prepared_checkpoint(job: dict, dtype: torch.dtype) -> Path:
+    """The file to load, in the work folder: --checkpoint_path's files, or random weights with the demo's tokenizer; quantized where asked."""
+    folder = Path(job["work_dir"]) / f"{job['name']}-{job['dtype']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = folder / "model.pth"
+    if job["checkpoint_path"]:
+        given = Path(job["checkpoint_path"]).resolve()
+        for name, file in {**{f.name: f for f in given.parent.glob("*.json")}, "model.pth": given}.items():
+            if not (folder / name).exists():
+                (folder / name).symlink_to(file)
+    elif not plain.exists():
+        for file in DEMO.parent.glob("tokenizer*.json"):
             shutil.copy(file, folder)
-        (folder / "config.json").write_text(json.dumps(config))
-        with torch.device("meta"):
-            expected = Transformer(ModelArgs.from_hf(config)).state_dict()
-        pool = torch.randn((1 << 22) - 3).mul_(0.02).to(dtype)           # an odd length: no two rows are equal
-        state = {}
-        for name, value in expected.items():
-            n = value.numel()
-            state[name] = pool.repeat(-(-n // pool.numel()))[:n].view(value.shape) if value.dim() == 2 else torch.ones(n, dtype=dtype)
-        with written_whole(folder / "model.pth") as partial:
-            torch.save({"version": 1, "quantization": None, "state_dict": state}, partial)
-    return folder
+        (folder / "config.json").write_text(json.dumps(job["config"]))
+        write_random_checkpoint(ModelArgs.from_hf(job["config"]), dtype, plain)
+    if job["quantization"] == "none":
+        return plain
+    ready = folder / f"{job['quantization']}-g{job['groupsize']}-head-{job['lm_head']}.pth"
+    if not ready.exists():
+        quantize.quantize_checkpoint(plain, job["quantization"], job["groupsize"], job["lm_head"], progress=False).rename(ready)
+    return ready
+
+
+def write_random_checkpoint(args: ModelArgs, dtype: torch.dtype, path: Path) -> None:
+    """Values of normal size: no NaN, no slow denormals."""
+    with torch.device("meta"):
+        expected = Transformer(args).state_dict()
+    pool = torch.randn((1 << 22) - 3).mul_(0.02).to(dtype)               # repeated; an odd length, so that no two rows are equal
+    state = {}
+    for name, value in expected.items():
+        n = value.numel()
+        state[name] = pool.repeat(-(-n // pool.numel()))[:n].clone().view(value.shape) if value.dim() == 2 else torch.ones(n, dtype=dtype)
+    with written_whole(path) as partial:
+        torch.save({"version": 1, "quantization": None, "state_dict": state}, partial)
 
 
 def run_ours(job: dict, args: ModelArgs) -> dict:
     """Greedy decoding through Generator, as generate.py does it; the sweeps step the decoder at a position of a cache filled beforehand."""
     dtype, device = getattr(torch, job["dtype"]), torch.device(job["device"])
-    folder = Path(job["checkpoint_path"] or random_checkpoint(job["config"], dtype, Path(job["work_dir"]) / f"{job['name']}-{job['dtype']}"))
+    file = prepared_checkpoint(job, dtype)
     path = kernels.describe(device)                                      # builds the kernels, once on a machine
     start = time.perf_counter()
-    model, _ = load_model(folder, device, dtype)
-    if job["quantization"] != "none":
-        quantize_in_memory(model, job)
+    model, _ = load_model(file, device, dtype)
     load_s, greedy, tokens = time.perf_counter() - start, Sampling(temperature=0.0), job["tokens"]
     prompt = torch.randint(0, args.vocab_size, (job["prompt_length"],)).tolist()
     generator = Generator(model, compile=job["compile"])
@@ -161,14 +177,16 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
     return main | dict(sweeps=sweeps)
 
 
-def quantize_in_memory(model: Transformer, job: dict) -> None:
-    import importlib
-    importlib.import_module("quantize").quantize_model(model, job["quantization"], job["groupsize"])
-
-
 # llama.cpp
 
-GGUF_TYPES = {"none": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
+
+
+def gguf_types(job: dict) -> tuple[str, str]:
+    """Names of the formats of the matrices and of the output head (and the embedding), with as many bits as this project uses."""
+    kind = job["dtype"] if job["quantization"] == "none" else job["quantization"]
+    head = kind if job["quantization"] == "none" else job["dtype"] if job["lm_head"] == "none" else job["lm_head"]
+    return GGUF_TYPES[kind], GGUF_TYPES[head]
 
 
 def gguf_tensors(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -190,7 +208,7 @@ def gguf_tensors(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def write_gguf(args: ModelArgs, quantization: str, path: Path) -> None:
+def write_gguf(args: ModelArgs, kinds: tuple[str, str], path: Path) -> None:
     """Random weights of this shape. Speed does not depend on values, so 256 random rows are quantized and repeated."""
     import gguf
     import numpy as np
@@ -210,19 +228,20 @@ def write_gguf(args: ModelArgs, quantization: str, path: Path) -> None:
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_vocab_size(args.vocab_size)
     writer.add_tokenizer_model("none")                                                        # ids without texts are enough here
-    kind, rng, rows_of = gguf.GGMLQuantizationType[GGUF_TYPES[quantization]], np.random.default_rng(0), {}
+    rng, blocks = np.random.default_rng(0), {}
 
-    def block(width: int):
-        """256 quantized rows, uint8 [256, bytes a row]."""
-        if width not in rows_of:
-            rows_of[width] = gguf.quants.quantize(rng.normal(0, 0.02, (256, width)).astype(np.float32), kind).view(np.uint8)
-        return rows_of[width]
+    def block(name: str, width: int):
+        """256 quantized rows for the tensor of this name, uint8 [256, bytes a row], and their type."""
+        kind = gguf.GGMLQuantizationType[kinds[name in ("token_embd.weight", "output.weight")]]
+        if (kind, width) not in blocks:
+            blocks[kind, width] = gguf.quants.quantize(rng.normal(0, 0.02, (256, width)).astype(np.float32), kind).view(np.uint8)
+        return blocks[kind, width], kind
 
     tensors = gguf_tensors(args)
     for name, shape in tensors.items():
         if len(shape) == 2:
-            stored = (shape[0], block(shape[1]).shape[1])
-            writer.add_tensor_info(name, stored, np.dtype(np.uint8), stored[0] * stored[1], kind)
+            rows, kind = block(name, shape[1])
+            writer.add_tensor_info(name, (shape[0], rows.shape[1]), np.dtype(np.uint8), shape[0] * rows.shape[1], kind)
         else:
             writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
     writer.write_header_to_file()
@@ -230,7 +249,7 @@ def write_gguf(args: ModelArgs, quantization: str, path: Path) -> None:
     writer.write_ti_data_to_file()
     for name, shape in tensors.items():
         if len(shape) == 2:
-            rows = block(shape[1])
+            rows, _ = block(name, shape[1])
             writer.write_tensor_data(np.tile(rows, (-(-shape[0] // len(rows)), 1))[: shape[0]])
         else:
             writer.write_tensor_data(np.full(shape, float(name.endswith("norm.weight")), np.float32))
@@ -242,16 +261,17 @@ def run_llama_cpp(job: dict, args: ModelArgs) -> dict:
     """The low-level API: one llama_decode a token, no sampling; everything else (flash attention, fp16 cache, repacking) as llama.cpp chooses."""
     import llama_cpp
     from llama_cpp import llama_cpp as lib
-    path = Path(job["work_dir"]) / f"{job['name']}-{GGUF_TYPES[job['quantization']]}.gguf"
+    path = Path(job["work_dir"]) / f"{job['name']}-{'-'.join(gguf_types(job))}.gguf"
     if not path.exists():
-        write_gguf(args, job["quantization"], path)
+        write_gguf(args, gguf_types(job), path)
     quiet = lib.llama_log_callback(lambda level, text, data: None)
     lib.llama_log_set(quiet, None)
     lib.llama_backend_init()
-    reset_peak_memory()
+    if job["device"].startswith("cuda") and not lib.llama_supports_gpu_offload():
+        raise RuntimeError("this llama-cpp-python was built without CUDA")
     start = time.perf_counter()
     params = lib.llama_model_default_params()
-    params.n_gpu_layers = 999 if job["device"] == "cuda" else 0
+    params.n_gpu_layers = 999 if job["device"].startswith("cuda") else 0
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise RuntimeError(f"llama.cpp could not load {path}")

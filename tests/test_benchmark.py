@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import quantize
 from cli import UserError
 from model import PUBLISHED, ModelArgs
 
@@ -32,12 +33,14 @@ def test_bytes_per_token_of_qwen3():
 
 
 def test_bytes_per_token_of_quantized_qwen3():
-    rows = 28 * (4096 + 1024 + 6144 + 1024) + 151_936
-    assert benchmark.bytes_per_token(QWEN3, "int8") == 595_984_384 + 2 * rows + 2 * 65_536 + 114_688
-    assert benchmark.bytes_per_token(QWEN3, "int4", groupsize=32) == 595_984_384 * 9 // 16 + 2 * 65_536 + 114_688
-    assert benchmark.bytes_per_token(QWEN3, "int4", groupsize=128) == 595_984_384 // 2 + 595_984_384 // 64 + 2 * 65_536 + 114_688
-    assert benchmark.bytes_per_token(QWEN3, "int8", program="llama.cpp") == 595_984_384 * 34 // 32 + 2 * 65_536 + 114_688
-    assert benchmark.bytes_per_token(QWEN3, "int4", program="llama.cpp") == 595_984_384 * 18 // 32 + 2 * 65_536 + 114_688
+    layers, head, rest = 440_401_920, 155_582_464, 2 * 65_536 + 114_688           # the matrices' weights; in bytes, the norms and one slot
+    rows = 28 * (4096 + 1024 + 6144 + 1024)
+    assert benchmark.bytes_per_token(QWEN3, "int8") == layers + head + 4 * (rows + 151_936) + rest
+    assert benchmark.bytes_per_token(QWEN3, "int4", groupsize=32) == layers * 19 // 32 + head + 4 * 151_936 + rest
+    assert benchmark.bytes_per_token(QWEN3, "int4", groupsize=128, lm_head="int4") == (layers + head) * 67 // 128 + rest
+    assert benchmark.bytes_per_token(QWEN3, "int8", lm_head="none") == layers + 2 * head + 4 * rows + rest
+    assert benchmark.bytes_per_token(QWEN3, "int8", program="llama.cpp") == (layers + head) * 34 // 32 + rest
+    assert benchmark.bytes_per_token(QWEN3, "int4", program="llama.cpp") == layers * 18 // 32 + head * 34 // 32 + rest
 
 
 # Llama-2-7B, a layer: qkv 12288 x 4096, o 4096 x 4096, gate and up 22016 x 4096, down 4096 x 11008 = 202,375,168; 32 of them, the head of
@@ -68,6 +71,11 @@ def test_every_format_holds_the_same_number_of_weights(name):
         model = Transformer(args).to(torch.bfloat16)
     slot = 2 * args.n_layer * args.n_local_heads * args.head_dim * 2
     assert bytes_read_per_token(model) == benchmark.bytes_per_token(args) - slot
+    for mode, head in (("int8", "int8"), ("int4", "int8"), ("int4", "int4"), ("int4", "none")):
+        with torch.device("meta"):
+            quantized = Transformer(args).to(torch.bfloat16)
+        quantize.replace_linears(quantized, quantize.Quantization(mode, 64, head))
+        assert bytes_read_per_token(quantized) == benchmark.bytes_per_token(args, mode, groupsize=64, lm_head=head) - slot
     sizes = {key: torch.Size(shape).numel() for key, shape in worker.gguf_tensors(args).items()}
     embedding = 0 if args.tie_word_embeddings else sizes["token_embd.weight"]
     assert 2 * (sum(sizes.values()) - embedding) == benchmark.bytes_per_token(args) - slot
@@ -85,7 +93,7 @@ def test_percentile_is_one_of_the_values():
 
 
 def job(program="qwen-fast", quantization="none", compile=False, **more) -> dict:
-    return dict(program=program, quantization=quantization, compile=compile, dtype_name="bf16", groupsize=32, prompt_length=256, tokens=64, **more)
+    return dict(program=program, quantization=quantization, compile=compile, dtype_name="bf16", groupsize=32, lm_head="int8", prompt_length=256, tokens=64, **more)
 
 
 def raw(seconds: list[float], ttft: float = 0.5, **more) -> dict:
@@ -108,7 +116,7 @@ def test_rows_take_the_median_of_rounds():
 
 def result(rows: list[dict]) -> dict:
     machine = dict(cpu="A CPU", cores=2, threads=2, flags="avx2", gpu="", memory_gb=16.0, bandwidth_gb_s=40.0, bandwidth_by="sum", date="2025-01-01")
-    return dict(model="Qwen3-0.6B", dtype="bf16", prompt_length=256, tokens=64, rounds=1, machine=machine, rows=rows, skipped=["a: is not there"])
+    return dict(model="Qwen3-0.6B", dtype="bf16", lm_head="int8", prompt_length=256, tokens=64, rounds=1, machine=machine, rows=rows, skipped=["a: is not there"])
 
 
 def test_the_table_gives_ratios_to_the_same_quantization():
@@ -167,11 +175,12 @@ TINY = dict(model_type="qwen3", num_hidden_layers=2, hidden_size=64, num_attenti
             vocab_size=512, rope_theta=1e6, max_position_embeddings=1024, tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("program", ["qwen-fast", "plain", "llama.cpp", "transformers"])
-def test_workers_measure_a_tiny_shape(program, tmp_path):
+@pytest.mark.parametrize("program, quantization", [("qwen-fast", "none"), ("qwen-fast", "int4"), ("plain", "none"), ("llama.cpp", "none"),
+                                                   ("llama.cpp", "int4"), ("transformers", "none")])
+def test_workers_measure_a_tiny_shape(program, quantization, tmp_path):
     if benchmark.missing(program):
         pytest.skip(f"{benchmark.missing(program)} is not installed")
-    task = job(program) | dict(config=TINY, name="tiny", device="cpu", dtype="bfloat16", threads=1, prompt_length=12, tokens=5, positions=[16, 40],
+    task = job(program, quantization) | dict(config=TINY, name="tiny", device="cpu", dtype="bfloat16", threads=1, prompt_length=12, tokens=5, positions=[16, 40],
                                capacities=[64, 128], batch_sizes=[1, 3], work_dir=str(tmp_path), checkpoint_path=None)
     done = benchmark.work(task, str(tmp_path))
     assert "failed" not in done, done

@@ -1,0 +1,427 @@
+"""int8 and int4 checkpoints: the number formats, the linears that run them, and the command that writes them.
+
+    python quantize.py --checkpoint_path checkpoints/demo/model.pth --mode int4 --groupsize 32
+
+int8: w = scale * q, q in -127 .. 127, one fp32 scale per row (0.4 % of the bytes at K = 1024).
+int4: w = scale * (q - zero), q in 0 .. 15, one bf16 scale and one uint8 zero (0 .. 15) per row and group of G columns: 4.75 bits a weight at G = 32.
+      The zero is a whole number because a bf16 offset costs 5 % more bytes and is no more accurate; the last group of a row may be shorter.
+
+Shapes: N and K the rows and columns of a weight, G the group size.
+"""
+import argparse
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import kernels
+from cli import UserError, run, written_whole
+from convert import RENEW_BYTES, read_json
+from model import Linear, ModelArgs, Transformer
+
+VERSION = 1
+MODES = ("int8", "int4")
+GROUPSIZES = (32, 64, 128, 256)
+LM_HEADS = (*MODES, "none")
+CHUNK = 1 << 22                          # weights quantized at a time: each takes some tens of bytes of work space
+
+
+# ---- number formats
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] -> q int8 [N, K], scales fp32 [N]. Every weight comes back within half a scale."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1) / 127
+    q = (weight / nonzero(scales)[:, None]).round().clamp(-127, 127)
+    return q.to(torch.int8), scales
+
+
+def dequantize_int8(q: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (q.float() * scales[:, None]).to(dtype)
+
+
+def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K] -> q uint8 [N, K] of 0 .. 15, scales bf16 and zeros uint8 [N, ceil(K / G)]. Every weight comes back within half a scale."""
+    scales, zeros = int4_scales(weight, groupsize)
+    return to_int4(weight, scales, zeros, groupsize), scales, zeros
+
+
+def int4_scales(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
+    """Scales and zeros for which the 16 levels of each group reach from its smallest weight to its largest, 0 being one of them."""
+    groups = in_groups(weight.float(), groupsize, mode="replicate")
+    lowest, highest = groups.amin(dim=2), groups.amax(dim=2)
+    low, high = lowest.clamp(max=0), highest.clamp(min=0)
+    scales = round_up_to_bf16(high / 15 - low / 15)
+    zeros = (-low / nonzero(scales)).round()
+    constant = lowest == highest                                # exact as one step from zero
+    return torch.where(constant, lowest.abs().bfloat16(), scales), torch.where(constant, 1, zeros).to(torch.uint8)
+
+
+def round_up_to_bf16(x: Tensor) -> Tensor:
+    """Positive fp32 -> the next bf16: rounded down, a scale would not reach the ends of its range."""
+    return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()
+
+
+def to_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> Tensor:
+    """The nearest of the 16 levels: uint8 [N, K]."""
+    q = (in_groups(weight.float(), groupsize) / nonzero(scales)[:, :, None]).round_().add_(zeros[:, :, None]).clamp_(0, 15)
+    return q.to(torch.uint8).flatten(1)[:, :weight.size(1)]
+
+
+def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype)) * scales[:, :, None].to(dtype)
+    return weight.flatten(1)[:, :q.size(1)]
+
+
+def in_groups(t: Tensor, groupsize: int, mode: str = "constant") -> Tensor:
+    """[N, K] -> [N, ceil(K / G), G]; a last group that is shorter is filled up."""
+    missing = -t.size(1) % groupsize
+    return (F.pad(t, (0, missing), mode=mode) if missing else t).unflatten(1, (-1, groupsize))
+
+
+def nonzero(scales: Tensor) -> Tensor:
+    """To divide by."""
+    return torch.where(scales > 0, scales.float(), 1.0)
+
+
+def pack(q: Tensor) -> Tensor:
+    """uint8 [N, K] of 0 .. 15 -> [N, ceil(K / 2)]: column 2 i in the lower half of byte i, column 2 i + 1 in its upper half."""
+    q = F.pad(q, (0, q.size(1) % 2))
+    return q[:, ::2] | q[:, 1::2] << 4
+
+
+def unpack(packed: Tensor, in_features: int) -> Tensor:
+    return kernels.unpack_int4(packed)[:, :in_features]
+
+
+# ---- linears
+
+class QuantizedLinear(nn.Module):
+    """In the place of a model.Linear. On CPUs with VNNI, decoding rounds the activations to int8 too, unless `exact`."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.in_features, self.out_features, self.exact = in_features, out_features, False
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Any rows [n, K] of a weight -> the same rows of this module's buffers."""
+        raise NotImplementedError
+
+    def dequantize(self, **buffers: Tensor) -> Tensor:
+        """The inverse, fp32; of the module's own buffers (before pack_for) if none are given."""
+        raise NotImplementedError
+
+    def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Turns the buffers from the stored form to the one that computes fastest on the device for activations of a dtype."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(QuantizedLinear):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(out_features))
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("weight", "scales"), quantize_int8(weight)))
+
+    def dequantize(self, **buffers: Tensor) -> Tensor:
+        own = buffers or dict(self.named_buffers())
+        return dequantize_int8(own["weight"], own["scales"])
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:     # in which sums over q overflow
+            return F.linear(x, dequantize_int8(self.weight, self.scales, x.dtype))
+        return kernels.int8_linear(x, self.weight, self.scales, self.exact)
+
+
+class Int4Linear(QuantizedLinear):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 32):
+        super().__init__(in_features, out_features, bias)
+        self.groupsize, self.layout = groupsize, "stored"
+        groups = math.ceil(in_features / groupsize)
+        self.register_buffer("weight", torch.empty(out_features, math.ceil(in_features / 2), dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(out_features, groups, dtype=torch.bfloat16))
+        self.register_buffer("zeros", torch.empty(out_features, groups, dtype=torch.uint8))
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        q, scales, zeros = quantize_int4(weight, self.groupsize)
+        return dict(weight=pack(q), scales=scales, zeros=zeros)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, **buffers: Tensor) -> Tensor:
+        own = buffers or dict(self.named_buffers())
+        return dequantize_int4(unpack(own["weight"], self.in_features), own["scales"], own["zeros"], self.groupsize, dtype)
+
+    def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
+        assert self.layout == "stored"
+        if device.type == "cpu" and kernels.ready():
+            self.weight, self.scales, self.zeros = kernels.pack_int4(self.weight, self.scales, self.zeros, self.groupsize)
+            self.layout = "cpu"
+        elif (tiles := int4pack_tiles(self, device, dtype)) is not None:
+            self.weight = convert_int4pack(self.weight >> 4 | self.weight << 4, tiles)           # there, the even column is the upper half
+            offsets = (8 - self.zeros.float()) * self.scales.float()                             # w = scale * (q - 8) + offset
+            self.scales, self.zeros = torch.stack((self.scales, offsets.bfloat16()), dim=-1).transpose(0, 1).contiguous(), None   # [K / G, N, 2]
+            self.layout = "cuda"
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if self.layout == "cpu":
+            return kernels.int4_linear(x, self.weight, self.scales, self.zeros, self.out_features, self.exact)
+        if self.layout == "cuda":
+            return int4pack_mm(x.flatten(0, -2), self.weight, self.groupsize, self.scales).unflatten(0, x.shape[:-1])
+        return F.linear(x, self.dequantize(x.dtype))
+
+
+def int4pack_tiles(linear: Int4Linear, device: torch.device, dtype: torch.dtype) -> int | None:
+    """The tile width for PyTorch's CUDA int4 kernel, or None where it cannot run and the weights are dequantized instead."""
+    if device.type != "cuda" or torch.version.hip or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if linear.out_features % 8 or linear.in_features % linear.groupsize:
+        return None
+    return next((tiles for tiles in (8, 4, 2) if linear.in_features % (16 * tiles) == 0), None)
+
+
+def convert_int4pack(weight: Tensor, tiles: int) -> Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack(weight, tiles)
+
+
+def int4pack_mm(x: Tensor, weight: Tensor, groupsize: int, scales_and_zeros: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm(x, weight, groupsize, scales_and_zeros)
+
+
+# ---- models
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is quantized to what; stands in the checkpoint. skipped: names of linears that stay as they were."""
+    mode: str
+    groupsize: int = 32                  # of int4 linears
+    lm_head: str = "int8"
+    skipped: tuple[str, ...] = ()
+    source: str = ""
+
+    def check(self, said_in: str = "--") -> None:
+        for name, offered in (("mode", MODES), ("groupsize", GROUPSIZES), ("lm_head", LM_HEADS)):
+            if getattr(self, name) not in offered:
+                raise UserError(f"{said_in}{name} {getattr(self, name)!r} is not supported (supported: {', '.join(map(str, offered))})")
+
+    def linear(self, name: str, in_features: int, out_features: int, bias: bool) -> QuantizedLinear | None:
+        """An empty module for the linear of this name, or None if it stays as it is."""
+        kind = self.lm_head if name == "output" else self.mode
+        if name in self.skipped or kind == "none":
+            return None
+        return Int8Linear(in_features, out_features, bias) if kind == "int8" else Int4Linear(in_features, out_features, bias, self.groupsize)
+
+
+def replace_linears(model: Transformer, quantization: Quantization) -> list[tuple[str, QuantizedLinear]]:
+    """Replaces a model's linears in place; a tied model gets a quantized head of its own. On the meta device the new ones are empty,
+    elsewhere they hold the quantized weights."""
+    replaced = []
+    for name in linear_names(model):
+        old = model.tok_embeddings if name == "output" and model.output is None else model.get_submodule(name)
+        bias = getattr(old, "bias", None)
+        with torch.device("meta"):
+            new = quantization.linear(name, old.weight.size(1), old.weight.size(0), bias is not None)
+        if new is None:
+            continue
+        if not old.weight.is_meta:
+            for key, value in quantize_weight(name, old.weight, new)[0].items():
+                setattr(new, key, kernels.place(value, value.device, value.dtype))
+        new.bias = bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+        replaced.append((name, new))
+    return replaced
+
+
+def quantize_model(model: Transformer, mode: str, groupsize: int = 32, lm_head: str = "int8", skip: tuple[str, ...] = ()) -> Transformer:
+    """Quantizes a loaded model in place and packs it for its device. skip: patterns of names of linears."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise UserError("the model is already quantized")
+    quantization = Quantization(mode, groupsize, lm_head, skipped_names(model, skip))
+    quantization.check()
+    replace_linears(model, quantization)
+    pack_for(model, model.device)
+    return model
+
+
+def pack_for(model: Transformer, device: torch.device) -> None:
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.pack_for(device, model.dtype)
+
+
+def set_activations(model: Transformer, activations: str) -> None:
+    """bf16: activations are multiplied as they are; int8: they may be rounded to int8 where that is faster."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.exact = activations == "bf16"
+
+
+def linear_names(model: Transformer) -> list[str]:
+    """All that can be quantized. The head counts even where it is tied to the embedding."""
+    return [name for name, module in model.named_modules() if isinstance(module, Linear) and name != "output"] + ["output"]
+
+
+def skipped_names(model: Transformer, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The linears whose name matches one of the patterns (*, ?, [...])."""
+    names = linear_names(model)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"--skip {pattern} matches no linear (there are e.g. {', '.join([*names[:4], names[-1]])})")
+    return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+@torch.no_grad()
+def quantize_weight(name: str, weight: Tensor, linear: QuantizedLinear, device: torch.device | None = None,
+                    measure: bool = False) -> tuple[dict[str, Tensor], float]:
+    """The buffers that stand for a weight [N, K], computed some rows at a time, and the RMS of their error over the RMS of the weight."""
+    parts: list[dict[str, Tensor]] = []
+    error = total = 0.0
+    for rows in weight.split(max(1, CHUNK // weight.size(1))):
+        rows = rows.to(device or weight.device)
+        if not rows.isfinite().all():
+            raise UserError(f"{name}.weight holds NaN or infinity: a damaged checkpoint cannot be quantized")
+        part = linear.quantize(rows)
+        if measure:
+            error += (linear.dequantize(**part) - rows.float()).square().sum(dtype=torch.float64).item()
+            total += rows.float().square().sum(dtype=torch.float64).item()
+        parts.append({key: value.to(weight.device) for key, value in part.items()})
+    whole = parts[0] if len(parts) == 1 else {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return whole, math.sqrt(error / total) if total else 0.0
+
+
+# ---- checkpoints
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]:
+    """The state dict inside a model.pth or a quantized one, mapped from the file, and how it is quantized."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        version, quantization, state = checkpoint["version"], checkpoint["quantization"], checkpoint["state_dict"]
+    except Exception as error:              # torch.load reports a damaged file in many ways
+        raise UserError(f"{path} is not a checkpoint that this program wrote, or was cut short ({type(error).__name__})") from None
+    if version != VERSION:
+        raise UserError(f"{path}: version {version} of the format is not supported (supported: {VERSION}): written by a newer version of the program?")
+    if quantization is None:
+        return state, None
+    try:
+        found = Quantization(**{**quantization, "skipped": tuple(quantization["skipped"])})
+    except (TypeError, KeyError):
+        raise UserError(f"{path}: quantization {quantization} is not supported: written by a newer version of the program?") from None
+    found.check(f"{path}: quantization ")
+    return state, found
+
+
+def check_fits(path: Path, model: Transformer, state: dict[str, Tensor]) -> None:
+    """Refuses a state dict whose names and shapes are not the model's."""
+    expected = {name: p.shape for name, p in model.state_dict().items()}
+    wrong = sorted(expected.keys() ^ state.keys()) or [n for n in expected if expected[n] != state[n].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit its config.json: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}")
+
+
+def loaded_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of a stored tensor in a model that computes in `dtype`: the numbers of the quantized formats stay as they are."""
+    return tensor.dtype if not tensor.is_floating_point() or name.endswith(".scales") else dtype
+
+
+def read_weights(path: Path, names: list[str]) -> Iterator[Tensor]:
+    """One tensor after another. The file is mapped anew now and then, because its pages count as memory as long as the mapping lives."""
+    state, held = read_checkpoint(path)[0], 0
+    for name in names:
+        if held > RENEW_BYTES:
+            state, held = read_checkpoint(path)[0], 0
+        held += state[name].nbytes
+        yield state[name]
+
+
+def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str = "int8", skip: tuple[str, ...] = (),
+                        device: torch.device | str = "cpu", report: bool = False, progress: bool = True) -> Path:
+    """Writes model_int8.pth or model_int4.gG.pth beside an unquantized checkpoint and returns its path. What is in memory at a time is the
+    quantized weights and a part of the others."""
+    Quantization(mode, groupsize, lm_head).check()
+    if not path.exists():
+        raise UserError(f"--checkpoint_path {path}: no such file (scripts/convert_hf_checkpoint.py makes model.pth from a Hugging Face checkpoint)")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: not writable")
+    kept, already = read_checkpoint(path)
+    if already:
+        raise UserError(f"--checkpoint_path {path} is already quantized ({already.mode}): give the model.pth that it was made from")
+    with torch.device("meta"):
+        model = Transformer(ModelArgs.from_hf(read_json(path.parent / "config.json")))
+    check_fits(path, model, kept)
+    quantization = Quantization(mode, groupsize, lm_head, skipped_names(model, skip), path.name)
+    linears = dict(replace_linears(model, quantization))
+    sources = {name: f"{name}.weight" if f"{name}.weight" in kept else "tok_embeddings.weight" for name in linears}
+    state = {name: tensor for name, tensor in kept.items() if name not in sources.values() or name == "tok_embeddings.weight"}
+    lines, total = [], sum(kept[name].nbytes for name in sources.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Quantizing", disable=not progress) as bar:
+        for (name, linear), weight in zip(linears.items(), read_weights(path, list(sources.values()))):
+            buffers, error = quantize_weight(name, weight, linear, torch.device(device), measure=report)
+            state |= {f"{name}.{key}": value for key, value in buffers.items()}
+            lines.append((name, linear, error, sum(value.nbytes for value in buffers.values()), weight.nbytes))
+            bar.update(weight.nbytes)
+    target = path.with_name("model_int8.pth" if mode == "int8" else f"model_int4.g{groupsize}.pth")
+    with written_whole(target) as partial:
+        torch.save({"version": VERSION, "quantization": {**asdict(quantization), "skipped": list(quantization.skipped)}, "state_dict": state}, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())      # a full disk may show only here, and must show before the file gets its name
+    if uneven := [f"{name} ({linear.in_features})" for name, linear in linears.items()
+                  if isinstance(linear, Int4Linear) and linear.in_features % linear.groupsize]:
+        print(f"{len(uneven)} linears whose columns are no multiple of {groupsize} have a shorter last group: {', '.join(uneven[:4])}"
+              f"{' ...' if len(uneven) > 4 else ''}", file=sys.stderr)
+    if report:
+        print_report(lines)
+    return target
+
+
+def print_report(lines: list[tuple[str, QuantizedLinear, float, int, int]]) -> None:
+    print(f"{'linear':<36}{'format':<10}{'shape':>16}{'error':>10}{'MB':>10}{'of':>8}")
+    for name, linear, error, after, before in lines:
+        kind = f"int4.g{linear.groupsize}" if isinstance(linear, Int4Linear) else "int8"
+        shape = f"{linear.out_features} x {linear.in_features}"
+        print(f"{name:<36}{kind:<10}{shape:>16}{error:>10.3%}{after / 1e6:>10.2f}{after / before:>8.1%}")
+    after, before = (sum(line[i] for line in lines) for i in (3, 4))
+    print(f"{'together':<72}{after / 1e6:>10.2f}{after / before:>8.1%}")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", type=Path, required=True, help="a model.pth; the quantized file is written beside it")
+    parser.add_argument("--mode", required=True, help=" or ".join(MODES))
+    parser.add_argument("--groupsize", type=int, default=32, help=f"columns that share a scale in int4: {', '.join(map(str, GROUPSIZES))}")
+    parser.add_argument("--lm_head", default="int8", help=f"format of the output head: {', '.join(LM_HEADS)} (as it is); default %(default)s")
+    parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="linears that stay as they are, e.g. 'layers.0.*'; repeatable")
+    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--report", action="store_true", help="print each linear's error (RMS of the error / RMS of the weights) and size")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    path = args.checkpoint_path / "model.pth" if args.checkpoint_path.is_dir() else args.checkpoint_path
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    target = quantize_checkpoint(path, args.mode, args.groupsize, args.lm_head, tuple(args.skip), device, args.report)
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB ({path.name}: {path.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    run(main)

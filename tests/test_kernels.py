@@ -1,0 +1,264 @@
+"""Every kernel against its plain PyTorch twin, computed in fp64.
+
+Tolerances are relative to the largest result. bf16 results carry half a unit in the last of 8 bits: 2^-8 = 0.4 %. fp32 sums of up to 5000 products
+differ by their order: 3e-6. Where activations are rounded to int8 the twin rounds as well, but a value on the boundary between two steps may
+fall to either side; one step is 1/127 of the group's largest value in one of K_in terms: 2e-3 covers a few of them at the sizes used here.
+"""
+import functools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+
+BF16, FP32 = torch.bfloat16, torch.float32
+TOLERANCE = {BF16: 4e-3, FP32: 3e-6}
+ROUNDED = 2e-3
+HAVE_OPS = kernels.problem() is None
+needs_ops = pytest.mark.skipif(not HAVE_OPS, reason="kernels.cpp could not be built here")
+vnni = "avx512_vnni" in kernels.cpu_flags().split()
+SHAPES = [(64, 64), (33, 78), (7, 1024), (1000, 896), (130, 4864)]      # [N, K_in], with tails in both
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def error(y: Tensor, expected: Tensor) -> float:
+    assert y.shape == expected.shape
+    return ((y.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def int4_weights(N: int, K_in: int, groupsize: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stored form and the weights that it stands for, by a formula of its own."""
+    groups = -(-K_in // groupsize)
+    q = torch.randint(0, 16, (N, K_in))
+    scales, zeros = (torch.rand(N, groups) * 0.1 + 0.01).bfloat16(), torch.randint(0, 16, (N, groups), dtype=torch.uint8)
+    group = torch.arange(K_in) // groupsize
+    w = scales.double()[:, group] * (q - zeros[:, group].long()).double()
+    return (q[:, ::2] + 16 * q[:, 1::2]).to(torch.uint8), scales, zeros, w
+
+
+@needs_ops
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("N,K_in", [*SHAPES, (5, 3)])
+def test_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(N, K_in).to(dtype)
+    for M in TOKENS:
+        x = torch.randn(M, K_in).to(dtype)
+        y = kernels.linear(x, weight)
+        assert y.dtype == dtype and error(y, x.double() @ weight.double().T) < TOLERANCE[dtype], M
+        assert error(kernels.linear_reference(x, weight), y.double()) < 2 * TOLERANCE[dtype], M
+
+
+def test_linear_keeps_leading_dimensions_and_takes_any_layout() -> None:
+    weight = torch.randn(32, 48)
+    x = torch.randn(48, 3, 2).permute(2, 1, 0)
+    for rows in (weight, torch.randn(48, 32).T, torch.randn(32, 96)[:, ::2]):
+        assert error(kernels.linear(x, rows), x.double() @ rows.double().T) < TOLERANCE[FP32]
+    assert kernels.linear(torch.randn(2, 40, 48), weight).shape == (2, 40, 32)
+    assert kernels.linear(torch.randn(0, 48), weight).shape == (0, 32)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("B,S,H,K,D,T", [(1, 1, 16, 8, 128, 300), (2, 3, 14, 2, 64, 100), (1, 16, 4, 4, 80, 70), (1, 1, 8, 1, 256, 1000),
+                                         (3, 1, 6, 3, 96, 513), (1, 24, 4, 2, 64, 90)])
+def test_attend(B: int, S: int, H: int, K: int, D: int, T: int, dtype: torch.dtype) -> None:
+    """Windows, rows at different positions, and NaN where no query may look. The fast path and both plain ones."""
+    k, v = torch.randn(2, B, K, T, D).to(dtype)
+    q = torch.randn(B, S, H, D).to(dtype)
+    tolerance = 2 * TOLERANCE[dtype]              # PyTorch's own attention rounds its weights to bf16 before it sums the values
+    for window in (0, 1, 17, 200):
+        for input_pos in (torch.randint(0, T - S, (B, 1)) + torch.arange(S), torch.arange(T - S, T), torch.arange(S)):
+            expected = attention_in_fp64(q, k, v, input_pos.expand(B, S), window)
+            assert error(kernels.attend_reference(q, k, v, input_pos, window), expected) < tolerance
+            assert error(kernels.attend_sliced(q, k, v, input_pos, window), expected) < tolerance
+            unseen_k, unseen_v = k.clone(), v.clone()
+            unseen_k[:, :, int(input_pos.max()) + 1:] = unseen_v[:, :, int(input_pos.max()) + 1:] = torch.nan
+            y = kernels.attend(q, unseen_k, unseen_v, input_pos, window)
+            assert y.dtype == dtype and error(y, expected) < tolerance, (window, input_pos)
+
+
+def attention_in_fp64(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, window: int) -> Tensor:
+    """One query at a time, from the definition."""
+    B, S, H, D = q.shape
+    out = torch.empty(B, S, H, D, dtype=torch.float64)
+    for b in range(B):
+        for s in range(S):
+            p = int(input_pos[b, s])
+            slots = slice(max(0, p - window + 1) if window else 0, p + 1)
+            keys, values = (t[b, :, slots].double().repeat_interleave(H // k.size(1), 0) for t in (k, v))
+            weights = (keys @ q[b, s].double()[:, :, None] / D ** 0.5).softmax(1)
+            out[b, s] = (weights * values).sum(1)
+    return out.flatten(2)
+
+
+@needs_ops
+def test_attend_splits_positions_between_threads() -> None:
+    """One KV head, more threads than heads: the parts are put together again, at any magnitude of the scores."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for scale in (1.0, 30.0):
+            q, k, v = scale * torch.randn(1, 1, 4, 64), torch.randn(1, 1, 3000, 64), torch.randn(1, 1, 3000, 64)
+            for position in (2999, 5):
+                input_pos = torch.tensor([[position]])
+                assert error(kernels.attend(q, k, v, input_pos), attention_in_fp64(q, k, v, input_pos, 0)) < 1e-5
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_ops
+def test_attend_refuses_positions_outside_the_cache() -> None:
+    q, cache = torch.randn(1, 1, 4, 64), torch.randn(1, 4, 8, 64)
+    for position in (-1, 8):
+        with pytest.raises(RuntimeError, match="outside the cache"):
+            kernels.attend(q, cache, cache, torch.tensor([position]))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("N,K_in", SHAPES)
+def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
+    weight, scale = torch.randint(-128, 128, (N, K_in), dtype=torch.int8), torch.rand(N) * 0.01
+    w = weight.double() * scale.double()[:, None]
+    for M in [*TOKENS, 17, 40]:
+        x = torch.randn(M, K_in).to(dtype)
+        tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
+        assert error(kernels.int8_linear(x, weight, scale, exact=True), x.double() @ w.T) < tolerance, M
+        rounded = kernels.round_activations(x, 64) if HAVE_OPS and vnni and M <= 16 else x
+        assert error(kernels.int8_linear(x, weight, scale), rounded.double() @ w.T) < tolerance + ROUNDED, M
+        assert error(kernels.int8_linear_reference(x, weight, scale), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("groupsize", [32, 64, 128, 256])
+@pytest.mark.parametrize("N,K_in", SHAPES)
+def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> None:
+    weight, scales, zeros, w = int4_weights(N, K_in, groupsize)
+    packed = kernels.pack_int4(weight, scales, zeros, groupsize)
+    for M in [1, 3, 4, 9, 16, 40]:
+        x = torch.randn(M, K_in).to(dtype)
+        tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
+        assert error(kernels.int4_linear(x, *packed, N, exact=True), x.double() @ w.T) < tolerance, M
+        rounded = kernels.round_activations(x, 32) if HAVE_OPS and vnni and M <= 16 else x
+        assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
+        assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
+
+
+@pytest.mark.parametrize("groupsize", [32, 64, 128, 256])
+def test_packed_int4_stands_for_the_same_weights(groupsize: int) -> None:
+    for N, K_in in SHAPES:
+        weight, scales, zeros, w = int4_weights(N, K_in, groupsize)
+        packed = kernels.pack_int4(weight, scales, zeros, groupsize)
+        assert torch.equal(kernels.dequantize_packed_int4(*packed, N, K_in, torch.float64), w)
+
+
+def test_rounded_activations_are_within_half_a_step() -> None:
+    x = torch.randn(5, 100) * torch.logspace(-3, 3, 100)
+    for group in (32, 64):
+        rounded = kernels.round_activations(x, group)
+        for start in range(0, 100, group):
+            part, high = slice(start, start + group), x[:, start:start + group].abs().amax(1, keepdim=True)
+            assert ((rounded - x)[:, part].abs() <= high / 127 * 0.5001).all()
+    assert torch.equal(kernels.round_activations(torch.zeros(2, 64), 32), torch.zeros(2, 64))
+
+
+@needs_ops
+def test_zero_activations_give_zero() -> None:
+    weight, scales, zeros, _ = int4_weights(32, 64, 32)
+    assert not kernels.int4_linear(torch.zeros(1, 64), *kernels.pack_int4(weight, scales, zeros, 32), 32).any()
+    assert not kernels.int8_linear(torch.zeros(1, 64), torch.ones(32, 64, dtype=torch.int8), torch.ones(32)).any()
+
+
+class Block(torch.nn.Module):
+    """A linear and attention over a cache, in a region that the compiler handles once for all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3 * 64, 64), requires_grad=False)
+        self.register_buffer("k_cache", torch.zeros(1, 1, 40, 64))
+        self.register_buffer("v_cache", torch.zeros(1, 1, 40, 64))
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
+        q, k, v = kernels.linear(x, self.weight).view(1, -1, 3, 64).split(1, dim=2)
+        self.k_cache[:, :, input_pos], self.v_cache[:, :, input_pos] = k.transpose(1, 2), v.transpose(1, 2)
+        return x + kernels.attend(q, self.k_cache, self.v_cache, input_pos)
+
+
+@torch.inference_mode()
+def test_fullgraph_compilation() -> None:
+    """One token and many, in nested regions; and the integer linears."""
+    def forward(x: Tensor, input_pos: Tensor) -> Tensor:
+        for block in blocks:
+            x = block(x, input_pos)
+        return x
+    blocks = [Block(), Block()]
+    compiled = torch.compile(forward, fullgraph=True)
+    for S in (1, 20):
+        x, input_pos = torch.randn(1, S, 64), torch.arange(S)
+        assert torch.allclose(compiled(x, input_pos), forward(x, input_pos), atol=1e-3, rtol=1e-4)
+    weight, scales, zeros, _ = int4_weights(32, 64, 32)
+    packed, w8, scale = kernels.pack_int4(weight, scales, zeros, 32), torch.ones(32, 64, dtype=torch.int8), torch.ones(32)
+
+    def integer(x: Tensor) -> Tensor:
+        return kernels.int4_linear(x, *packed, 32) + kernels.int8_linear(x, w8, scale)
+    x = torch.randn(1, 64)
+    assert torch.allclose(torch.compile(integer, fullgraph=True)(x), integer(x), atol=1e-3, rtol=1e-4)
+
+
+@needs_ops
+def test_fakes_agree_with_the_ops() -> None:
+    weight, scales, zeros, _ = int4_weights(32, 64, 32)
+    cache, x = torch.randn(2, 2, 9, 16), torch.randn(2, 3, 64)
+    ops, checks = torch.ops.qwen_fast, ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.linear, (x, torch.randn(5, 64)), test_utils=checks)
+    torch.library.opcheck(ops.attend, (torch.randn(2, 1, 4, 16), cache, cache, torch.tensor([3]), 0), test_utils=checks)
+    torch.library.opcheck(ops.int8_linear, (x, torch.ones(5, 64, dtype=torch.int8), torch.ones(5), False), test_utils=checks)
+    torch.library.opcheck(ops.int4_linear, (x, *kernels.pack_int4(weight, scales, zeros, 32), 32, False), test_utils=checks)
+
+
+def test_place_copies_into_large_pages() -> None:
+    source = torch.randn(1024, 1100)
+    placed = kernels.place(source, "cpu", BF16)
+    assert torch.equal(placed, source.bfloat16()) and placed.data_ptr() != source.data_ptr() and placed.is_contiguous()
+    assert not kernels.large_zeros((3, 5), FP32).any() and not kernels.large_zeros((1 << 20,), FP32).any()
+    if sys.platform == "linux":
+        assert placed.data_ptr() % kernels.HUGE_PAGE == 0
+
+
+@pytest.mark.parametrize("setting,said", [({"CXX": "/nonexistent/c++"}, "nonexistent"), ({"CXX": "/bin/false"}, "failed"),
+                                          ({"QWEN_FAST_KERNELS": "off"}, None), ({"TORCH_EXTENSIONS_DIR": "/proc/nowhere"}, "/proc/nowhere")])
+def test_without_a_compiler_pytorch_runs(setting: dict[str, str], said: str | None, tmp_path: Path, monkeypatch, capsys) -> None:
+    for name, value in {"TORCH_EXTENSIONS_DIR": str(tmp_path), **setting}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(kernels, "problem", functools.cache(kernels.problem.__wrapped__))
+    x, w, q, cache = torch.randn(2, 64), torch.randn(5, 64), torch.randn(1, 2, 4, 16), torch.randn(1, 2, 9, 16)
+
+    def use() -> tuple[Tensor, ...]:
+        return kernels.linear(x, w), kernels.attend(q, cache, cache, torch.tensor([3, 4])), kernels.int8_linear(x, w.to(torch.int8), torch.ones(5))
+    called: set[str] = set()
+    monkeypatch.setattr(kernels, "linear_reference", lambda x, w: called.add("linear") or x @ w.T)
+    torch.testing.assert_close(torch.compile(use, fullgraph=True, backend="eager")(), use())
+    assert called == {"linear"} and kernels.describe().startswith("PyTorch kernels (")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kernels.cpp is not used")]
+    assert len(lines) == (said is not None) and (said is None or said in lines[0])
+
+
+def test_two_processes_build_at_once(tmp_path: Path, monkeypatch) -> None:
+    """The library appears whole under its name, and nothing else stays behind."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nsleep 0.2\necho built > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with ThreadPoolExecutor() as pool:
+        libraries = set(pool.map(lambda _: kernels.built_library(), range(2)))
+    assert len(libraries) == 1 and libraries.pop().read_text() == "built\n"
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,430 @@
+"""Number formats, quantized models and the files that hold them, on tiny checkpoints."""
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cli
+import kernels
+import quantize
+from cli import UserError
+from generate import Generator, Sampling, load_model
+from model import Linear, ModelArgs, Transformer
+from quantize import Int4Linear, Int8Linear, QuantizedLinear, quantize_checkpoint
+
+GREEDY = Sampling(temperature=0)
+PROMPT = [(7 * i) % 256 for i in range(24)]
+ATOL = 1e-37                             # below it numbers are denormal
+
+
+# ---- number formats
+
+@st.composite
+def weights(draw, dtypes=(torch.float32, torch.bfloat16)):
+    """Matrices of any shape and scale: even, with outliers, of one sign, with constant and zero rows."""
+    N, K = draw(st.integers(1, 6)), draw(st.integers(1, 300))
+    w = torch.randn(N, K, generator=torch.Generator().manual_seed(draw(st.integers(0, 999)))) * 10.0 ** draw(st.integers(-20, 20))
+    kind = draw(st.sampled_from(["normal", "outlier", "positive", "constant row", "zero row", "zero"]))
+    if kind == "outlier":
+        w[N // 2, K // 2] *= 1e4
+    elif kind == "positive":
+        w = w.abs() + w.abs().max()
+    elif kind == "constant row":
+        w[0] = w[0, 0]
+    elif kind == "zero row":
+        w[0] = 0
+    elif kind == "zero":
+        w.zero_()
+    return w.to(draw(st.sampled_from(dtypes)))
+
+
+quick = settings(max_examples=100, deadline=None)
+groupsizes = st.sampled_from(quantize.GROUPSIZES)
+
+
+@quick
+@given(weights())
+def test_int8_round_trip_is_within_half_a_step(w):
+    q, scales = quantize.quantize_int8(w)
+    assert q.dtype == torch.int8 and q.shape == w.shape and q.abs().max() <= 127 and scales.dtype == torch.float32
+    assert ((quantize.dequantize_int8(q, scales) - w.float()).abs() <= scales[:, None] * 0.50001 + ATOL).all()
+    assert (scales <= w.float().abs().amax(1) / 127 * 1.00001).all()
+
+
+@quick
+@given(weights(), groupsizes)
+def test_int4_round_trip_is_within_half_a_step(w, groupsize):
+    q, scales, zeros = quantize.quantize_int4(w, groupsize)
+    assert q.dtype == zeros.dtype == torch.uint8 and q.shape == w.shape and q.max() <= 15 and zeros.max() <= 15
+    assert scales.dtype == torch.bfloat16 and scales.shape == zeros.shape == (len(w), -(-w.size(1) // groupsize))
+    steps = scales.float().repeat_interleave(groupsize, dim=1)[:, :w.size(1)]
+    assert ((quantize.dequantize_int4(q, scales, zeros, groupsize) - w.float()).abs() <= steps * 0.50001 + ATOL).all()
+    for start in range(0, w.size(1), groupsize):                 # no step is larger than its group asks for; bf16 rounds it by less than 1/128
+        group = w[:, start:start + groupsize].float()
+        span = group.amax(1).clamp(min=0) - group.amin(1).clamp(max=0)
+        constant = group.amin(1) == group.amax(1)
+        assert ((scales[:, start // groupsize].float() <= span / 15 * (1 + 1 / 128) + ATOL) | constant).all()
+
+
+@quick
+@given(weights(dtypes=(torch.bfloat16,)), groupsizes, st.integers(0, 20))
+def test_constant_groups_and_zeros_are_exact(w, groupsize, group):
+    start = group * groupsize % w.size(1) // groupsize * groupsize
+    w[:, start:start + groupsize] = w[:, start:start + 1]
+    back = quantize.dequantize_int4(*quantize.quantize_int4(w, groupsize), groupsize)
+    assert torch.equal(back[:, start:start + groupsize], w[:, start:start + groupsize].float())
+    assert not back[w == 0].any()
+    assert not quantize.dequantize_int8(*quantize.quantize_int8(w))[w == 0].any()
+
+
+def test_an_outlier_disturbs_its_own_group_or_row_only():
+    torch.manual_seed(0)
+    w = torch.randn(4, 256)
+    spoilt = w.clone()
+    spoilt[1, 100] = 1000
+    for quantized in (lambda t: quantize.dequantize_int4(*quantize.quantize_int4(t, 32), 32), lambda t: quantize.dequantize_int8(*quantize.quantize_int8(t))):
+        same = quantized(w) == quantized(spoilt)
+        assert same[[0, 2, 3]].all()
+    same = quantize.dequantize_int4(*quantize.quantize_int4(w, 32), 32) == quantize.dequantize_int4(*quantize.quantize_int4(spoilt, 32), 32)
+    assert same[1, :96].all() and same[1, 128:].all()
+
+
+@quick
+@given(st.integers(1, 5), st.integers(1, 99), st.integers(0, 999))
+def test_unpack_is_the_inverse_of_pack(N, K, seed):
+    q = torch.randint(16, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    packed = quantize.pack(q)
+    assert packed.dtype == torch.uint8 and packed.shape == (N, (K + 1) // 2)
+    assert torch.equal(quantize.unpack(packed, K), q)
+    assert packed[0, 0] & 15 == q[0, 0]
+
+
+# ---- linears
+
+def linear_of(kind: str, N: int, K: int, groupsize: int = 32, bias: bool = True) -> tuple[QuantizedLinear, torch.Tensor]:
+    """A quantized linear as it is stored, and the weights it stands for."""
+    torch.manual_seed(N + K)
+    linear = Int8Linear(K, N, bias) if kind == "int8" else Int4Linear(K, N, bias, groupsize)
+    for key, value in quantize.quantize_weight("w", torch.randn(N, K), linear)[0].items():
+        setattr(linear, key, value)
+    if bias:
+        linear.bias.data = torch.randn(N)
+    return linear, linear.dequantize()
+
+
+@pytest.mark.parametrize("kind,groupsize", [("int8", 32), ("int4", 32), ("int4", 128)])
+@pytest.mark.parametrize("N,K", [(48, 128), (20, 96), (5, 33), (3, 300)])
+def test_linear_equals_its_dequantized_weights(kind, groupsize, N, K):
+    """Within the bound that rounding the activations sets, and without it closely; before and after packing, for few tokens and many."""
+    linear, w = linear_of(kind, N, K, groupsize)
+    for packed in (False, True):
+        if packed:
+            linear.pack_for(torch.device("cpu"), torch.float32)
+        for shape in ((1,), (3,), (2, 8), (40,)):
+            x = torch.randn(*shape, K)
+            expected = x.double() @ w.double().T + linear.bias
+            linear.exact = True
+            assert (linear(x) - expected).abs().max() < 1e-4
+            linear.exact = False
+            group = 64 if kind == "int8" else 32
+            half_steps = torch.nn.functional.pad(x.abs(), (0, -K % group)).unflatten(-1, (-1, group)).amax(-1) / 254
+            bound = half_steps.repeat_interleave(group, dim=-1)[..., :K] @ w.abs().T
+            assert ((linear(x) - expected).abs() <= bound * 1.001 + 1e-4).all()
+            bf16 = linear(x.bfloat16()) - linear.bias            # the products are summed in fp32 and rounded once
+            assert bf16.dtype == torch.float32 and (bf16 - x.bfloat16().double() @ w.double().T).abs().max() < 0.02 * expected.abs().max() + bound.max()
+
+
+def test_int8_does_not_overflow_in_fp16():
+    linear = Int8Linear(4096, 8)
+    for key, value in linear.quantize(torch.full((8, 4096), 0.01)).items():
+        setattr(linear, key, value)
+    y = linear(torch.ones(1, 4096, dtype=torch.float16))
+    assert y.dtype == torch.float16 and (y - 40.96).abs().max() < 0.1
+
+
+def test_layout_for_the_cuda_kernel(monkeypatch):
+    """What PyTorch's CUDA int4 operators are handed, checked by a plain formula of what they compute; the operators themselves need a GPU."""
+    calls = []
+
+    def convert(weight, tiles):
+        calls.append(tiles)
+        return weight.clone()
+
+    def matmul(x, weight, groupsize, scales_and_zeros):
+        assert x.dim() == 2 and x.dtype == scales_and_zeros.dtype == torch.bfloat16 and scales_and_zeros.is_contiguous()
+        q = torch.stack((weight >> 4, weight & 15), dim=-1).flatten(1).float() - 8
+        scales, offsets = (t.float().T.repeat_interleave(groupsize, dim=1) for t in scales_and_zeros.unbind(-1))
+        return (x.float() @ (q * scales + offsets).T).bfloat16()
+    monkeypatch.setattr(quantize, "convert_int4pack", convert)
+    monkeypatch.setattr(quantize, "int4pack_mm", matmul)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    cuda = torch.device("cuda")
+    for K, tiles in ((256, 8), (192, 4), (96, 2)):
+        linear, w = linear_of("int4", 16, K)
+        linear.pack_for(cuda, torch.bfloat16)
+        assert linear.layout == "cuda" and calls[-1] == tiles and linear.zeros is None
+        x = torch.randn(2, 3, K).bfloat16()
+        y, expected = linear(x) - linear.bias, x.float() @ w.T
+        assert y.shape == (2, 3, 16) and (y - expected).abs().max() < 0.02 * expected.abs().max()
+    for N, K, dtype in ((12, 256, torch.bfloat16), (16, 80, torch.bfloat16), (16, 256, torch.float16)):      # the operator cannot: dequantized instead
+        linear, w = linear_of("int4", N, K)
+        linear.pack_for(cuda, dtype)
+        assert linear.layout == "stored"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    linear, w = linear_of("int4", 16, 256)
+    linear.pack_for(cuda, torch.bfloat16)
+    assert linear.layout == "stored"
+
+
+# ---- models and files
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Family -> folder with model.pth, model_int8.pth and model_int4.g32.pth."""
+    made = {}
+
+    def folder(family: str):
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            if family == "qwen-v1":
+                tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4), path)
+            else:
+                tiny.save(tiny.reference(family), path)
+            load_model(path)
+            for mode in quantize.MODES:
+                quantize_checkpoint(path / "model.pth", mode, progress=False)
+            made[family] = path
+        return made[family]
+    return folder
+
+
+FILES = {"int8": "model_int8.pth", "int4": "model_int4.g32.pth"}
+
+
+def logits_of(model: Transformer, ids=PROMPT) -> torch.Tensor:
+    """[S, V], from one pass over more tokens than the kernels take that round their activations."""
+    with torch.inference_mode():
+        model.setup_caches(1, len(ids))
+        pos = torch.arange(len(ids))
+        return model(torch.tensor([ids]), pos, pos)[0]
+
+
+def stepwise_logits_of(model: Transformer, ids=PROMPT) -> torch.Tensor:
+    """The same, token by token."""
+    with torch.inference_mode():
+        model.setup_caches(1, len(ids))
+        return torch.cat([model(torch.tensor([[i]]), torch.tensor([p]))[0] for p, i in enumerate(ids)])
+
+
+def dequantized(path) -> Transformer:
+    """The plain fp32 model whose weights are those that a quantized file stands for."""
+    state, quantization = quantize.read_checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(ModelArgs.from_hf(json.loads((path.parent / "config.json").read_text())))
+    linears = quantize.replace_linears(model, quantization)
+    model.load_state_dict(state, assign=True)
+    for name, linear in linears:
+        plain = Linear(linear.in_features, linear.out_features)
+        plain.weight.data, plain.bias = linear.dequantize(), linear.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+    return model.float().eval()
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "qwen-v1"])
+def test_every_family_from_int8_and_int4(folders, family):
+    for mode, file in FILES.items():
+        path = folders(family) / file
+        model, tokenizer = load_model(path, "cpu", torch.float32)
+        expected = logits_of(dequantized(path))
+        quantize.set_activations(model, "bf16")
+        assert (logits_of(model) - expected).abs().max() < 2e-4
+        assert (stepwise_logits_of(model) - expected).abs().max() < 2e-4
+        quantize.set_activations(model, "int8")
+        assert (stepwise_logits_of(model) - expected).norm() < 0.1 * expected.norm()         # 0.6 % in one linear: random models magnify it
+        for dtype in (torch.float32, torch.bfloat16):
+            if dtype == torch.bfloat16:
+                model, tokenizer = load_model(path, "cpu", dtype)
+                assert model.dtype == dtype and (logits_of(model) - expected).norm() < 0.1 * expected.norm()
+            rows = list(Generator(model, tokenizer).generate(PROMPT, 8, GREEDY, stop_ids=frozenset()))
+            assert len(rows) == 8 and all(0 <= row[0] < tokenizer.vocab_size for row in rows)
+
+
+def test_biases_and_heads(folders):
+    for family, tied in (("qwen2", False), ("qwen2-tied", True)):
+        for mode, file in FILES.items():
+            path = folders(family) / file
+            state, quantization = quantize.read_checkpoint(path)
+            plain, _ = quantize.read_checkpoint(path.with_name("model.pth"))
+            assert torch.equal(state["layers.0.attention.wqkv.bias"], plain["layers.0.attention.wqkv.bias"])
+            assert torch.equal(state["tok_embeddings.weight"], plain["tok_embeddings.weight"])
+            assert state["output.weight"].dtype == torch.int8 and "layers.0.attention.wqkv.scales" in state
+            head = plain["tok_embeddings.weight" if tied else "output.weight"]
+            assert (quantize.dequantize_int8(state["output.weight"], state["output.scales"]) - head).norm() < 0.01 * head.norm()
+            assert quantization.mode == mode and quantization.source == "model.pth" and quantization.skipped == ()
+
+
+@pytest.mark.parametrize("lm_head", quantize.LM_HEADS)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-tied"])
+def test_head_formats_and_skipped_layers(folders, tmp_path, family, lm_head):
+    folder = shutil.copytree(folders(family), tmp_path / "copy")
+    path = quantize_checkpoint(folder / "model.pth", "int4", 64, lm_head=lm_head, skip=("layers.0.*", "*.wo"), progress=False)
+    assert path.name == "model_int4.g64.pth"
+    model, _ = load_model(path, "cpu", torch.float32)
+    assert isinstance(model.output, {"int8": Int8Linear, "int4": Int4Linear, "none": type(None) if "tied" in family else Linear}[lm_head])
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, (Linear, QuantizedLinear))}
+    assert kinds["layers.0.feed_forward.w2"] is kinds["layers.1.attention.wo"] is Linear and kinds["layers.1.attention.wqkv"] is Int4Linear
+    quantize.set_activations(model, "bf16")
+    assert (logits_of(model) - logits_of(dequantized(path))).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("mode", quantize.MODES)
+def test_quantized_in_memory_equals_quantized_file(folders, mode):
+    for family in ("qwen2-tied", "llama-biases"):
+        model, _ = load_model(folders(family), "cpu", torch.float32)
+        assert quantize.quantize_model(model, mode, 32) is model
+        assert not any(isinstance(module, Linear) for module in model.modules())
+        assert torch.equal(logits_of(model), logits_of(load_model(folders(family) / FILES[mode], "cpu", torch.float32)[0]))
+
+
+def test_without_the_kernels(folders, monkeypatch):
+    monkeypatch.setattr(kernels, "ready", lambda: False)
+    for file in FILES.values():
+        model, _ = load_model(folders("qwen2") / file, "cpu", torch.float32)
+        expected = logits_of(dequantized(folders("qwen2") / file))
+        assert (stepwise_logits_of(model) - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("mode", quantize.MODES)
+def test_compiled_equals_eager(folders, tmp_path, mode):
+    """Layers of different kinds too, among which the compiler must not confuse one with another."""
+    folder = shutil.copytree(folders("qwen2-tied"), tmp_path / "copy")
+    path = quantize_checkpoint(folder / "model.pth", mode, skip=("layers.1.*",), progress=False)
+    model, tokenizer = load_model(path, "cpu", torch.float32)
+    eager, compiled = Generator(model, tokenizer), Generator(model, tokenizer, compile=True)
+    expected, found = ([row[0] for row in generator.generate(PROMPT, 24, GREEDY, stop_ids=frozenset())] for generator in (eager, compiled))
+    assert found == expected
+
+
+def test_file_is_small_and_its_size_is_reported(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    cut = {name: tensor.bfloat16() for name, tensor in quantize.read_checkpoint(folder / "model.pth")[0].items()}
+    torch.save({"version": 1, "quantization": None, "state_dict": cut}, folder / "model.pth")
+    quantize.main(["--checkpoint_path", str(folder), "--mode", "int4", "--groupsize", "64", "--lm_head", "int4", "--report"])
+    out, err = capsys.readouterr()
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert len([name for name in lines if name.startswith("layers.")]) == 12 and "int4.g64" in lines["output"] and "together" in lines
+    errors = [float(line.split()[-3].rstrip("%")) for name, line in lines.items() if name.startswith("layers.")]
+    assert all(5 < error < 12 for error in errors)
+    assert "3 linears whose columns are no multiple of 64 have a shorter last group: layers.0.feed_forward.w2 (96)" in err
+    state, _ = quantize.read_checkpoint(folder / "model_int4.g64.pth")
+    weights = [name for name, t in cut.items() if t.dim() == 2 and name != "tok_embeddings.weight"]
+    assert sum(t.nbytes for n, t in state.items() if n.rpartition(".")[0] + ".weight" in weights) < 0.31 * sum(cut[n].nbytes for n in weights)
+    assert (folder / "model_int4.g64.pth").stat().st_size < sum(t.nbytes for t in state.values()) + 64 * 1024
+
+
+# ---- bad input
+
+def refusal(argv: list, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda: quantize.main([str(a) for a in argv]))
+    err = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Quantizing")]
+    assert exit.value.code == 2 and len(err) == 1
+    return err[0]
+
+
+@pytest.mark.parametrize("flags,reason", [
+    (["--mode", "int4", "--groupsize", 48], r"--groupsize 48 is not supported \(supported: 32, 64, 128, 256\)"),
+    (["--mode", "int3"], r"--mode 'int3' is not supported"),
+    (["--mode", "int8", "--lm_head", "int2"], r"--lm_head 'int2' is not supported"),
+    (["--mode", "int8", "--skip", "layer.*"], r"--skip layer\.\* matches no linear"),
+    (["--mode", "int8", "--device", "abacus"], r"--device abacus"),
+])
+def test_flags(folders, capsys, flags, reason):
+    assert re.search(reason, refusal(["--checkpoint_path", folders("qwen3") / "model.pth", *flags], capsys))
+
+
+def test_files_that_cannot_be_quantized(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    before = (folder / "model_int8.pth").read_bytes()
+
+    def reason(file="model.pth"):
+        return refusal(["--checkpoint_path", folder / file, "--mode", "int8"], capsys)
+    assert "is already quantized (int4)" in reason("model_int4.g32.pth")
+    assert "no such file" in reason("absent.pth")
+    whole = (folder / "model.pth").read_bytes()
+    (folder / "model.pth").write_bytes(whole[:len(whole) // 2])
+    assert "was cut short" in reason()
+    (folder / "model.pth").write_bytes(whole)
+    state = {name: tensor.clone() for name, tensor in quantize.read_checkpoint(folder / "model.pth")[0].items()}
+    for value in (float("nan"), float("-inf")):
+        state["layers.1.feed_forward.w2.weight"][3, 5] = value
+        torch.save({"version": 1, "quantization": None, "state_dict": state}, folder / "model.pth")
+        assert "layers.1.feed_forward.w2.weight holds NaN or infinity" in reason()
+    (folder / "model.pth").write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    assert "does not fit its config.json: layers.0.feed_forward.w13.weight" in reason()
+    assert (folder / "model_int8.pth").read_bytes() == before and not list(folder.glob(".*"))
+
+
+def test_quantized_files_that_cannot_be_loaded(folders, tmp_path):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    path = folder / "model_int4.g32.pth"
+    whole, config = path.read_bytes(), (folder / "config.json").read_text()
+    checkpoint = torch.load(path, weights_only=True)
+
+    def refused(reason, **changes):
+        if changes:
+            torch.save({**checkpoint, **changes}, path)
+        with pytest.raises(UserError, match=reason):
+            load_model(path, "cpu")
+        path.write_bytes(whole)
+    refused("version 2 of the format is not supported", version=2)
+    refused("quantization mode 'int3' is not supported", quantization={**checkpoint["quantization"], "mode": "int3"})
+    refused("quantization groupsize 48 is not supported", quantization={**checkpoint["quantization"], "groupsize": 48})
+    refused("written by a newer version", quantization={**checkpoint["quantization"], "rotation": "hadamard"})
+    refused("written by a newer version", quantization="int4")
+    refused("does not fit its config.json", quantization={**checkpoint["quantization"], "groupsize": 64})
+    path.write_bytes(whole[:len(whole) // 2])
+    refused("was cut short")
+    for changes in ({"intermediate_size": 128}, {"num_hidden_layers": 2}, {"vocab_size": 319}):
+        (folder / "config.json").write_text(json.dumps({**json.loads(config), **changes}))
+        refused("does not fit its config.json")
+    (folder / "config.json").write_text(config)
+    load_model(path, "cpu")
+
+
+def test_full_disk_leaves_the_old_file(folders, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    before = (folder / "model_int8.pth").read_bytes()
+
+    def full(content, path):
+        path.write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    assert "is the disk full?" in refusal(["--checkpoint_path", folder / "model.pth", "--mode", "int8"], capsys)
+    assert (folder / "model_int8.pth").read_bytes() == before and not list(folder.glob(".*"))
+
+
+def test_kill_in_the_middle_leaves_the_old_file(folders, tmp_path):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    before = (folder / "model_int8.pth").read_bytes()
+    script = ("import os, signal, sys, torch, quantize\n"
+              "def save(content, path):\n    path.write_bytes(b'half a file')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+              "torch.save = save\nquantize.main(sys.argv[1:])\n")
+    killed = subprocess.run([sys.executable, "-c", script, "--checkpoint_path", folder, "--mode", "int8"], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -9 and (folder / "model_int8.pth").read_bytes() == before and len(list(folder.glob(".*.tmp"))) == 1
+    path = quantize_checkpoint(folder / "model.pth", "int8", progress=False)         # which clears away what the other left
+    load_model(path, "cpu")
+    assert not list(folder.glob(".*.tmp"))
