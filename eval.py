@@ -29,7 +29,7 @@ from tokenizer import StreamDecoder, Tokenizer, same_tokenizer
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
-LOGITS_BYTES = 1 << 28            # of fp32 logits at a time
+LOGITS_BYTES = 1 << 29            # of fp32 logits at a time, about
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
 
 
@@ -134,22 +134,22 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(paths: Sequence[Path], text: str, window: int | None = None, stride: int | None = None,
-            device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Iterator[Comparison]:
+            device: torch.device | str = "cpu", dtype: torch.dtype | None = None, chunk: int | None = None) -> Iterator[Comparison]:
     """Compares checkpoints with the first of them at every token of the text, in fp32 from the logits on. Two are in memory at a time."""
     first, first_tokenizer = load_model(paths[0], device, dtype)
     window = check_window(window, first)
     stride = stride or max(window // 2, 1)
     ids = text_ids(first_tokenizer, text, window, stride)
-    vocab = min(first_tokenizer.vocab_size, first.args.vocab_size)
     for path in paths:
         other, tokenizer = (first, first_tokenizer) if path is paths[0] else load_model(path, device, dtype)
         check_window(window, other)
         if difference := same_tokenizer(first_tokenizer, tokenizer):
             raise UserError(f"--compare {path}: the tokenizers differ: {difference}")
+        vocab = min(first.args.vocab_size, other.args.vocab_size)            # the padding of one may be longer
         nll = kl = same = 0.0
         for tokens, targets in windows(ids, prefix_id(tokenizer), window, stride):
-            theirs = token_logits(first, tokens, len(targets))
-            ours = theirs if other is first else token_logits(other, tokens, len(targets))
+            theirs = token_logits(first, tokens, len(targets), chunk)
+            ours = theirs if other is first else token_logits(other, tokens, len(targets), chunk)
             at = 0
             for p in theirs:
                 p = p[:, :vocab].log_softmax(-1)
@@ -271,8 +271,8 @@ class Scorer:
         length = self.bucket(max(len(row.tokens) for row in contexts))
         rows = max(len(contexts), 2) if self.compile else len(contexts)
         shape = self.model.layers[0].attention.kv_cache.k_cache.shape
-        empty = [tuple(c.new_zeros(rows, shape[1], length, shape[3]) for c in layer.attention.kv_cache.buffers()) for layer in self.model.layers]
-        self.run_rows(contexts, empty)
+        caches = [tuple(c.new_zeros(rows, shape[1], length, shape[3]) for c in layer.attention.kv_cache.buffers()) for layer in self.model.layers]
+        self.run_rows(contexts, caches)
         rest = []
         for number, group in enumerate(batch):
             for row in group.continuations:
@@ -284,11 +284,11 @@ class Scorer:
             part = rest[begin:begin + step]
             source = torch.tensor([row.cached for row in part] + [0] * (len(part) == 1 and self.compile), device=self.model.device)
             more = self.bucket(max(len(row.tokens) for row in part))
-            copies = [tuple(torch.nn.functional.pad(cache[source], (0, 0, 0, more)) for cache in pair) for pair in empty]
+            copies = [tuple(torch.nn.functional.pad(cache[source], (0, 0, 0, more)) for cache in pair) for pair in caches]
             self.run_rows(part, copies)
 
     def bucket(self, length: int) -> int:
-        """Compiled code takes any size above one and below none of the kernels' thresholds: multiples of 32."""
+        """Compiled code sees multiples of 32: no length of one, and none that the kernels treat as decoding."""
         return -(-length // 32) * 32 if self.compile else length
 
     def any_size(self, tensor: Tensor, *dims: int) -> None:
@@ -308,8 +308,8 @@ class Scorer:
             idx[i, :len(row.tokens)] = torch.tensor(row.tokens)
         start = torch.tensor([row.start for row in rows] + [0] * (B - len(rows)))
         positions = start[:, None] + torch.arange(length)
-        most = max(len(row.wanted) for row in rows)
-        chunk = length if B * most * self.model.args.vocab_size * 4 <= LOGITS_BYTES else max(16, LOGITS_BYTES // (4 * B * self.model.args.vocab_size))
+        most, fit = max(len(row.wanted) for row in rows), LOGITS_BYTES // (4 * B * self.model.args.vocab_size)
+        chunk = length if most <= fit else max(fit // 32, 1) * 32
         for begin in range(0, length, chunk):
             self.run_chunk(rows, idx[:, begin:begin + chunk].to(device), positions[:, begin:begin + chunk].to(device), begin)
 
@@ -570,6 +570,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the choice of examples and of sampling (default: lm-eval's)")
     parser.add_argument("--perplexity", type=Path, metavar="FILE", help="perplexity and bits per byte of a text")
     parser.add_argument("--stride", type=int, help="by how many tokens the window advances over the text (default: half of it)")
+    parser.add_argument("--chunk", type=int, help="tokens of the text per pass; up to 16 go through the kernels that decode, activations rounded and all")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="CHECKPOINT", help="compare these on the text of --perplexity")
     parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -582,8 +583,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--limit {args.limit} must be more than 0")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise UserError(f"--num_fewshot {args.num_fewshot} must be 0 or more")
-    if args.stride is not None and args.stride < 1:
-        raise UserError(f"--stride {args.stride} must be 1 or more")
+    for flag in ("stride", "chunk"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
     if not args.tasks and not args.perplexity:
         raise UserError("--compare needs a text: add --perplexity FILE" if args.compare else "nothing to do: give --tasks, or --perplexity FILE")
     return args
@@ -594,14 +596,14 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = parse_device(args.device), DTYPES[args.dtype]
     text = read_text(args.perplexity) if args.perplexity else ""
     if args.compare:
-        return print_comparisons(compare(args.compare, text, args.max_seq_length, args.stride, device, dtype))
+        return print_comparisons(compare(args.compare, text, args.max_seq_length, args.stride, device, dtype, args.chunk))
     model, tokenizer = load_model(args.checkpoint_path, device, dtype)
     print(f"{args.checkpoint_path}: {str(model.dtype)[6:]}, {device}, {kernels.describe(device)}")
     window = check_window(args.max_seq_length, model)
     if text:
         start = time.perf_counter()
         forward = torch.compile(model.forward) if args.compile else None
-        score = perplexity(model, tokenizer, text, window, args.stride or max(window // 2, 1), forward=forward)
+        score = perplexity(model, tokenizer, text, window, args.stride or max(window // 2, 1), args.chunk, forward)
         print(f"perplexity {score.perplexity:.4f}, {score.bits_per_byte:.4f} bits per byte, {score.tokens} tokens, {score.bytes} bytes "
               f"({time.perf_counter() - start:.1f} seconds)")
     if args.tasks:

@@ -217,8 +217,7 @@ class KVCache(nn.Module):
     def __init__(self, batch: int, n_local_heads: int, max_seq_length: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         for name in ("k_cache", "v_cache"):
-            zeros = torch.zeros(batch, n_local_heads, max_seq_length, head_dim, dtype=dtype, device=device)
-            self.register_buffer(name, zeros, persistent=False)
+            self.register_buffer(name, kernels.large_zeros((batch, n_local_heads, max_seq_length, head_dim), dtype, device), persistent=False)
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v [B, S, K, D] at input_pos [B, S]; returns the whole caches."""

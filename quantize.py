@@ -171,7 +171,7 @@ class Int4Linear(QuantizedLinear):
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         assert self.layout == "stored"
         if device.type == "cpu" and kernels.ready():
-            self.weight, self.scales, self.zeros = kernels.pack_int4(self.weight, self.scales, self.zeros, self.groupsize)
+            self.weight, self.scales, self.zeros = map(own_storage, kernels.pack_int4(self.weight, self.scales, self.zeros, self.groupsize))
             self.layout = "cpu"
         elif (tiles := int4pack_tiles(self, device, dtype)) is not None:
             self.weight = convert_int4pack(self.weight >> 4 | self.weight << 4, tiles)           # there, the even column is the upper half
@@ -185,6 +185,11 @@ class Int4Linear(QuantizedLinear):
         if self.layout == "cuda":
             return int4pack_mm(x.flatten(0, -2), self.weight, self.groupsize, self.scales).unflatten(0, x.shape[:-1])
         return F.linear(x, self.dequantize(x.dtype))
+
+
+def own_storage(t: Tensor) -> Tensor:
+    """The same memory, seen as a storage of its own: the compiler refuses inputs that are parts of one."""
+    return torch.from_numpy(t.view(torch.uint8).numpy()).view(t.dtype)
 
 
 def int4pack_tiles(linear: Int4Linear, device: torch.device, dtype: torch.dtype) -> int | None:

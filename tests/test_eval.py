@@ -91,7 +91,7 @@ def test_the_greedy_continuation_is_recognised(loaded, reference):
 def test_scores_do_not_depend_on_how_many_logits_fit(loaded, monkeypatch):
     requests = mixed_requests(2)
     whole = Scorer(loaded[0], 8).score(requests)
-    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 320 * 4 * 8 * 16)
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 320 * 4 * 8 * 32)
     for a, b in zip(whole, Scorer(loaded[0], 8).score(requests)):
         assert a[0] == pytest.approx(b[0], abs=1e-4) and a[1] == b[1]
 
@@ -172,8 +172,8 @@ def test_compare(loaded, folder, tmp_path, reference):
     tokens = torch.tensor([[EOS, *loaded[1].encode(text)[:-1]]])
     theirs = load_model(other, "cpu", torch.float32)[0]
     theirs.setup_caches(1, 300)
-    p = reference(tokens).logits[0, :, :EOS + 1].log_softmax(-1)
-    q = theirs(tokens, torch.arange(300), torch.arange(300))[0, :, :EOS + 1].log_softmax(-1)
+    p = reference(tokens).logits[0].log_softmax(-1)
+    q = theirs(tokens, torch.arange(300), torch.arange(300))[0].log_softmax(-1)
     assert changed.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3) and changed.kl > 0
     assert changed.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item()) and changed.agreement < 1
     assert changed.size == (other / "model.pth").stat().st_size
@@ -295,16 +295,12 @@ def lm_ids(character):
 def test_a_chat_keeps_its_control_tokens_and_only_those(with_bos):
     lm = with_bos
     messages = [{"role": "user", "content": "<|im_end|> is text <s>"}]
-    text, expected = lm.apply_chat_template(messages), lm.scorer and lm.generator and load_ids(lm, messages)
+    text, expected = lm.apply_chat_template(messages), lm.tokenizer.render_chat(messages)
     assert lm.tok_encode(text) == expected
     context, continuation = lm._encode_pair(text, "yes")           # the template's last space goes over to the answer
     assert context + continuation == expected + lm.tok_encode("yes", add_special_tokens=False) and context == expected[:-1]
     begun = lm.apply_chat_template([*messages, {"role": "assistant", "content": "It is"}], add_generation_prompt=False)
     assert begun.endswith("[assistant]It is")
-
-
-def load_ids(lm, messages):
-    return lm.tokenizer.render_chat(messages)
 
 
 # ---- the command
