@@ -101,7 +101,8 @@ def text_ids(tokenizer: Tokenizer, text: str, window: int, stride: int) -> list[
         raise UserError(f"--stride {stride} must be at least 1 and at most the window of {window} tokens (--max_seq_length)")
     ids = tokenizer.encode(text, bos=False)
     if len(ids) < window:
-        raise UserError(f"--perplexity: the text's {len(ids)} tokens are fewer than a window of {window}: give a longer text or a smaller --max_seq_length")
+        raise UserError(f"--perplexity: the text's {len(ids)} tokens are fewer than a window of {window}: "
+                        "give a longer text or a smaller --max_seq_length")
     return ids
 
 
@@ -528,8 +529,8 @@ def evaluate(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer)
     results = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, num_fewshot=args.num_fewshot, limit=args.limit,
                                       apply_chat_template=args.apply_chat_template, fewshot_as_multiturn=args.fewshot_as_multiturn,
                                       log_samples=False, **seeds)
-    results["config"].update(model_args={"checkpoint_path": str(args.checkpoint_path)}, batch_size=args.batch_size or "auto", device=str(model.device),
-                             model_dtype=str(model.dtype))
+    results["config"].update(model_args={"checkpoint_path": str(args.checkpoint_path)}, batch_size=args.batch_size or "auto",
+                             device=str(model.device), model_dtype=str(model.dtype))
     if lm.scorer.cut:
         print(f"{lm.scorer.cut} requests were longer than {lm.max_length} tokens and were cut on the left", file=sys.stderr)
     return results
@@ -570,7 +571,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the choice of examples and of sampling (default: lm-eval's)")
     parser.add_argument("--perplexity", type=Path, metavar="FILE", help="perplexity and bits per byte of a text")
     parser.add_argument("--stride", type=int, help="by how many tokens the window advances over the text (default: half of it)")
-    parser.add_argument("--chunk", type=int, help="tokens of the text per pass; up to 16 go through the kernels that decode, activations rounded and all")
+    parser.add_argument("--chunk", type=int, help="tokens of the text per pass; up to 16 go through decoding's kernels, activations rounded and all")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="CHECKPOINT", help="compare these on the text of --perplexity")
     parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

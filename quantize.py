@@ -32,7 +32,9 @@ VERSION = 1
 MODES = ("int8", "int4")
 GROUPSIZES = (32, 64, 128, 256)
 LM_HEADS = (*MODES, "none")
-CHUNK = 1 << 22                          # weights quantized at a time: each takes some tens of bytes of work space
+PARTS = 1                                # an int4 zero counts in this part of a scale
+SHRINK = (1.0, 0.92, 0.84, 0.76)         # of the range of a group: what is lost at its ends may be won between them
+CHUNK = 1 << 20                          # weights quantized at a time: each takes some tens of bytes of work space
 
 
 # ---- number formats
@@ -50,35 +52,51 @@ def dequantize_int8(q: Tensor, scales: Tensor, dtype: torch.dtype = torch.float3
 
 
 def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, K] -> q uint8 [N, K] of 0 .. 15, scales bf16 and zeros uint8 [N, ceil(K / G)]. Every weight comes back within half a scale."""
+    """[N, K] -> q uint8 [N, K] of 0 .. 15, scales bf16 and zeros uint8 [N, ceil(K / G)]."""
     scales, zeros = int4_scales(weight, groupsize)
     return to_int4(weight, scales, zeros, groupsize), scales, zeros
 
 
 def int4_scales(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
-    """Scales and zeros for which the 16 levels of each group reach from its smallest weight to its largest, 0 being one of them."""
+    """Scales and zeros whose levels have the least squared error in each group, among some that reach from its smallest weight to its largest
+    or not quite, each improved by a least-squares fit. 0 is between the levels' ends."""
     groups = in_groups(weight.float(), groupsize, mode="replicate")
     lowest, highest = groups.amin(dim=2), groups.amax(dim=2)
-    low, high = lowest.clamp(max=0), highest.clamp(min=0)
-    scales = round_up_to_bf16(high / 15 - low / 15)
-    zeros = (-low / nonzero(scales)).round()
-    constant = lowest == highest                                # exact as one step from zero
-    return torch.where(constant, lowest.abs().bfloat16(), scales), torch.where(constant, 1, zeros).to(torch.uint8)
-
-
-def round_up_to_bf16(x: Tensor) -> Tensor:
-    """Positive fp32 -> the next bf16: rounded down, a scale would not reach the ends of its range."""
-    return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()
+    unit = (highest.clamp(min=0) / 15 - lowest.clamp(max=0) / 15)
+    x = groups / nonzero(unit)[:, :, None]                       # so that squares neither overflow nor vanish
+    middle, sum_x = (lowest + highest) / 2 / nonzero(unit), x.sum(dim=2)
+    best = torch.full_like(unit, torch.inf)
+    scales, zeros = torch.empty_like(unit, dtype=torch.bfloat16), torch.empty_like(unit, dtype=torch.uint8)
+    for shrink in SHRINK:
+        scale = torch.full_like(unit, shrink)
+        zero = 7.5 - middle / scale
+        for _ in range(2):
+            stored_scale, stored_zero = (scale * unit).bfloat16(), (zero * PARTS).round().clamp(0, 15 * PARTS)
+            scale, zero = nonzero(stored_scale) / nonzero(unit), stored_zero / PARTS
+            q = (x / scale[:, :, None]).add_(zero[:, :, None]).round_().clamp_(0, 15)
+            sum_q, sum_qq, sum_qx = q.sum(dim=2), q.square().sum(dim=2), (q * x).sum(dim=2)
+            sum_dd, sum_dx = sum_qq - 2 * zero * sum_q + groupsize * zero.square(), sum_qx - zero * sum_x          # d = q - zero
+            error = scale.square() * sum_dd - 2 * scale * sum_dx
+            better = error < best
+            best = torch.where(better, error, best)
+            scales, zeros = torch.where(better, stored_scale, scales), torch.where(better, stored_zero.to(torch.uint8), zeros)
+            slope = (sum_qx - sum_q * sum_x / groupsize) / (sum_qq - sum_q.square() / groupsize).clamp(min=1e-6)
+            zero = (sum_q - sum_x / torch.where(slope > 0, slope, scale)) / groupsize
+            zero = (zero * PARTS).round().clamp(0, 15 * PARTS) / PARTS
+            sum_dd, sum_dx = sum_qq - 2 * zero * sum_q + groupsize * zero.square(), sum_qx - zero * sum_x
+            scale = torch.where(sum_dx > 0, sum_dx / sum_dd.clamp(min=1e-6), scale)
+    constant = lowest == highest                                 # exact as one step from zero
+    return torch.where(constant, lowest.abs().bfloat16(), scales), torch.where(constant, PARTS, zeros).to(torch.uint8)
 
 
 def to_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> Tensor:
     """The nearest of the 16 levels: uint8 [N, K]."""
-    q = (in_groups(weight.float(), groupsize) / nonzero(scales)[:, :, None]).round_().add_(zeros[:, :, None]).clamp_(0, 15)
-    return q.to(torch.uint8).flatten(1)[:, :weight.size(1)]
+    q = in_groups(weight.float(), groupsize) / nonzero(scales)[:, :, None]
+    return q.add_(zeros[:, :, None] / PARTS).round_().clamp_(0, 15).to(torch.uint8).flatten(1)[:, :weight.size(1)]
 
 
 def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype)) * scales[:, :, None].to(dtype)
+    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype) / PARTS) * scales[:, :, None].to(dtype)
     return weight.flatten(1)[:, :q.size(1)]
 
 
@@ -175,7 +193,7 @@ class Int4Linear(QuantizedLinear):
             self.layout = "cpu"
         elif (tiles := int4pack_tiles(self, device, dtype)) is not None:
             self.weight = convert_int4pack(self.weight >> 4 | self.weight << 4, tiles)           # there, the even column is the upper half
-            offsets = (8 - self.zeros.float()) * self.scales.float()                             # w = scale * (q - 8) + offset
+            offsets = (8 - self.zeros.float() / PARTS) * self.scales.float()                     # w = scale * (q - 8) + offset
             self.scales, self.zeros = torch.stack((self.scales, offsets.bfloat16()), dim=-1).transpose(0, 1).contiguous(), None   # [K / G, N, 2]
             self.layout = "cuda"
 

@@ -247,7 +247,8 @@ def test_the_demo_scores_as_with_lm_evals_backend(tmp_path):
     if not (demo / "model.safetensors").exists():
         pytest.skip("the demo's weights are not here")
     ours, theirs = both(shutil.copytree(demo, tmp_path / "demo"), None)
-    for options in (dict(shots=0), dict(shots=2), dict(shots=2, apply_chat_template=True), dict(shots=1, apply_chat_template=True, fewshot_as_multiturn=False)):
+    for options in (dict(shots=0), dict(shots=2), dict(shots=2, apply_chat_template=True),
+                    dict(shots=1, apply_chat_template=True, fewshot_as_multiturn=False)):
         names = NAMES if len(options) == 1 else ["heldout_choice", "heldout_line"]
         limit = None if options == dict(shots=0) else 8
         results, expected = (harness_results(lm, names, limit=limit, **options) for lm in (ours, theirs))
@@ -266,7 +267,8 @@ def with_bos(folder, tmp_path_factory):
     tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<|im_end|>", special=True)])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
     tokenizer.save(str(other / "tokenizer.json"))
-    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    template = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}[assistant] {% endif %}")
     (other / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|endoftext|>", "chat_template": template}))
     return harness_model(*load_model(other, "cpu", torch.float32), 4)
 
@@ -320,7 +322,8 @@ def test_command_perplexity(folder, tmp_path, capsys):
 
 def test_command_tasks(folder, tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    run_command("--checkpoint_path", folder, "--tasks", "heldout_*", "--include_path", TASKS, "--limit", 3, "--num_fewshot", 2, "--output_path", tmp_path / "out")
+    run_command("--checkpoint_path", folder, "--tasks", "heldout_*", "--include_path", TASKS, "--limit", 3, "--num_fewshot", 2,
+                "--output_path", tmp_path / "out")
     captured = capsys.readouterr()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["results"]) == set(NAMES) and 0 <= results["results"]["heldout_choice"]["acc,none"] <= 1
