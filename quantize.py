@@ -3,8 +3,9 @@
     python quantize.py --checkpoint_path checkpoints/demo/model.pth --mode int4 --groupsize 32
 
 int8: w = scale * q, q in -127 .. 127, one fp32 scale per row (0.4 % of the bytes at K = 1024).
-int4: w = scale * (q - zero), q in 0 .. 15, one bf16 scale and one uint8 zero (0 .. 15) per row and group of G columns: 4.75 bits a weight at G = 32.
-      The zero is a whole number because a bf16 offset costs 5 % more bytes and is no more accurate; the last group of a row may be shorter.
+int4: w = scale * (q - zero / PARTS), q in 0 .. 15, one bf16 scale and one uint8 zero per row and group of G columns: 4.75 bits a weight at G = 32.
+      The last group of a row may be shorter.
+The output head is int8 in both by default: on the half-trained demo, int4 there cost as much as in all other linears together.
 
 Shapes: N and K the rows and columns of a weight, G the group size.
 """
@@ -32,7 +33,7 @@ VERSION = 1
 MODES = ("int8", "int4")
 GROUPSIZES = (32, 64, 128, 256)
 LM_HEADS = (*MODES, "none")
-PARTS = 1                                # an int4 zero counts in this part of a scale
+PARTS = 1                                # how many units of an int4 zero make a scale; kernels.py and kernels.cpp know it too
 SHRINK = (1.0, 0.92, 0.84, 0.76)         # of the range of a group: what is lost at its ends may be won between them
 CHUNK = 1 << 20                          # weights quantized at a time: each takes some tens of bytes of work space
 
@@ -62,7 +63,7 @@ def int4_scales(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
     or not quite, each improved by a least-squares fit. 0 is between the levels' ends."""
     groups = in_groups(weight.float(), groupsize, mode="replicate")
     lowest, highest = groups.amin(dim=2), groups.amax(dim=2)
-    unit = (highest.clamp(min=0) / 15 - lowest.clamp(max=0) / 15)
+    unit = highest.clamp(min=0) / 15 - lowest.clamp(max=0) / 15
     x = groups / nonzero(unit)[:, :, None]                       # so that squares neither overflow nor vanish
     middle, sum_x = (lowest + highest) / 2 / nonzero(unit), x.sum(dim=2)
     best = torch.full_like(unit, torch.inf)
@@ -339,7 +340,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]
     except Exception as error:              # torch.load reports a damaged file in many ways
         raise UserError(f"{path} is not a checkpoint that this program wrote, or was cut short ({type(error).__name__})") from None
     if version != VERSION:
-        raise UserError(f"{path}: version {version} of the format is not supported (supported: {VERSION}): written by a newer version of the program?")
+        raise UserError(f"{path}: version {version} of the format is not supported (supported: {VERSION}): written by a newer program?")
     if quantization is None:
         return state, None
     try:
@@ -401,7 +402,8 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
             bar.update(weight.nbytes)
     target = path.with_name("model_int8.pth" if mode == "int8" else f"model_int4.g{groupsize}.pth")
     with written_whole(target) as partial:
-        torch.save({"version": VERSION, "quantization": {**asdict(quantization), "skipped": list(quantization.skipped)}, "state_dict": state}, partial)
+        recorded = {**asdict(quantization), "skipped": list(quantization.skipped)}
+        torch.save({"version": VERSION, "quantization": recorded, "state_dict": state}, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())      # a full disk may show only here, and must show before the file gets its name
     if uneven := [f"{name} ({linear.in_features})" for name, linear in linears.items()
