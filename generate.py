@@ -18,6 +18,7 @@ from torch import Tensor
 
 import kernels
 import quantize
+import tp
 from cli import UserError, run
 from convert import convert, read_json
 from model import ModelArgs, Transformer
@@ -50,19 +51,26 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+               ranks: tp.Ranks | None = None) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, quantized if the file says so. A folder that holds a Hugging Face checkpoint but no model.pth yet is converted first.
 
-    dtype: of the computation and of the weights that are not quantized; by default what the device computes best. Errors: UserError.
+    dtype: of the computation and of the weights that are not quantized; by default what the device computes best.
+    ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own share. Errors: UserError.
     """
     path, device = Path(checkpoint_path), torch.device(device)
     if path.is_dir():
         path = path / "model.pth"
+    if ranks and ranks.local_rank:
+        ranks.gather(None)                  # the first rank of each machine converts and builds for the others
     if not path.exists():
         if path.name != "model.pth" or not (path.parent / "config.json").exists():
             raise UserError(f"--checkpoint_path {path}: no such file, and no Hugging Face checkpoint in its folder to convert")
         print(f"{path} is missing: converting the Hugging Face checkpoint beside it", file=sys.stderr)
         convert(path.parent)
+    kernels.describe(device)
+    if ranks and not ranks.local_rank:
+        ranks.gather(None)
     args = ModelArgs.from_hf(read_json(path.parent / "config.json"))
     tokenizer = Tokenizer.from_dir(path.parent)
     state, quantization = quantize.read_checkpoint(path)
@@ -71,11 +79,18 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     if quantization:
         quantize.replace_linears(model, quantization)
     quantize.check_fits(path, model, state)
+    part = None
+    if ranks:
+        ranks.check_same(f"{path} ({path.stat().st_size} bytes)", (path.stat().st_size, args, [(n, t.shape, t.dtype) for n, t in state.items()]))
+        part = tp.plan(args, ranks.rank, ranks.world, quantization)
+        model = tp.build(part, ranks)
     dtype = dtype or default_dtype(device)
     dtypes = {name: quantize.loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}
-    check_memory(device, sum(state[name].numel() * dtypes[name].itemsize for name in state), f"the weights of {path}")
+    needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
+    check_memory(device, needed * (ranks.local_world if ranks and device.type == "cpu" else 1), f"the weights of {path}")
     weights = zip(dtypes, quantize.read_weights(path, list(dtypes)))
-    model.load_state_dict({name: kernels.place(tensor, device, dtypes[name]) for name, tensor in weights}, assign=True)
+    parts = weights if part is None else ((name, part.cut(name, tensor)) for name, tensor in weights)
+    model.load_state_dict({name: kernels.place(tensor, device, dtypes[name]) for name, tensor in parts}, assign=True)
     quantize.pack_for(model, device)
     return model.eval(), tokenizer
 
@@ -173,7 +188,7 @@ class Generator:
         stops = self.stop_ids if stop_ids is None else stop_ids
         reserve_cache(self.model, len(rows), max(max(lengths) + max_new_tokens, max_seq_length))
         device = self.model.device
-        random_source = torch.Generator(device).manual_seed(random.getrandbits(63) if seed is None else seed)
+        random_source = torch.Generator(device).manual_seed(self.fresh_seed() if seed is None else seed)
 
         def noise() -> Tensor:
             drawn = torch.empty(len(rows), sampling.candidates(self.vocab), dtype=torch.float32, device=device)
@@ -194,6 +209,11 @@ class Generator:
             if step + 1 < max_new_tokens:
                 self.cached.append(ids[0])
                 idx = following if following is not None else self.advance(idx, input_pos, sampling, noise())
+
+    def fresh_seed(self) -> int:
+        """The same on all ranks: so they draw the same tokens."""
+        seed = random.getrandbits(63)
+        return self.model.ranks.from_first(seed) if self.model.ranks else seed
 
     def advance(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -253,7 +273,7 @@ def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.d
 
 
 def reserve_cache(model: Transformer, batch: int, max_seq_length: int) -> None:
-    needed = cache_bytes(model.args, batch, max_seq_length, model.dtype)
+    needed = cache_bytes(model.local, batch, max_seq_length, model.dtype)
     if batch != model.max_batch_size or max_seq_length > model.max_seq_length:
         check_memory(model.device, needed, f"keys and values of {batch} x {max_seq_length} positions (--batch_size, --max_seq_length)")
     model.setup_caches(batch, max_seq_length)
@@ -341,14 +361,15 @@ def warm_up(generator: Generator, prompts: list[list[int]], request: dict) -> fl
 def chat(generator: Generator, tokenizer: Tokenizer, args: argparse.Namespace, request: dict) -> None:
     """A conversation on the terminal: what was said stays in the KV cache; Ctrl-C stops the answer."""
     system = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(system)
+    messages, ranks = list(system), generator.model.ranks
     print("Ctrl-C stops an answer, an empty line or Ctrl-D ends, /reset begins anew." if args.chat else "An empty line or Ctrl-D ends.")
     while True:
         try:
-            text = input("> ").strip()
+            text = input("> ").strip() if not ranks or ranks.first else ""
         except (EOFError, KeyboardInterrupt):
             print()
-            return
+            text = ""
+        text = ranks.from_first(text) if ranks else text
         if not text:
             return
         if text == "/reset":
@@ -416,19 +437,24 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab: int) -> l
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    with tp.joined() as ranks:
+        command(parse_args(argv), ranks)
+
+
+def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     for flag in ("num_samples", "batch_size", "max_new_tokens"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
     sampling = Sampling(args.temperature, args.top_k or None, args.top_p)
     sampling.check()
     device = parse_device(args.device)
+    device = ranks.take_device(device) if ranks else device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[args.dtype]
     if device.type == "cpu" and dtype == torch.float16:
         raise UserError("--dtype fp16 is not for CPUs, which emulate it hundreds of times slower: use bf16 or fp32")
 
     start = time.perf_counter()
-    model, tokenizer = load_model(args.checkpoint_path, device, dtype)
+    model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks)
     quantize.set_activations(model, args.activations)
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, {str(model.dtype)[6:]}, {device}, {kernels.describe(device)})")
     if args.max_seq_length > model.args.max_position:
@@ -442,6 +468,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.interactive and args.max_seq_length and len(prompts[0]) + args.max_new_tokens > args.max_seq_length:
         raise UserError(f"--max_seq_length {args.max_seq_length} is less than the prompt's {len(prompts[0])} tokens and --max_new_tokens {args.max_new_tokens}")
     reserve_cache(model, len(prompts), capacity or len(prompts[0]) + args.max_new_tokens)
+    if ranks:                               # what can fail on one rank alone is behind us
+        prompts = ranks.from_first(prompts)
+        args.profile = args.profile if ranks.first else None
     if args.compile or args.compile_prefill:
         print(f"Compilation time: {warm_up(generator, prompts, request):.2f} seconds")
     if args.interactive:

@@ -236,6 +236,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.kv_cache: KVCache | None = None
+        self.reduce = nn.Identity()                    # tensor parallelism: the sum over ranks
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
         B, S, _ = x.shape
@@ -245,7 +246,7 @@ class Attention(nn.Module):
         if logn is not None:
             q = (q.float() * logn).type_as(q)
         k_cache, v_cache = self.kv_cache.update(input_pos, k, v)
-        return self.wo(kernels.attend(q, k_cache, v_cache, input_pos, self.window))          # [B, S, C]
+        return self.reduce(self.wo(kernels.attend(q, k_cache, v_cache, input_pos, self.window)))     # [B, S, C]
 
 
 class FeedForward(nn.Module):
@@ -253,10 +254,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w13 = Linear(args.dim, 2 * args.intermediate_size, args.mlp_bias)               # gate, then up
         self.w2 = Linear(args.intermediate_size, args.dim, args.mlp_bias)
+        self.reduce = nn.Identity()                    # as in Attention
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(nn.functional.silu(gate) * up)
+        return self.reduce(self.w2(nn.functional.silu(gate) * up))
 
 
 class TransformerBlock(nn.Module):
@@ -273,16 +275,22 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Built empty, best under torch.device("meta"); weights come by load_state_dict(..., assign=True)."""
+    """Built empty, best under torch.device("meta"); weights come by load_state_dict(..., assign=True).
 
-    def __init__(self, args: ModelArgs):
+    args describes the whole model. local: the sizes of the share that is in this process, where tp.py spreads a model over several.
+    """
+
+    def __init__(self, args: ModelArgs, local: ModelArgs | None = None):
         super().__init__()
-        self.args = args
+        self.args, self.local = args, local or args
+        self.ranks = None                              # tp.Ranks of a model spread over processes
+        local = self.local
         # given its weight, the embedding skips an initialisation that is slow to import
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
-        self.layers = nn.ModuleList(TransformerBlock(args, window) for window in args.windows or (0,) * args.n_layer)
+        self.tok_embeddings = nn.Embedding(local.vocab_size, args.dim, _weight=torch.empty(local.vocab_size, args.dim))
+        self.layers = nn.ModuleList(TransformerBlock(local, window) for window in args.windows or (0,) * args.n_layer)
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.tie_word_embeddings else Linear(args.dim, args.vocab_size)
+        self.output = None if args.tie_word_embeddings else Linear(args.dim, local.vocab_size)
+        self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
         self.max_batch_size = self.max_seq_length = 0
 
     @property
@@ -299,7 +307,7 @@ class Transformer(nn.Module):
             for layer in self.layers:
                 layer.attention.kv_cache = None            # the old caches go before the new ones come
             for layer in self.layers:
-                layer.attention.kv_cache = KVCache(batch, self.args.n_local_heads, max_seq_length, self.args.head_dim,
+                layer.attention.kv_cache = KVCache(batch, self.local.n_local_heads, max_seq_length, self.args.head_dim,
                                                    dtype or self.dtype, self.device)
             self.max_batch_size, self.max_seq_length = batch, max_seq_length
             self.register_buffer("inv_freq", rope_frequencies(self.args).to(self.device), persistent=False)
@@ -328,7 +336,7 @@ class Transformer(nn.Module):
         else:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.size(-1)))
         x = self.norm(x)
-        return kernels.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        return self.gather(kernels.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x))
 
     def rope(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [B, S, 1, D]."""
