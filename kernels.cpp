@@ -616,7 +616,7 @@ Tensor int8_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale, 
     return y.view(sizes);
 }
 
-// ---- int4: w[n, k] = scale[n, k / G] * (q[n, k] - zero[n, k / G]), packed in blocks of 16 rows
+// ---- int4: w[n, k] = scale[n, k / G] * (q[n, k] - zero[n, k / G] / 16), packed in blocks of 16 rows
 //
 // packed [N / 16, K / 32, 4, 16, 4]: for 32 values of k four registers, each of which holds 8 of them for 16 rows. A byte is two values of q:
 // register j, row r, byte b holds k = 8 j + b in its lower half and k = 8 j + 4 + b in its upper half. scales, zeros [N / 16, K / G, 16].
@@ -640,7 +640,7 @@ INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64
     const float *steps = a.scale.data() + first * a.groups, *sums = a.sums.data() + first * a.groups;
     f32x16 acc[M] = {};
     for (int64_t g = 0; g < w.groups; g++) {
-        const f32x16 scale = load16(w.scales + (block * w.groups + g) * ROWS), zero = load16(w.zeros + (block * w.groups + g) * ROWS);
+        const f32x16 scale = load16(w.scales + (block * w.groups + g) * ROWS), zero = load16(w.zeros + (block * w.groups + g) * ROWS) * (1.0f / 16);
         for (int64_t unit = g * w.per; unit < (g + 1) * w.per; unit++, p += 256) {
             f32x16 dots[M] = {};
 #ifdef __AVX512VNNI__
@@ -718,7 +718,7 @@ void int4_prefill(const Tensor& x_, const Int4& w, Tensor& y) {
             const int64_t block = (n + r) / ROWS;
             for (int64_t unit = 0; unit < w.units(); unit++) {
                 const int64_t g = block * w.groups + unit / w.per;
-                const f32x16 scale = load16(w.scales + g * ROWS), zero = load16(w.zeros + g * ROWS);
+                const f32x16 scale = load16(w.scales + g * ROWS), zero = load16(w.zeros + g * ROWS) * (1.0f / 16);
                 for (int j = 0; j < 4; j++) {
                     u32x16 eight;
                     std::memcpy(&eight, w.packed + (block * w.units() + unit) * 256 + 64 * j, sizeof eight);

@@ -191,7 +191,7 @@ def round_activations(x: Tensor, group: int) -> Tensor:
     return rounded.flatten(-2)[..., :x.size(-1)]
 
 
-# ---- linear with int4 weights: w = scale * (q - zero), scale and zero per row and group of G along K_in
+# ---- linear with int4 weights: w = scale * (q - zero / 16), scale and zero per row and group of G along K_in
 #
 # As stored: weight uint8 [N, K_in / 2], byte i holds q of column 2 i in its lower half and of column 2 i + 1 in its upper half;
 # scales [N, K_in / G], zeros uint8 [N, K_in / G].
@@ -223,7 +223,7 @@ def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
     """The weights [N, K_in] that the packed form stands for."""
     q = torch.stack((packed & 15, packed >> 4), dim=3)                     # block, unit, register, half, row, byte
     q = q.permute(0, 4, 1, 2, 3, 5).reshape(len(packed), 16, scales.size(1), -1).to(dtype)
-    w = (q - zeros.to(dtype).transpose(1, 2)[..., None]) * scales.to(dtype).transpose(1, 2)[..., None]
+    w = (q - zeros.to(dtype).transpose(1, 2)[..., None] / 16) * scales.to(dtype).transpose(1, 2)[..., None]
     return w.flatten(2).flatten(0, 1)[:out_features, :in_features]
 
 

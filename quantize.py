@@ -33,7 +33,7 @@ VERSION = 1
 MODES = ("int8", "int4")
 GROUPSIZES = (32, 64, 128, 256)
 LM_HEADS = (*MODES, "none")
-PARTS = 1                                # how many units of an int4 zero make a scale; kernels.py and kernels.cpp know it too
+PARTS = 16                               # how many units of an int4 zero make a scale; kernels.py and kernels.cpp know it too
 SHRINK = (1.0, 0.92, 0.84, 0.76)         # of the range of a group: what is lost at its ends may be won between them
 CHUNK = 1 << 20                          # weights quantized at a time: each takes some tens of bytes of work space
 

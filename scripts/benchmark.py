@@ -167,7 +167,8 @@ def sweep_table(rows: list[dict], what: str) -> str:
     if not rows:
         return ""
     values = sorted(rows[0][what])
-    titles = {"position": "Decode ms at position", "capacity": "Decode ms at position 64, cache capacity", "batch": "Decode tok/s of all rows, batch size"}
+    titles = {"position": "Decode ms at position", "capacity": "Decode ms early in a cache of capacity",
+              "batch": "Decode tok/s of all rows, batch size"}
     lines = []
     for row in rows:
         peer, cells = rows_of(rows, "llama.cpp", row["quantization"]), []
@@ -185,8 +186,8 @@ def report(result: dict) -> str:
     text = (f"{result['model']}, {result['dtype']}, {machine['threads']} threads on {machine['cpu']} ({machine['cores']} cores; {machine['flags']})"
             f"{'; ' + machine['gpu'] if machine['gpu'] else ''}; {machine['memory_gb']:.0f} GB; read bandwidth {machine['bandwidth_gb_s']:.1f} GB/s "
             f"({machine['bandwidth_by']}); {versions}; {machine['date']}.\n"
-            f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; medians of {result['rounds']} interleaved rounds. "
-            f"Output head of the quantized models: {result['lm_head']}.\n\n")
+            f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; medians of {result['rounds']} interleaved rounds."
+            f" Output head of the quantized models: {result['lm_head']}.\n\n")
     text += main_table(result["rows"]) + "\n" + "".join(sweep_table(result["rows"], what) for what in ("position", "capacity", "batch"))
     return text + "".join(f"\nskipped: {line}" for line in result["skipped"])
 
@@ -203,7 +204,8 @@ def plot(result: dict, path: Path) -> None:
     bars.barh(names, [r["decode_tok_s"] for r in rows], color=["tab:blue" if r["program"] == OURS else "tab:gray" for r in rows])
     bars.plot([r["limit_tok_s"] for r in rows], names, "k|", markersize=16, label="memory's limit")
     bars.invert_yaxis()
-    bars.set(xlabel="decode tokens/s", title=f"{result['model']} {result['dtype']}, {result['machine']['cpu']}, {result['machine']['threads']} threads")
+    machine = result["machine"]
+    bars.set(xlabel="decode tokens/s", title=f"{result['model']} {result['dtype']}, {machine['cpu']}, {machine['threads']} threads")
     bars.legend()
     for row, name in zip(rows, names):
         if row["position"]:
@@ -293,8 +295,8 @@ def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, ca
             skipped.append(f"{label(job)} {job['quantization']} failed: {results[-1]['failed']}")
         else:
             rows.append(summarize(job, results, ModelArgs.from_hf(config), bandwidth))
-    return dict(model=name, dtype=args.dtype, device=args.device, prompt_length=args.prompt_length, tokens=args.tokens, rounds=args.rounds, lm_head=args.lm_head,
-                machine=machine, rows=rows, skipped=skipped)
+    return dict(model=name, dtype=args.dtype, device=args.device, prompt_length=args.prompt_length, tokens=args.tokens, rounds=args.rounds,
+                lm_head=args.lm_head, machine=machine, rows=rows, skipped=skipped)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

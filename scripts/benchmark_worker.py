@@ -2,8 +2,8 @@
 
     python scripts/benchmark_worker.py '{"program": "llama.cpp", "config": {...}, ...}'
 
-Programs: "bandwidth" (what the memory can do), "qwen-fast" (this project), and what it is compared with: llama.cpp (through llama-cpp-python, on a GGUF written
-here), transformers' `generate` with a static cache, and "plain", the formulas of a straightforward PyTorch program. Weights are random.
+Programs: "bandwidth" (what the memory can do), "qwen-fast" (this project), and what it is compared with: llama.cpp (through llama-cpp-python,
+on a GGUF written here), transformers' `generate` with a static cache, and "plain", the formulas of a straightforward PyTorch program.
 The last line of stdout is one JSON object of raw figures in seconds and bytes; see `measured`.
 """
 import json
@@ -141,7 +141,8 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
     reset_peak_memory()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     ttft_s, seconds = token_times(generator.generate(prompt, tokens + 1, **request), time.perf_counter())
-    main = measured(seconds, ttft_s, peak_memory(), f"torch {torch.__version__} ({path})", load_s=load_s, compile_s=compile_s if job["compile"] else None,
+    main = measured(seconds, ttft_s, peak_memory(), f"torch {torch.__version__} ({path})", load_s=load_s,
+                    compile_s=compile_s if job["compile"] else None,
                     recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs, weight_bytes=bytes_read_per_token(model))
 
     def prepared(batch: int, capacity: int) -> Generator:
@@ -165,7 +166,8 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
 
     sweeps = []
     shapes = [("position", job["positions"], lambda at: (1, max(job["positions"]) + tokens, at)),
-              ("capacity", job["capacities"], lambda at: (1, at, min(64, min(job["capacities"]) - tokens))), ("batch", job["batch_sizes"], lambda at: (at, 64 + tokens, 64))]
+              ("capacity", job["capacities"], lambda at: (1, at, min(64, min(job["capacities"]) - tokens))),
+              ("batch", job["batch_sizes"], lambda at: (at, 64 + tokens, 64))]
     for what, values, shape_of in shapes:
         ready = None
         for at in values:
@@ -288,7 +290,8 @@ def run_llama_cpp(job: dict, args: ModelArgs) -> dict:
     def evaluate(rows: list[tuple[int, int]], last_only: bool = False) -> float:
         """Seconds for one llama_decode of (position, sequence) rows of arbitrary tokens."""
         for i, (position, sequence) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = (7919 * position + sequence) % args.vocab_size, position, 1, sequence
+            batch.token[i], batch.pos[i] = (7919 * position + sequence) % args.vocab_size, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
             batch.logits[i] = not last_only or i == len(rows) - 1
         batch.n_tokens = len(rows)
         start = time.perf_counter()

@@ -93,7 +93,8 @@ def test_percentile_is_one_of_the_values():
 
 
 def job(program="qwen-fast", quantization="none", compile=False, **more) -> dict:
-    return dict(program=program, quantization=quantization, compile=compile, dtype_name="bf16", groupsize=32, lm_head="int8", prompt_length=256, tokens=64, **more)
+    return dict(program=program, quantization=quantization, compile=compile, dtype_name="bf16", groupsize=32, lm_head="int8",
+                prompt_length=256, tokens=64, **more)
 
 
 def raw(seconds: list[float], ttft: float = 0.5, **more) -> dict:
@@ -116,7 +117,8 @@ def test_rows_take_the_median_of_rounds():
 
 def result(rows: list[dict]) -> dict:
     machine = dict(cpu="A CPU", cores=2, threads=2, flags="avx2", gpu="", memory_gb=16.0, bandwidth_gb_s=40.0, bandwidth_by="sum", date="2025-01-01")
-    return dict(model="Qwen3-0.6B", dtype="bf16", lm_head="int8", prompt_length=256, tokens=64, rounds=1, machine=machine, rows=rows, skipped=["a: is not there"])
+    return dict(model="Qwen3-0.6B", dtype="bf16", lm_head="int8", prompt_length=256, tokens=64, rounds=1, machine=machine, rows=rows,
+                skipped=["a: is not there"])
 
 
 def test_the_table_gives_ratios_to_the_same_quantization():

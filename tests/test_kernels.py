@@ -39,9 +39,9 @@ def int4_weights(N: int, K_in: int, groupsize: int) -> tuple[Tensor, Tensor, Ten
     """Stored form and the weights that it stands for, by a formula of its own."""
     groups = -(-K_in // groupsize)
     q = torch.randint(0, 16, (N, K_in))
-    scales, zeros = (torch.rand(N, groups) * 0.1 + 0.01).bfloat16(), torch.randint(0, 16, (N, groups), dtype=torch.uint8)
+    scales, zeros = (torch.rand(N, groups) * 0.1 + 0.01).bfloat16(), torch.randint(0, 241, (N, groups), dtype=torch.uint8)
     group = torch.arange(K_in) // groupsize
-    w = scales.double()[:, group] * (q - zeros[:, group].long()).double()
+    w = scales.double()[:, group] * (q - zeros[:, group].double() / 16)
     return (q[:, ::2] + 16 * q[:, 1::2]).to(torch.uint8), scales, zeros, w
 
 
