@@ -5,7 +5,7 @@
 int8: w = scale * q, q in -127 .. 127, one fp32 scale per row (0.4 % of the bytes at K = 1024).
 int4: w = scale * (q - zero / PARTS), q in 0 .. 15, one bf16 scale and one uint8 zero per row and group of G columns: 4.75 bits a weight at G = 32.
       The last group of a row may be shorter.
-The output head is int8 in both by default: on the half-trained demo, int4 there cost as much as in all other linears together.
+The output head is int8 in both by default: on an early state of the demo, int4 there cost as much as in all other linears together.
 
 Shapes: N and K the rows and columns of a weight, G the group size.
 """
