@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <omp.h>
 #include <torch/library.h>
@@ -33,6 +34,7 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
 constexpr int MAX_TOKENS = 16;
+constexpr int MAX_HEAD = 512;                              // dimensions
 
 INLINE f32x16 splat(float value) { return value - f32x16{}; }
 
@@ -102,6 +104,21 @@ INLINE void store16(BFloat16* p, f32x16 v) {       // to nearest, ties to even
     std::memcpy(p, &upper, sizeof upper);
 }
 
+template <typename From, typename To>
+INLINE void convert(const From* from, To* to, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store16(to + i, load16(from + i));
+    for (; i < n; i++) to[i] = (float)from[i];
+}
+
+// f(BFloat16()) or f(0.0f)
+template <typename F>
+void by_dtype(const Tensor& t, F f) {
+    if (t.scalar_type() == at::kBFloat16) f(BFloat16());
+    else if (t.scalar_type() == at::kFloat) f(0.0f);
+    else TORCH_CHECK(false, "kernels.cpp: dtype ", t.scalar_type(), " (bfloat16 and float are supported)");
+}
+
 // A register of weights or activations of type T, and its product with another, added to fp32 sums.
 template <typename T>
 struct Lanes {
@@ -131,7 +148,7 @@ struct Lanes<BFloat16> {
 
 // R rows of w against M tokens. U independent sums per product hide the latency of the multiply-add.
 template <typename T, int R, int M>
-INLINE void dot_rows(const T* w, const T* x, T* y, int64_t K, int64_t N) {
+INLINE void dot_rows(const T* w, const T* x, float* y, int64_t K, int64_t N) {
     using L = Lanes<T>;
     constexpr int U = R * M >= 4 ? 1 : 4 / (R * M);
     f32x16 acc[R][M][U] = {};
@@ -166,7 +183,7 @@ INLINE void dot_rows(const T* w, const T* x, T* y, int64_t K, int64_t N) {
 // Rows begin .. end, one after the other: the hardware's prefetcher follows one stream best (two rows at once ran at half the speed, and
 // prefetching by hand took a tenth off). Only with many tokens, where loading x is what takes the time, two rows share those loads.
 template <typename T, int M>
-void linear_range(const T* w, const T* x, T* y, int64_t begin, int64_t end, int64_t K, int64_t N) {
+void linear_range(const T* w, const T* x, float* y, int64_t begin, int64_t end, int64_t K, int64_t N) {
     constexpr int R = M < 5 ? 1 : 2;
     int64_t n = begin;
     for (; n + R <= end; n += R) dot_rows<T, R, M>(w + n * K, x, y + n, K, N);
@@ -174,17 +191,15 @@ void linear_range(const T* w, const T* x, T* y, int64_t begin, int64_t end, int6
 }
 
 template <typename T>
-using LinearRange = void (*)(const T*, const T*, T*, int64_t, int64_t, int64_t, int64_t);
+using LinearRange = void (*)(const T*, const T*, float*, int64_t, int64_t, int64_t, int64_t);
 
 template <typename T>
 constexpr LinearRange<T> linear_ranges[] = {nullptr, linear_range<T, 1>, linear_range<T, 2>, linear_range<T, 3>, linear_range<T, 4>,
                                             linear_range<T, 5>, linear_range<T, 6>, linear_range<T, 7>, linear_range<T, 8>};
 
+// w [N, K], x [M, K] -> y [M, N], at most 16 tokens
 template <typename T>
-void linear_typed(const Tensor& x, const Tensor& weight, Tensor& y, int64_t M) {
-    const int64_t N = weight.size(0), K = weight.size(1);
-    const T *xp = x.const_data_ptr<T>(), *wp = weight.const_data_ptr<T>();
-    T* yp = y.mutable_data_ptr<T>();
+void linear_decode(const T* w, const T* x, float* y, int64_t M, int64_t N, int64_t K) {
     // More than 8 tokens do not fit the registers: they go in two turns over rows that the cache still holds.
     const int64_t first = M > 8 ? (M + 1) / 2 : M, block = M > 8 ? 2 : N;
 #pragma omp parallel num_threads(at::get_num_threads())
@@ -193,26 +208,10 @@ void linear_typed(const Tensor& x, const Tensor& weight, Tensor& y, int64_t M) {
         const int64_t begin = N * id / threads, end = N * (id + 1) / threads;
         for (int64_t n = begin; n < end; n += block) {
             const int64_t stop = std::min(end, n + block);
-            linear_ranges<T>[first](wp, xp, yp, n, stop, K, N);
-            if (first < M) linear_ranges<T>[M - first](wp, xp + first * K, yp + first * N, n, stop, K, N);
+            linear_ranges<T>[first](w, x, y, n, stop, K, N);
+            if (first < M) linear_ranges<T>[M - first](w, x + first * K, y + first * N, n, stop, K, N);
         }
     }
-}
-
-// x [..., K], weight [N, K] of the same dtype, at most 16 tokens -> [..., N]
-Tensor linear(const Tensor& x_, const Tensor& weight) {
-    TORCH_CHECK(weight.dim() == 2 && x_.dim() >= 1 && x_.size(-1) == weight.size(1) && x_.scalar_type() == weight.scalar_type() &&
-                weight.is_contiguous(), "linear: x ", x_.sizes(), " ", x_.scalar_type(), ", weight ", weight.sizes(), " ", weight.scalar_type());
-    auto x = x_.contiguous();
-    auto sizes = x.sizes().vec();
-    sizes.back() = weight.size(0);
-    auto y = at::empty(sizes, x.options());
-    const int64_t M = weight.size(1) ? x.numel() / weight.size(1) : 0;
-    TORCH_CHECK(M >= 1 && M <= MAX_TOKENS, "linear: ", M, " tokens, and 1 to 16 are supported");
-    if (x.scalar_type() == at::kBFloat16) linear_typed<BFloat16>(x, weight, y, M);
-    else if (x.scalar_type() == at::kFloat) linear_typed<float>(x, weight, y, M);
-    else TORCH_CHECK(false, "linear: dtype ", x.scalar_type());
-    return y;
 }
 
 // ---- attention of a few queries over the KV cache
@@ -234,7 +233,7 @@ INLINE f32x16 exp16(f32x16 x) {
     return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
 }
 
-constexpr int BLOCK = 64;                                  // cache positions per turn of the online softmax
+constexpr int BLOCK = 256;                                  // cache positions per turn of the online softmax
 
 // The G query heads that share one KV head, S tokens each: R = S * G queries in all, query r belongs to token r / G.
 struct Queries {
@@ -272,21 +271,23 @@ INLINE f32x16 sums16(f32x16 v[16]) {
 }
 #endif
 
-// out[i] = q . k[i] for sixteen keys, each D long
-template <typename T>
-INLINE f32x16 dot16(const T* q, const T* k, int64_t D) {
+// out[r, i] = scale * q[r] . k[i] for NR queries and sixteen keys, each D long. The keys are read in the order of their addresses.
+template <typename T, int NR>
+INLINE void dot16(const T* q, const T* k, int64_t D, float scale, float* out) {
     using L = Lanes<T>;
-    f32x16 acc[16] = {};
-    int64_t d = 0;
-    for (; d + L::N <= D; d += L::N) {
-        const auto qv = L::load(q + d);
-        UNROLL for (int i = 0; i < 16; i++) acc[i] = L::dot(acc[i], qv, L::load(k + i * D + d));
+    f32x16 acc[NR][16] = {};
+    UNROLL for (int i = 0; i < 16; i++) {
+        int64_t d = 0;
+        for (; d + L::N <= D; d += L::N) {
+            const auto kv = L::load(k + i * D + d);
+            UNROLL for (int r = 0; r < NR; r++) acc[r][i] = L::dot(acc[r][i], kv, L::load(q + r * D + d));
+        }
+        if (d < D) {
+            const auto kv = L::load_first(k + i * D + d, D - d);
+            UNROLL for (int r = 0; r < NR; r++) acc[r][i] = L::dot(acc[r][i], kv, L::load_first(q + r * D + d, D - d));
+        }
     }
-    if (d < D) {
-        const auto qv = L::load_first(q + d, D - d);
-        UNROLL for (int i = 0; i < 16; i++) acc[i] = L::dot(acc[i], qv, L::load_first(k + i * D + d, D - d));
-    }
-    return sums16(acc);
+    UNROLL for (int r = 0; r < NR; r++) store16(out + r * BLOCK, sums16(acc[r]) * scale);
 }
 
 template <typename T>
@@ -303,94 +304,152 @@ INLINE float dot(const T* a, const T* b, int64_t D) {
     return sum(acc[0] + acc[1]);
 }
 
-// acc[r, d .. d + 16 * C) += sum_j p[r, j] v[j, d ..] for NR queries; the next block of keys is fetched meanwhile if `next` is given.
+// acc[r, d .. d + 16 * C) = acc * correction[r] + sum over j < n of p[r, j] v[j, d ..], for NR queries
 template <typename T, int NR, int C>
-INLINE void add_values(float* acc, const float* p, const T* v, int64_t from, int64_t to, int64_t d, int64_t D, const T* next) {
-    f32x16 a[NR][C];
-    UNROLL for (int r = 0; r < NR; r++)
-        UNROLL for (int c = 0; c < C; c++) a[r][c] = load16(acc + r * D + d + 16 * c);
-    for (int64_t j = from; j < to; j++) {
-        if (next)
-            for (int64_t line = 0; line < D * (int64_t)sizeof(T); line += 64) __builtin_prefetch((const char*)(next + j * D) + line);
+INLINE void add_values(float* acc, const float* correction, const float* p, const T* v, int64_t n, int64_t d, int64_t D) {
+    f32x16 a[NR][C] = {};
+    for (int64_t j = 0; j < n; j++) {
         f32x16 vj[C];
         UNROLL for (int c = 0; c < C; c++) vj[c] = load16(v + j * D + d + 16 * c);
         UNROLL for (int r = 0; r < NR; r++) {
-            f32x16 weight = splat(p[r * BLOCK + j]);
+            const f32x16 weight = splat(p[r * BLOCK + j]);
             UNROLL for (int c = 0; c < C; c++) a[r][c] += weight * vj[c];
         }
     }
     UNROLL for (int r = 0; r < NR; r++)
-        UNROLL for (int c = 0; c < C; c++) store16(acc + r * D + d + 16 * c, a[r][c]);
+        UNROLL for (int c = 0; c < C; c++) {
+            float* to = acc + r * D + d + 16 * c;
+            store16(to, load16(to) * correction[r] + a[r][c]);
+        }
 }
+
+#ifdef __AVX512BF16__
+// The same for an even C, two positions in one product: their values are interleaved, their weights are rounded to bf16.
+template <int NR, int C>
+INLINE void add_values(float* acc, const float* correction, const float* p, const BFloat16* v, int64_t n, int64_t d, int64_t D) {
+    static_assert(C % 2 == 0);
+    uint32_t weights[NR][BLOCK / 2];
+    UNROLL for (int r = 0; r < NR; r++)
+        for (int64_t j = 0; j < n; j += 32) {
+            const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + r * BLOCK + j + 16), _mm512_loadu_ps(p + r * BLOCK + j));
+            std::memcpy(weights[r] + j / 2, &both, sizeof both);
+        }
+    f32x16 a[NR][C] = {};
+    for (int64_t j = 0; j < n; j += 2) {
+        const BFloat16 *one = v + j * D + d, *other = j + 1 < n ? one + D : one;             // whose weight is 0 then
+        UNROLL for (int c = 0; c < C; c += 2) {
+            const __m512i x = _mm512_loadu_si512(one + 16 * c), y = _mm512_loadu_si512(other + 16 * c);
+            const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);
+            UNROLL for (int r = 0; r < NR; r++) {
+                const __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[r][j / 2]);
+                a[r][c] = (f32x16)_mm512_dpbf16_ps((__m512)a[r][c], (__m512bh)low, weight);
+                a[r][c + 1] = (f32x16)_mm512_dpbf16_ps((__m512)a[r][c + 1], (__m512bh)high, weight);
+            }
+        }
+    }
+    // low holds the values 0 .. 3 of every eight, high the others
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    UNROLL for (int r = 0; r < NR; r++)
+        UNROLL for (int c = 0; c < C; c += 2) {
+            float* to = acc + r * D + d + 16 * c;
+            const auto low = (__m512)a[r][c], high = (__m512)a[r][c + 1];
+            store16(to, load16(to) * correction[r] + (f32x16)_mm512_permutex2var_ps(low, first, high));
+            store16(to + 16, load16(to + 16) * correction[r] + (f32x16)_mm512_permutex2var_ps(low, second, high));
+        }
+}
+#endif
 
 template <typename T, int NR>
-INLINE void add_values(float* acc, const float* p, const T* v, int64_t from, int64_t to, int64_t D, const T* next) {
+INLINE void add_values(float* acc, const float* correction, const float* p, const T* v, int64_t n, int64_t D) {
+    constexpr int C = NR > 2 ? 4 : 8;                      // so that the sums stay in registers
     int64_t d = 0;
-    for (; d + 64 <= D; d += 64) add_values<T, NR, 4>(acc, p, v, from, to, d, D, d ? nullptr : next);
-    for (; d < D; d += 16) add_values<T, NR, 1>(acc, p, v, from, to, d, D, d ? nullptr : next);
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        for (; d + 16 * C <= D; d += 16 * C) add_values<NR, C>(acc, correction, p, v, n, d, D);
+        for (; d + 32 <= D; d += 32) add_values<NR, 2>(acc, correction, p, v, n, d, D);
+    }
+#endif
+    for (; d + 64 <= D; d += 64) add_values<T, NR, 4>(acc, correction, p, v, n, d, D);
+    for (; d < D; d += 16) add_values<T, NR, 1>(acc, correction, p, v, n, d, D);
 }
 
-// Attention over positions begin .. end of one KV head. q [R, D], keys and values [T, D], scores: scratch [R, BLOCK].
+// Attention over positions begin .. end of one KV head. q [R, D], keys and values [T, D], scores: scratch [R, BLOCK + 1].
 template <typename T>
 void attend_range(const Queries& a, const T* q, const T* keys, const T* values, int64_t begin, int64_t end, float* scores, Partial out) {
     const int64_t R = a.R, D = a.D;
     const float scale = 1.0f / std::sqrt((float)D);
+    float* correction = scores + R * BLOCK;
     std::fill_n(out.max, R, -std::numeric_limits<float>::infinity());
     std::fill_n(out.total, R, 0.0f);
     std::fill_n(out.acc, R * D, 0.0f);
     for (int64_t t = begin; t < end; t += BLOCK) {
         const int64_t n = std::min<int64_t>(BLOCK, end - t);
         const T *k = keys + t * D, *v = values + t * D;
-        int64_t j = 0;
+        int64_t j = 0, r = 0;
         for (; j + 16 <= n; j += 16) {
-            for (int64_t byte = 0; byte < 16 * D * (int64_t)sizeof(T); byte += 64) __builtin_prefetch((const char*)(v + j * D) + byte);
-            for (int64_t r = 0; r < R; r++) store16(scores + r * BLOCK + j, dot16(q + r * D, k + j * D, D) * scale);
+            for (r = 0; r + 2 <= R; r += 2) dot16<T, 2>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
+            for (; r < R; r++) dot16<T, 1>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
         }
         for (; j < n; j++)
-            for (int64_t r = 0; r < R; r++) scores[r * BLOCK + j] = dot(q + r * D, k + j * D, D) * scale;
-        for (int64_t r = 0; r < R; r++) {
+            for (r = 0; r < R; r++) scores[r * BLOCK + j] = dot(q + r * D, k + j * D, D) * scale;
+        for (r = 0; r < R; r++) {
             float* s = scores + r * BLOCK;
             const int64_t from = std::clamp<int64_t>(a.first(r) - t, 0, n), to = std::clamp<int64_t>(a.last(r) - t, from, n);
             std::fill(s, s + from, -std::numeric_limits<float>::infinity());
-            std::fill(s + to, s + BLOCK, -std::numeric_limits<float>::infinity());
+            std::fill(s + to, s + (n + 31) / 32 * 32, -std::numeric_limits<float>::infinity());
+            correction[r] = 1.0f;
             if (from == to) {
-                std::fill_n(s, BLOCK, 0.0f);
+                std::fill_n(s, (n + 31) / 32 * 32, 0.0f);
                 continue;
             }
-            const f32x16 highs = max16(max16(load16(s), load16(s + 16)), max16(load16(s + 32), load16(s + 48)));
+            f32x16 highs = load16(s), total = {};
+            for (int64_t i = 16; i < n; i += 16) highs = max16(highs, load16(s + i));
             const float high = std::max(out.max[r], highest(highs));
-            f32x16 total = {};
-            for (int j = 0; j < BLOCK; j += 16) {
-                f32x16 x = load16(s + j) - high, e = exp16(x);
+            for (int64_t i = 0; i < n; i += 16) {
+                f32x16 x = load16(s + i) - high, e = exp16(x);
                 e = x < splat(-87.0f) ? f32x16{} : e;
                 total += e;
-                store16(s + j, e);
+                store16(s + i, e);
             }
-            const float correction = std::exp(out.max[r] - high);
-            if (correction != 1.0f)
-                for (int64_t d = 0; d < D; d += 16) store16(out.acc + r * D + d, load16(out.acc + r * D + d) * correction);
-            out.total[r] = out.total[r] * correction + sum(total);
+            correction[r] = std::exp(out.max[r] - high);
+            out.total[r] = out.total[r] * correction[r] + sum(total);
             out.max[r] = high;
         }
-        const T* next = t + BLOCK < end ? k + BLOCK * D : nullptr;
-        int64_t r = 0;
-        for (; r + 4 <= R; r += 4) add_values<T, 4>(out.acc + r * D, scores + r * BLOCK, v, 0, n, D, r ? nullptr : next);
-        for (; r + 2 <= R; r += 2) add_values<T, 2>(out.acc + r * D, scores + r * BLOCK, v, 0, n, D, r ? nullptr : next);
-        for (; r < R; r++) add_values<T, 1>(out.acc + r * D, scores + r * BLOCK, v, 0, n, D, r ? nullptr : next);
+        for (r = 0; r + 4 <= R; r += 4) add_values<T, 4>(out.acc + r * D, correction + r, scores + r * BLOCK, v, n, D);
+        for (; r + 2 <= R; r += 2) add_values<T, 2>(out.acc + r * D, correction + r, scores + r * BLOCK, v, n, D);
+        for (; r < R; r++) add_values<T, 1>(out.acc + r * D, correction + r, scores + r * BLOCK, v, n, D);
     }
 }
 
+// Positions of S tokens in B rows: int64 [B, S], or [S] for all rows.
+struct Positions {
+    const int64_t* first;
+    int64_t S, stride;
+    explicit Positions(const Tensor& t) : first(t.const_data_ptr<int64_t>()), S(t.size(-1)), stride(t.dim() == 2 && t.size(0) > 1 ? S : 0) {}
+    const int64_t* row(int64_t b) const { return first + b * stride; }
+    void check(int64_t B, int64_t slots) const {
+        for (int64_t b = 0; b < B; b++)
+            for (int64_t s = 0; s < S; s++)
+                TORCH_CHECK(row(b)[s] >= 0 && row(b)[s] < slots, "attend: position ", row(b)[s], " is outside the cache of ", slots);
+    }
+};
+
+void check_caches(const Tensor& k_cache, const Tensor& v_cache, at::ScalarType dtype) {
+    TORCH_CHECK(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.is_contiguous() && v_cache.is_contiguous() &&
+                k_cache.size(3) % 16 == 0 && k_cache.size(3) <= MAX_HEAD && k_cache.scalar_type() == dtype && v_cache.scalar_type() == dtype,
+                "caches of ", k_cache.sizes(), " ", k_cache.scalar_type(), " and ", v_cache.sizes(), " ", v_cache.scalar_type(), " for ", dtype);
+}
+
+// q [B, S, H, D], caches [B, K, T, D] -> y [B, S, H, D]
 template <typename T>
-void attend_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos, int64_t window, Tensor& out) {
-    const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3), K = k_cache.size(1), G = H / K, R = S * G;
-    const T *qp = q.const_data_ptr<T>(), *kp = k_cache.const_data_ptr<T>(), *vp = v_cache.const_data_ptr<T>();
-    const int64_t *pos = input_pos.const_data_ptr<int64_t>(), pos_stride = input_pos.dim() == 2 && input_pos.size(0) > 1 ? S : 0;
-    T* yp = out.mutable_data_ptr<T>();
+void attend_heads(const T* q, const Tensor& k_cache, const Tensor& v_cache, int64_t H, const Positions& pos, int64_t window, float* y) {
+    const int64_t B = k_cache.size(0), S = pos.S, D = k_cache.size(3), K = k_cache.size(1), G = H / K, R = S * G;
+    const T *kp = k_cache.const_data_ptr<T>(), *vp = v_cache.const_data_ptr<T>();
     std::vector<int64_t> begins(B), ends(B);
     int64_t longest = 0;
     for (int64_t b = 0; b < B; b++) {
-        auto [low, high] = std::minmax_element(pos + b * pos_stride, pos + b * pos_stride + S);
-        TORCH_CHECK(*low >= 0 && *high < k_cache.size(2), "attend: position ", *low < 0 ? *low : *high, " is outside the cache of ", k_cache.size(2));
+        auto [low, high] = std::minmax_element(pos.row(b), pos.row(b) + S);
         begins[b] = window > 0 ? std::max<int64_t>(0, *low - window + 1) : 0;
         ends[b] = *high + 1;
         longest = std::max(longest, ends[b] - begins[b]);
@@ -404,15 +463,15 @@ void attend_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
     const bool parallel = longest * heads * R * D > (1 << 15);
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-        std::vector<float> scores(R * BLOCK);
+        std::vector<float> scores(R * (BLOCK + 1));
         std::vector<T> queries(R * D);
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < heads * splits; unit++) {
             const int64_t head = unit / splits, split = unit % splits, b = head / K, kv = head % K;
             const int64_t length = (ends[b] - begins[b] + splits - 1) / splits;
             const int64_t begin = begins[b] + split * length, end = std::min(ends[b], begin + length);
-            const Queries a{S, G, R, D, pos + b * pos_stride, window};
-            for (int64_t s = 0; s < S; s++) std::copy_n(qp + ((b * S + s) * H + kv * G) * D, G * D, queries.data() + s * G * D);
+            const Queries a{S, G, R, D, pos.row(b), window};
+            for (int64_t s = 0; s < S; s++) std::copy_n(q + ((b * S + s) * H + kv * G) * D, G * D, queries.data() + s * G * D);
             attend_range<T>(a, queries.data(), kp + head * k_cache.stride(1), vp + head * v_cache.stride(1), begin, end, scores.data(),
                             Partial(partials.data() + unit * partial_size, R));
         }
@@ -434,24 +493,28 @@ void attend_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                 } else
                     for (int64_t d = 0; d < D; d++) sum_of[d] += part.acc[r * D + d] * weight;
             }
-            T* y = yp + ((b * S + r / G) * H + kv * G + r % G) * D;
-            for (int64_t d = 0; d < D; d += 16) store16(y + d, load16(sum_of + d) * (1 / total));
+            float* out = y + ((b * S + r / G) * H + kv * G + r % G) * D;
+            for (int64_t d = 0; d < D; d += 16) store16(out + d, load16(sum_of + d) * (1 / total));
         }
     }
 }
 
 // q [B, S, H, D], caches [B, K, T, D], input_pos int64 [S] or [B, S], window 0 = none -> [B, S, H * D]
 Tensor attend(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos_, int64_t window) {
-    TORCH_CHECK(q_.dim() == 4 && k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.is_contiguous() && v_cache.is_contiguous() &&
-                q_.size(0) == k_cache.size(0) && q_.size(3) == k_cache.size(3) && q_.size(2) % k_cache.size(1) == 0 && q_.size(3) % 16 == 0 &&
-                q_.scalar_type() == k_cache.scalar_type() && q_.scalar_type() == v_cache.scalar_type() && input_pos_.scalar_type() == at::kLong &&
-                input_pos_.size(-1) == q_.size(1), "attend: q ", q_.sizes(), " ", q_.scalar_type(), ", cache ", k_cache.sizes(), " ",
-                k_cache.scalar_type(), ", input_pos ", input_pos_.sizes());
-    auto q = q_.contiguous(), input_pos = input_pos_.contiguous();
+    check_caches(k_cache, v_cache, q_.scalar_type());
+    TORCH_CHECK(q_.dim() == 4 && q_.size(0) == k_cache.size(0) && q_.size(3) == k_cache.size(3) && q_.size(2) % k_cache.size(1) == 0 &&
+                input_pos_.scalar_type() == at::kLong && input_pos_.size(-1) == q_.size(1),
+                "attend: q ", q_.sizes(), ", cache ", k_cache.sizes(), ", input_pos ", input_pos_.sizes());
+    const auto q = q_.contiguous(), input_pos = input_pos_.contiguous();
+    const Positions pos(input_pos);
+    pos.check(q.size(0), k_cache.size(2));
     auto out = at::empty({q.size(0), q.size(1), q.size(2) * q.size(3)}, q.options());
-    if (q.scalar_type() == at::kBFloat16) attend_typed<BFloat16>(q, k_cache, v_cache, input_pos, window, out);
-    else if (q.scalar_type() == at::kFloat) attend_typed<float>(q, k_cache, v_cache, input_pos, window, out);
-    else TORCH_CHECK(false, "attend: dtype ", q.scalar_type());
+    std::vector<float> y(q.numel());
+    by_dtype(q, [&](auto zero) {
+        using T = decltype(zero);
+        attend_heads<T>(q.const_data_ptr<T>(), k_cache, v_cache, q.size(2), pos, window, y.data());
+        convert(y.data(), out.mutable_data_ptr<T>(), q.numel());
+    });
     return out;
 }
 
@@ -472,14 +535,9 @@ struct Activations {
     std::vector<float> x, scale, sums;                     // sums: of the (rounded) x over each group
     std::vector<int32_t> q;                                // four int8 in each
 
-    template <typename T>
-    Activations(const T* source, int64_t M, int64_t K, int64_t padded_, int64_t G, bool round)
+    Activations(const float* source, int64_t M, int64_t K, int64_t padded_, int64_t G, bool round)
         : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups), q(round ? M * padded / 4 : 0) {
-        for (int64_t m = 0; m < M; m++) {
-            int64_t k = 0;
-            for (; k + 16 <= K; k += 16) store16(x.data() + m * padded + k, load16(source + m * K + k));
-            for (; k < K; k++) x[m * padded + k] = source[m * K + k];
-        }
+        for (int64_t m = 0; m < M; m++) std::copy_n(source + m * K, K, x.data() + m * padded);
         for (int64_t i = 0; i < M * groups; i++) {
             const float* from = x.data() + i * G;
             f32x16 high = {}, total = {};
@@ -548,16 +606,12 @@ INLINE void int8_row(const int8_t* w, const Activations& a, int64_t first, int64
 template <bool exact>
 constexpr decltype(&int8_row<1, exact>) int8_rows[] = {nullptr, int8_row<1, exact>, int8_row<2, exact>, int8_row<3, exact>, int8_row<4, exact>};
 
-template <typename T, bool exact>
-void int8_decode(const Tensor& x, const Tensor& weight, const Tensor& scale, Tensor& y, int64_t M) {
-    const int64_t N = weight.size(0), K = weight.size(1);
-    const Activations a(x.const_data_ptr<T>(), M, K, (K + G8 - 1) / G8 * G8, G8, !exact);
+template <bool exact>
+void int8_decode(const int8_t* w, const float* scales, const float* x, float* y, int64_t M, int64_t N, int64_t K) {
+    const Activations a(x, M, K, (K + G8 - 1) / G8 * G8, G8, !exact);
     float offset[MAX_TOKENS] = {};
     if (!exact)
         for (int64_t i = 0; i < M * a.groups; i++) offset[i / a.groups] += 128.0f * a.sums[i];
-    const int8_t* w = weight.const_data_ptr<int8_t>();
-    const float* scales = scale.const_data_ptr<float>();
-    T* yp = y.mutable_data_ptr<T>();
 #pragma omp parallel num_threads(at::get_num_threads())
     {
         const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -566,7 +620,7 @@ void int8_decode(const Tensor& x, const Tensor& weight, const Tensor& scale, Ten
                 float out[TILE];
                 const int64_t tokens = std::min<int64_t>(TILE, M - m);
                 int8_rows<exact>[tokens](w + n * K, a, m, K, out);
-                for (int64_t i = 0; i < tokens; i++) yp[(m + i) * N + n] = (out[i] - offset[m + i]) * scales[n];
+                for (int64_t i = 0; i < tokens; i++) y[(m + i) * N + n] = (out[i] - offset[m + i]) * scales[n];
             }
     }
 }
@@ -591,29 +645,6 @@ void int8_prefill(const Tensor& x, const Tensor& weight, const Tensor& scale, Te
         auto out = y.narrow(1, n, rows);
         out.copy_(at::mm(x, part.narrow(0, 0, rows).t()).mul_(scale.narrow(0, n, rows)));
     }
-}
-
-// x [..., K] bf16 or fp32, weight int8 [N, K], scale fp32 [N] -> [..., N]
-Tensor int8_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale, bool exact) {
-    TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.is_contiguous() && x_.dim() >= 1 && x_.size(-1) == weight.size(1) &&
-                scale.scalar_type() == at::kFloat && scale.is_contiguous() && scale.numel() == weight.size(0),
-                "int8_linear: x ", x_.sizes(), ", weight ", weight.sizes(), " ", weight.scalar_type(), ", scale ", scale.sizes(), " ",
-                scale.scalar_type());
-    auto x = x_.reshape({-1, weight.size(1)}).contiguous();
-    auto y = at::empty({x.size(0), weight.size(0)}, x.options());
-    const int64_t M = x.size(0);
-    const auto run = [&](auto zero) {
-        using T = decltype(zero);
-        if (M > MAX_TOKENS) int8_prefill<T>(x, weight, scale, y);
-        else if (M > 0 && HAVE_VNNI && !exact) int8_decode<T, false>(x, weight, scale, y, M);
-        else if (M > 0) int8_decode<T, true>(x, weight, scale, y, M);
-    };
-    TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "int8_linear: dtype ", x.scalar_type());
-    if (x.scalar_type() == at::kBFloat16) run(BFloat16());
-    else run(0.0f);
-    auto sizes = x_.sizes().vec();
-    sizes.back() = weight.size(0);
-    return y.view(sizes);
 }
 
 // ---- int4: w[n, k] = scale[n, k / G] * (q[n, k] - zero[n, k / G] / 16), packed in blocks of 16 rows
@@ -649,6 +680,7 @@ INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64
                 __m512i whole[M][2];
                 UNROLL for (int m = 0; m < M; m++) whole[m][0] = whole[m][1] = _mm512_setzero_si512();
                 UNROLL for (int j = 0; j < 4; j++) {
+                    __builtin_prefetch(p + 4096 + 64 * j);         // beyond the page in which the hardware's prefetcher stops
                     const __m512i both = _mm512_loadu_si512(p + 64 * j);
                     const __m512i lower = _mm512_and_si512(both, low), upper = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
                     UNROLL for (int m = 0; m < M; m++) {
@@ -682,11 +714,10 @@ template <bool exact>
 constexpr decltype(&int4_block<1, exact>) int4_blocks[] = {nullptr, int4_block<1, exact>, int4_block<2, exact>, int4_block<3, exact>,
                                                                 int4_block<4, exact>};
 
-template <typename T, bool exact>
-void int4_decode(const Tensor& x, const Int4& w, Tensor& y, int64_t M) {
-    const int64_t N = y.size(1), blocks = (N + ROWS - 1) / ROWS;
-    const Activations a(x.const_data_ptr<T>(), M, x.size(1), w.units() * G4, G4, !exact);
-    T* yp = y.mutable_data_ptr<T>();
+template <bool exact>
+void int4_decode(const Int4& w, const float* x, float* y, int64_t M, int64_t N, int64_t K) {
+    const int64_t blocks = (N + ROWS - 1) / ROWS;
+    const Activations a(x, M, K, w.units() * G4, G4, !exact);
 #pragma omp parallel num_threads(at::get_num_threads())
     {
         const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -696,9 +727,9 @@ void int4_decode(const Tensor& x, const Int4& w, Tensor& y, int64_t M) {
                 const int64_t tokens = std::min<int64_t>(TILE, M - m), n = block * ROWS;
                 int4_blocks<exact>[tokens](w, block, a, m, out);
                 for (int64_t i = 0; i < tokens; i++)
-                    if (n + ROWS <= N) store16(yp + (m + i) * N + n, out[i]);
+                    if (n + ROWS <= N) store16(y + (m + i) * N + n, out[i]);
                     else
-                        for (int64_t r = 0; r < N - n; r++) yp[(m + i) * N + n + r] = out[i][r];
+                        for (int64_t r = 0; r < N - n; r++) y[(m + i) * N + n + r] = out[i][r];
             }
     }
 }
@@ -733,45 +764,239 @@ void int4_prefill(const Tensor& x_, const Int4& w, Tensor& y) {
     }
 }
 
-// x [..., K] bf16 or fp32 -> [..., N]; the rest as above, G = 32 * (K / 32) / (K / G) with K padded to a multiple of G
-Tensor int4_linear(const Tensor& x_, const Tensor& packed, const Tensor& scales, const Tensor& zeros, int64_t N, bool exact) {
-    const int64_t K = x_.size(-1), blocks = (N + ROWS - 1) / ROWS;
-    TORCH_CHECK(packed.dim() == 5 && packed.scalar_type() == at::kByte && packed.is_contiguous() && packed.size(0) == blocks && scales.dim() == 3 &&
-                scales.scalar_type() == at::kBFloat16 && scales.is_contiguous() && scales.size(0) == blocks && zeros.sizes() == scales.sizes() &&
-                zeros.scalar_type() == at::kByte && zeros.is_contiguous() && scales.size(1) > 0 && packed.size(1) % scales.size(1) == 0 &&
-                K <= packed.size(1) * G4 && K > packed.size(1) * G4 - packed.size(1) / scales.size(1) * G4,
-                "int4_linear: x ", x_.sizes(), ", packed ", packed.sizes(), ", scales ", scales.sizes(), ", zeros ", zeros.sizes(), ", N ", N);
-    const Int4 w{packed.const_data_ptr<uint8_t>(), scales.const_data_ptr<BFloat16>(), zeros.const_data_ptr<uint8_t>(), scales.size(1),
-                 packed.size(1) / scales.size(1)};
+// ---- linears of every kind
+//
+// The tensors of one linear stand in a list: [weight], int8 [weight, scales fp32] or int4 [packed, scales, zeros]; then its bias, if it has one.
+
+struct Linear {
+    Tensor weight, scales, zeros, bias;
+    int64_t N, K;
+
+    // dtype: of the activations, and of weights that are not quantized
+    Linear(at::TensorList parts, int64_t N_, int64_t K_, at::ScalarType dtype) : N(N_), K(K_) {
+        const size_t own = parts.empty() ? 0 : is(parts[0], at::kByte) ? 3 : is(parts[0], at::kChar) ? 2 : 1;
+        TORCH_CHECK(own && (parts.size() == own || parts.size() == own + 1), "a linear of ", parts.size(), " tensors");
+        weight = parts[0];
+        if (own > 1) scales = parts[1];
+        if (own > 2) zeros = parts[2];
+        if (parts.size() > own) bias = parts[own];
+        bool fits = !bias.defined() || (is(bias, dtype) && bias.numel() == N);
+        for (const auto& part : parts) fits = fits && part.is_contiguous();
+        if (own == 1) fits = fits && weight.dim() == 2 && is(weight, dtype) && weight.size(0) == N && weight.size(1) == K;
+        if (own == 2) fits = fits && weight.dim() == 2 && is(scales, at::kFloat) && scales.numel() == N && weight.size(0) == N && weight.size(1) == K;
+        if (own == 3)                                      // G = 32 * (K / 32) / (K / G), with K padded to a multiple of G
+            fits = fits && weight.dim() == 5 && scales.dim() == 3 && is(scales, at::kBFloat16) && is(zeros, at::kByte) && zeros.sizes() == scales.sizes() &&
+                   weight.size(0) == (N + ROWS - 1) / ROWS && scales.size(0) == weight.size(0) && scales.size(1) > 0 &&
+                   weight.size(1) % scales.size(1) == 0 && K <= weight.size(1) * G4 && K > weight.size(1) * G4 - weight.size(1) / scales.size(1) * G4;
+        TORCH_CHECK(fits, "linear [", N, ", ", K, "] for ", dtype, ": weight ", weight.sizes(), " ", weight.scalar_type());
+    }
+    static bool is(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype; }
+    Int4 int4() const {
+        return {weight.const_data_ptr<uint8_t>(), scales.const_data_ptr<BFloat16>(), zeros.const_data_ptr<uint8_t>(), scales.size(1),
+                weight.size(1) / scales.size(1)};
+    }
+
+    // x [M, K] -> y [M, N], at most 16 tokens
+    void decode(const float* x, float* y, int64_t M, bool exact) const {
+        exact = exact || !HAVE_VNNI;
+        if (is(weight, at::kByte)) (exact ? int4_decode<true> : int4_decode<false>)(int4(), x, y, M, N, K);
+        else if (is(weight, at::kChar))
+            (exact ? int8_decode<true> : int8_decode<false>)(weight.const_data_ptr<int8_t>(), scales.const_data_ptr<float>(), x, y, M, N, K);
+        else if (is(weight, at::kFloat)) linear_decode(weight.const_data_ptr<float>(), x, y, M, N, K);
+        else {
+            std::vector<BFloat16> rounded(M * K);
+            convert(x, rounded.data(), M * K);
+            linear_decode(weight.const_data_ptr<BFloat16>(), rounded.data(), y, M, N, K);
+        }
+        if (bias.defined())
+            by_dtype(bias, [&](auto zero) {
+                const auto* b = bias.const_data_ptr<decltype(zero)>();
+                for (int64_t i = 0; i < M * N; i++) y[i] += (float)b[i % N];
+            });
+    }
+};
+
+// x [..., K] -> [..., N]. More than 16 tokens with quantized weights only, and without a bias.
+Tensor linear(const Tensor& x_, at::TensorList parts, int64_t N, bool exact) {
+    const int64_t K = x_.size(-1);
+    const Linear linear(parts, N, K, x_.scalar_type());
+    auto sizes = x_.sizes().vec();
+    sizes.back() = N;
     auto x = x_.reshape({-1, K}).contiguous();
     auto y = at::empty({x.size(0), N}, x.options());
     const int64_t M = x.size(0);
-    const auto run = [&](auto zero) {
+    by_dtype(x, [&](auto zero) {
         using T = decltype(zero);
-        if (M > MAX_TOKENS) int4_prefill<T>(x, w, y);
-        else if (M > 0 && HAVE_VNNI && !exact) int4_decode<T, false>(x, w, y, M);
-        else if (M > 0) int4_decode<T, true>(x, w, y, M);
-    };
-    TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "int4_linear: dtype ", x.scalar_type());
-    if (x.scalar_type() == at::kBFloat16) run(BFloat16());
-    else run(0.0f);
-    auto sizes = x_.sizes().vec();
-    sizes.back() = N;
+        if (M > MAX_TOKENS) {
+            TORCH_CHECK(linear.scales.defined() && !linear.bias.defined(), "linear: ", M, " tokens");
+            if (linear.zeros.defined()) int4_prefill<T>(x, linear.int4(), y);
+            else int8_prefill<T>(x, linear.weight, linear.scales, y);
+        } else if (M > 0) {
+            std::vector<float> from(M * K);
+            convert(x.const_data_ptr<T>(), from.data(), M * K);
+            if constexpr (std::is_same_v<T, float>) linear.decode(from.data(), y.mutable_data_ptr<float>(), M, exact);
+            else {
+                auto to = at::empty({M, N}, x.options().dtype(at::kFloat));
+                linear.decode(from.data(), to.mutable_data_ptr<float>(), M, exact);
+                y.copy_(to);
+            }
+        }
+    });
     return y.view(sizes);
+}
+
+// ---- a stack of transformer blocks, for up to 16 tokens: between the matrices there is too little work to be worth operators of its own
+
+// x [M, C] -> x / RMS(x) * weight
+template <typename X, typename T>
+void rms_norm(const X* x, const T* weight, float* y, int64_t M, int64_t C, float eps) {
+    for (int64_t m = 0; m < M; m++, x += C, y += C) {
+        float squares = 0;
+        int64_t c = 0;
+        f32x16 sums = {};
+        for (; c + 16 <= C; c += 16) sums += load16(x + c) * load16(x + c);
+        for (; c < C; c++) squares += (float)x[c] * (float)x[c];
+        const float scale = 1.0f / std::sqrt((squares + sum(sums)) / C + eps);
+        for (c = 0; c + 16 <= C; c += 16) store16(y + c, load16(x + c) * scale * load16(weight + c));
+        for (; c < C; c++) y[c] = (float)x[c] * scale * (float)weight[c];
+    }
+}
+
+// One head x [D] of one token: norm, if there is one, and half-split RoPE by cos, sin [D]. -> out, times scale
+template <typename T>
+void finish_head(float* x, const T* norm, float eps, const float* cos, const float* sin, float scale, T* out, int64_t D) {
+    float turned[MAX_HEAD];
+    if (norm) rms_norm(x, norm, x, 1, D, eps);
+    const int64_t half = D / 2;
+    for (int64_t d = 0; d < half; d++) {
+        turned[d] = (x[d] * cos[d] - x[half + d] * sin[d]) * scale;
+        turned[half + d] = (x[half + d] * cos[half + d] + x[d] * sin[half + d]) * scale;
+    }
+    convert(turned, out, D);
+}
+
+// What all layers share. cos, sin [M, D]; logn [M] or null.
+template <typename T>
+struct Step {
+    int64_t B, S, C, H, F, M;
+    float eps;
+    const float *cos, *sin, *logn;
+    Positions pos;
+    bool exact;
+    std::vector<T> x;                                      // [M, C], in and out
+
+    void add(const std::vector<float>& y) {
+        int64_t i = 0, n = M * C;
+        for (; i + 16 <= n; i += 16) store16(x.data() + i, load16(x.data() + i) + load16(y.data() + i));
+        for (; i < n; i++) x[i] = (float)x[i] + y[i];
+    }
+};
+
+// x += wo(attention(wqkv(norm(x)))); keys and values are written to the caches. q_norm, k_norm: [D] or null.
+template <typename T>
+void attention(Step<T>& step, const T* norm, const Linear& wqkv, const T* q_norm, const T* k_norm, const Linear& wo, const Tensor& k_cache,
+               const Tensor& v_cache, int64_t window) {
+    const int64_t M = step.M, H = step.H, K = k_cache.size(1), slots = k_cache.size(2), D = k_cache.size(3);
+    std::vector<float> h(M * step.C), qkv(M * wqkv.N), y(M * H * D);
+    std::vector<T> queries(M * H * D);
+    rms_norm(step.x.data(), norm, h.data(), M, step.C, step.eps);
+    wqkv.decode(h.data(), qkv.data(), M, step.exact);
+    T *kp = k_cache.mutable_data_ptr<T>(), *vp = v_cache.mutable_data_ptr<T>();
+    for (int64_t m = 0; m < M; m++) {
+        const int64_t b = m / step.S, slot = step.pos.row(b)[m % step.S];
+        const float *cos = step.cos + m * D, *sin = step.sin + m * D;
+        float* head = qkv.data() + m * wqkv.N;
+        for (int64_t i = 0; i < H; i++, head += D)
+            finish_head(head, q_norm, step.eps, cos, sin, step.logn ? step.logn[m] : 1.0f, queries.data() + (m * H + i) * D, D);
+        for (int64_t i = 0; i < K; i++, head += D) finish_head(head, k_norm, step.eps, cos, sin, 1.0f, kp + ((b * K + i) * slots + slot) * D, D);
+        for (int64_t i = 0; i < K; i++, head += D) convert(head, vp + ((b * K + i) * slots + slot) * D, D);
+    }
+    attend_heads<T>(queries.data(), k_cache, v_cache, H, step.pos, window, y.data());
+    wo.decode(y.data(), h.data(), M, step.exact);
+    step.add(h);
+}
+
+// x += w2(silu(gate) * up), where gate and up [F] are w13(norm(x))
+template <typename T>
+void feed_forward(Step<T>& step, const T* norm, const Linear& w13, const Linear& w2) {
+    const int64_t M = step.M, F = step.F;
+    std::vector<float> h(M * step.C), both(M * 2 * F), y(M * F);
+    rms_norm(step.x.data(), norm, h.data(), M, step.C, step.eps);
+    w13.decode(h.data(), both.data(), M, step.exact);
+    for (int64_t m = 0; m < M; m++) {
+        const float *gate = both.data() + m * 2 * F, *up = gate + F;
+        float* to = y.data() + m * F;
+        int64_t f = 0;
+        for (; f + 16 <= F; f += 16) {
+            const f32x16 g = load16(gate + f), e = exp16(-max16(g, -g));                     // so that it does not overflow
+            store16(to + f, (g < f32x16{} ? g * e : g) / (e + 1.0f) * load16(up + f));
+        }
+        for (; f < F; f++) to[f] = gate[f] / (1.0f + std::exp(-gate[f])) * up[f];
+    }
+    w2.decode(y.data(), h.data(), M, step.exact);
+    step.add(h);
+}
+
+// x [B, S, C] through a stack of blocks. weights: of each block in turn its attention_norm, wqkv, q_norm and k_norm (if it has them), wo, ffn_norm,
+// w13 and w2, of how many tensors each: counts. windows, k_caches, v_caches: one per block. F: w2's inputs.
+Tensor layers(const Tensor& x_, at::TensorList weights, at::IntArrayRef counts, double eps, const Tensor& cos_, const Tensor& sin_,
+              const std::optional<Tensor>& logn_, const Tensor& input_pos_, at::TensorList k_caches, at::TensorList v_caches, at::IntArrayRef windows,
+              int64_t H, int64_t F, bool exact) {
+    const auto dtype = x_.scalar_type();
+    const auto x = x_.contiguous(), cos = cos_.contiguous(), sin = sin_.contiguous(), input_pos = input_pos_.contiguous();
+    const auto logn = logn_ ? logn_->contiguous() : Tensor();
+    const int64_t N = windows.size(), B = x.size(0), S = x.size(1), C = x.size(2), M = B * S, D = cos.size(-1);
+    TORCH_CHECK(M > 0 && M <= MAX_TOKENS && counts.size() == 7 * N && (int64_t)k_caches.size() == N && (int64_t)v_caches.size() == N &&
+                Linear::is(cos, at::kFloat) && cos.numel() == M * D && Linear::is(sin, at::kFloat) && sin.numel() == M * D &&
+                Linear::is(input_pos, at::kLong) && input_pos.size(-1) == S && (!logn.defined() || (Linear::is(logn, at::kFloat) && logn.numel() == M)),
+                "layers: x ", x.sizes(), ", cos ", cos.sizes(), ", input_pos ", input_pos.sizes(), ", ", N, " windows, ", counts.size(), " counts");
+    auto out = at::empty_like(x);
+    by_dtype(x, [&](auto zero) {
+        using T = decltype(zero);
+        const T* from = x.const_data_ptr<T>();
+        Step<T> step{B, S, C, H, F, M, (float)eps, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
+                     logn.defined() ? logn.const_data_ptr<float>() : nullptr, Positions(input_pos), exact, std::vector<T>(from, from + M * C)};
+        size_t used = 0;
+        const auto take = [&](int64_t i) {
+            TORCH_CHECK(used + counts[i] <= weights.size(), "layers: ", weights.size(), " weights are too few");
+            used += counts[i];
+            return weights.slice(used - counts[i], counts[i]);
+        };
+        const auto vector = [&](at::TensorList list, size_t i, int64_t size) {
+            TORCH_CHECK(i < list.size() && Linear::is(list[i], dtype) && list[i].is_contiguous() && list[i].numel() == size, "layers: a norm of ", size);
+            return list[i].const_data_ptr<T>();
+        };
+        for (int64_t layer = 0; layer < N; layer++) {
+            const auto &k_cache = k_caches[layer], &v_cache = v_caches[layer];
+            check_caches(k_cache, v_cache, dtype);
+            const int64_t K = k_cache.size(1);
+            TORCH_CHECK(k_cache.size(0) == B && k_cache.size(3) == D && H % K == 0, "layers: caches ", k_cache.sizes(), " for ", H, " heads of ", D);
+            step.pos.check(B, k_cache.size(2));
+            const T* norm = vector(take(7 * layer), 0, C);
+            const Linear wqkv(take(7 * layer + 1), (H + 2 * K) * D, C, dtype);
+            const auto head_norms = take(7 * layer + 2);
+            const T *q_norm = head_norms.empty() ? nullptr : vector(head_norms, 0, D), *k_norm = q_norm ? vector(head_norms, 1, D) : nullptr;
+            attention<T>(step, norm, wqkv, q_norm, k_norm, Linear(take(7 * layer + 3), C, H * D, dtype), k_cache, v_cache, windows[layer]);
+            norm = vector(take(7 * layer + 4), 0, C);
+            const Linear w13(take(7 * layer + 5), 2 * F, C, dtype);
+            feed_forward<T>(step, norm, w13, Linear(take(7 * layer + 6), C, F, dtype));
+        }
+        std::copy_n(step.x.data(), M * C, out.mutable_data_ptr<T>());
+    });
+    return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(qwen_fast, m) {
-    m.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
+    m.def("linear(Tensor x, Tensor[] parts, int out_features, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
     m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", {at::Tag::pt2_compliant_tag});
-    m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
-    m.def("int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros, int out_features, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
+    m.def("layers(Tensor x, Tensor[] weights, int[] counts, float eps, Tensor cos, Tensor sin, Tensor? logn, Tensor input_pos, Tensor(a!)[] k_caches, "
+          "Tensor(b!)[] v_caches, int[] windows, int n_head, int intermediate_size, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(qwen_fast, CPU, m) {
     m.impl("linear", &linear);
     m.impl("attend", &attend);
-    m.impl("int8_linear", &int8_linear);
-    m.impl("int4_linear", &int4_linear);
+    m.impl("layers", &layers);
 }

@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_TOKENS = 16                   # of the C++ ops
+MAX_TOKENS, MAX_HEAD = 16, 512    # of the C++ ops
 SOURCE = Path(__file__).with_name("kernels.cpp")
 HUGE_PAGE = 2 << 20
 
@@ -100,20 +101,16 @@ def built_library() -> Path:
 
 def register_fakes() -> None:
     @torch.library.register_fake("qwen_fast::linear")
-    def _(x: Tensor, weight: Tensor) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.size(0))
+    def _(x: Tensor, parts: list[Tensor], out_features: int, exact: bool) -> Tensor:
+        return x.new_empty(*x.shape[:-1], out_features)
 
     @torch.library.register_fake("qwen_fast::attend")
     def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
         return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))
 
-    @torch.library.register_fake("qwen_fast::int8_linear")
-    def _(x: Tensor, weight: Tensor, scale: Tensor, exact: bool) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.size(0))
-
-    @torch.library.register_fake("qwen_fast::int4_linear")
-    def _(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, exact: bool) -> Tensor:
-        return x.new_empty(*x.shape[:-1], out_features)
+    @torch.library.register_fake("qwen_fast::layers")
+    def _(x: Tensor, *others: Any) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def describe(device: torch.device | str = "cpu") -> str:
@@ -130,20 +127,42 @@ def describe(device: torch.device | str = "cpu") -> str:
 
 # ---- memory in large pages
 
-def large_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """torch.zeros; on the CPU, where the system allows, in pages of 2 MB instead of 4 KB, and taken up only as it is written to.
+class Arena:
+    """Memory in pages of 2 MB instead of 4 KB where the system allows, handed out piece by piece and freed when the last piece of a chunk is.
 
     A core that streams weights through 4 KB pages waits for address translation: under virtualization half of the bandwidth is lost to it.
     """
+    CHUNK = 64 << 20
+
+    def __init__(self) -> None:
+        self.memory, self.used = None, 0
+
+    def take(self, size: int) -> Tensor:
+        """uint8 [size] of zeros with a storage of its own, not taken up before it is written to."""
+        if self.memory is None or self.used + size > len(self.memory):
+            rest = len(self.memory) - self.used if self.memory is not None else 0
+            room = max(self.CHUNK, size + HUGE_PAGE)
+            memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+            with contextlib.suppress(OSError):         # a kernel without huge pages: slower, no more
+                memory.madvise(mmap.MADV_HUGEPAGE, start, (room - start) // HUGE_PAGE * HUGE_PAGE)
+            if room - start - size < rest:             # the old chunk has more left to give
+                return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=size)
+            self.memory, self.used = memory, start
+        piece = torch.frombuffer(self.memory, dtype=torch.uint8, offset=self.used, count=size)
+        self.used += -(-size // 64) * 64
+        return piece
+
+
+arena = Arena()
+
+
+def large_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """torch.zeros, on the CPU in large pages."""
     size = torch.Size(shape).numel() * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if torch.device(device).type != "cpu" or not size or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    with contextlib.suppress(OSError):             # a kernel without huge pages: slower, no more. The last page is a large one if half of it is used
-        memory.madvise(mmap.MADV_HUGEPAGE, start, (size + HUGE_PAGE // 2) // HUGE_PAGE * HUGE_PAGE)
-    return whole[start:start + size].view(dtype).view(shape)
+    return arena.take(size).view(dtype).view(shape)
 
 
 def place(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -159,7 +178,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K_in], weight [N, K_in] -> [..., N], summed in fp32."""
     if (x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and 0 < x.numel() <= MAX_TOKENS * x.size(-1)
             and weight.dtype == x.dtype and weight.is_contiguous() and ready()):
-        return torch.ops.qwen_fast.linear(x, weight)
+        return torch.ops.qwen_fast.linear(x, [weight], weight.size(0), True)
     return linear_reference(x, weight)
 
 
@@ -175,7 +194,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, exact: bool = False) -
     Unless exact, up to 16 tokens of activations may be rounded to int8, in groups of 64 with a scale each (on CPUs with VNNI).
     """
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous() and ready():
-        return torch.ops.qwen_fast.int8_linear(x, weight, scale, exact)
+        return torch.ops.qwen_fast.linear(x, [weight, scale], weight.size(0), exact)
     return int8_linear_reference(x, weight, scale)
 
 
@@ -212,11 +231,8 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> 
 
     def in_blocks(t: Tensor) -> Tensor:
         return F.pad(t, (0, 0, 0, -N % 16)).view(-1, 16, groups).transpose(1, 2)
-    scales, zeros = in_blocks(scales.bfloat16()), in_blocks(zeros.to(torch.uint8))
-    memory = large_zeros((lower.numel() + 3 * zeros.numel(),), torch.uint8)        # one piece, so that the small parts are in large pages too
-    parts = memory.split([lower.numel(), 2 * zeros.numel(), zeros.numel()])
-    return (torch.bitwise_or(lower, upper << 4, out=parts[0].view(lower.shape)), parts[1].view(torch.bfloat16).view(scales.shape).copy_(scales),
-            parts[2].view(zeros.shape).copy_(zeros))
+    packed = torch.bitwise_or(lower, upper << 4, out=large_zeros(lower.shape, torch.uint8))
+    return packed, place(in_blocks(scales), "cpu", torch.bfloat16), place(in_blocks(zeros), "cpu", torch.uint8)
 
 
 def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -233,12 +249,60 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
     Unless exact, up to 16 tokens of activations may be rounded to int8, in groups of 32 with a scale each (on CPUs with VNNI).
     """
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and ready():
-        return torch.ops.qwen_fast.int4_linear(x, packed, scales, zeros, out_features, exact)
+        return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, exact)
     return int4_linear_reference(x, packed, scales, zeros, out_features)
 
 
 def int4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int) -> Tensor:
     return F.linear(x, dequantize_packed_int4(packed, scales, zeros, out_features, x.size(-1), x.dtype))
+
+
+# ---- a stack of transformer blocks
+
+class Stack(NamedTuple):
+    """All tensors of a model's layers, in the order in which kernels.cpp takes them: gathered once, because a compiler traces two lists
+    many times faster than the modules around their elements."""
+    weights: list[Tensor]
+    counts: tuple[int, ...]          # how many of them belong to each part of each layer
+    k_caches: list[Tensor]
+    v_caches: list[Tensor]
+    windows: tuple[int, ...]
+    n_head: int
+    intermediate_size: int
+    eps: float
+    exact: bool
+
+
+def stack(layers: Sequence[torch.nn.Module]) -> Stack | None:
+    """Of model.TransformerBlocks that have their caches; None where run_stack cannot stand in for their calls."""
+    first, weights, counts = layers[0], [], []
+    k_cache, attention = first.attention.kv_cache.k_cache, first.attention
+    if not (k_cache.device.type == "cpu" and k_cache.dtype == first.ffn_norm.weight.dtype in (torch.bfloat16, torch.float32) and ready()
+            and attention.head_dim % 16 == 0 and attention.head_dim <= MAX_HEAD and isinstance(attention.reduce, torch.nn.Identity)):
+        return None
+    linears = [(layer.attention.wqkv, layer.attention.wo, layer.feed_forward.w13, layer.feed_forward.w2) for layer in layers]
+    for layer, of_layer in zip(layers, linears):
+        wqkv, wo, w13, w2 = (linear.parts(k_cache.dtype) for linear in of_layer)
+        if not (wqkv and wo and w13 and w2):
+            return None
+        head_norms = [norm.weight for norm in (layer.attention.q_norm, layer.attention.k_norm) if hasattr(norm, "weight")]
+        for part in ([layer.attention_norm.weight], wqkv, head_norms, wo, [layer.ffn_norm.weight], w13, w2):
+            weights += part
+            counts.append(len(part))
+    caches = [layer.attention.kv_cache for layer in layers]
+    return Stack(weights, tuple(counts), [c.k_cache for c in caches], [c.v_cache for c in caches], tuple(layer.attention.window for layer in layers),
+                 attention.n_head, first.feed_forward.w2.in_features, first.ffn_norm.eps, any(linear.exact for ones in linears for linear in ones))
+
+
+def takes(stack: Stack | None, x: Tensor) -> bool:
+    """Whether run_stack computes x [B, S, C]."""
+    return stack is not None and x.dtype == stack.k_caches[0].dtype and 0 < x.numel() <= MAX_TOKENS * x.size(-1)
+
+
+def run_stack(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
+    """x [B, S, C] through all layers in one operator: what lies between their matrices is not worth a call of its own."""
+    return torch.ops.qwen_fast.layers(x, stack.weights, stack.counts, stack.eps, cos, sin, logn, input_pos, stack.k_caches, stack.v_caches,
+                                      stack.windows, stack.n_head, stack.intermediate_size, stack.exact)
 
 
 # ---- attention over the KV cache

@@ -189,6 +189,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Linear(nn.Module):
     """y = x W^T + b. quantize.py puts other modules of the same forward in its place."""
+    exact = False                                      # quantized ones may round their inputs unless this is set
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
@@ -199,6 +200,11 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = kernels.linear(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+        """What kernels.cpp computes it from for inputs of a dtype; nothing if it cannot."""
+        fits = self.weight.dtype == dtype and self.weight.is_contiguous()
+        return [t for t in (self.weight, self.bias) if t is not None] if fits else []
 
 
 class RMSNorm(nn.Module):
@@ -292,6 +298,7 @@ class Transformer(nn.Module):
         self.output = None if args.tie_word_embeddings else Linear(args.dim, local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
         self.max_batch_size = self.max_seq_length = 0
+        self.stack: kernels.Stack | None = None        # the layers once more, for a CPU
 
     @property
     def device(self) -> torch.device:
@@ -302,7 +309,9 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
     def setup_caches(self, batch: int, max_seq_length: int, dtype: torch.dtype | None = None) -> None:
-        """Allocates every layer's KV cache (kept if the present ones are as large) for positions 0 .. max_seq_length - 1."""
+        """Allocates every layer's KV cache (kept if the present ones are as large) for positions 0 .. max_seq_length - 1.
+
+        To be called again before the next forward where weights or their form have been exchanged."""
         if batch != self.max_batch_size or max_seq_length > self.max_seq_length or dtype not in (None, self.layers[0].attention.kv_cache.k_cache.dtype):
             for layer in self.layers:
                 layer.attention.kv_cache = None            # the old caches go before the new ones come
@@ -311,6 +320,7 @@ class Transformer(nn.Module):
                                                    dtype or self.dtype, self.device)
             self.max_batch_size, self.max_seq_length = batch, max_seq_length
             self.register_buffer("inv_freq", rope_frequencies(self.args).to(self.device), persistent=False)
+        self.stack = kernels.stack(self.layers)
 
     def set_prompt_length(self, length: int) -> None:
         """Qwen v1's dynamic NTK counts from the prompt's length and stays the same for the whole generation."""
@@ -327,8 +337,11 @@ class Transformer(nn.Module):
         cos, sin = self.rope(input_pos)
         logn = self.logn_scale(input_pos) if self.args.logn else None
         x = self.tok_embeddings(idx)
-        for layer in self.layers:
-            x = layer(x, cos, sin, logn, input_pos)
+        if kernels.takes(self.stack, x):
+            x = kernels.run_stack(self.stack, x, cos, sin, logn, input_pos)
+        else:
+            for layer in self.layers:
+                x = layer(x, cos, sin, logn, input_pos)
         if logits_at is None:
             x = x[:, -1:]
         elif logits_at.dim() == 1:

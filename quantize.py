@@ -146,6 +146,10 @@ class QuantizedLinear(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+        """As model.Linear's."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.multiply(x)
         return y if self.bias is None else y + self.bias
@@ -169,6 +173,9 @@ class Int8Linear(QuantizedLinear):
             return F.linear(x, dequantize_int8(self.weight, self.scales, x.dtype))
         return kernels.int8_linear(x, self.weight, self.scales, self.exact)
 
+    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+        return [t for t in (self.weight, self.scales, self.bias) if t is not None]
+
 
 class Int4Linear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 32):
@@ -190,7 +197,7 @@ class Int4Linear(QuantizedLinear):
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         assert self.layout == "stored"
         if device.type == "cpu" and kernels.ready():
-            self.weight, self.scales, self.zeros = map(own_storage, kernels.pack_int4(self.weight, self.scales, self.zeros, self.groupsize))
+            self.weight, self.scales, self.zeros = kernels.pack_int4(self.weight, self.scales, self.zeros, self.groupsize)
             self.layout = "cpu"
         elif (tiles := int4pack_tiles(self, device, dtype)) is not None:
             self.weight = convert_int4pack(self.weight >> 4 | self.weight << 4, tiles)           # there, the even column is the upper half
@@ -205,10 +212,8 @@ class Int4Linear(QuantizedLinear):
             return int4pack_mm(x.flatten(0, -2), self.weight, self.groupsize, self.scales).unflatten(0, x.shape[:-1])
         return F.linear(x, self.dequantize(x.dtype))
 
-
-def own_storage(t: Tensor) -> Tensor:
-    """The same memory, seen as a storage of its own: the compiler refuses inputs that are parts of one."""
-    return torch.from_numpy(t.view(torch.uint8).numpy()).view(t.dtype)
+    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+        return [t for t in (self.weight, self.scales, self.zeros, self.bias) if t is not None] if self.layout == "cpu" else []
 
 
 def int4pack_tiles(linear: Int4Linear, device: torch.device, dtype: torch.dtype) -> int | None:

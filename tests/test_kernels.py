@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
+import generate
 import kernels
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -214,23 +216,38 @@ def test_fullgraph_compilation() -> None:
 
 
 @needs_ops
-def test_fakes_agree_with_the_ops() -> None:
+def test_fakes_agree_with_the_ops(tmp_path: Path) -> None:
     weight, scales, zeros, _ = int4_weights(32, 64, 32)
     cache, x = torch.randn(2, 2, 9, 16), torch.randn(2, 3, 64)
     ops, checks = torch.ops.qwen_fast, ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.linear, (x, torch.randn(5, 64)), test_utils=checks)
+    packed = kernels.pack_int4(weight, scales, zeros, 32)
+    for parts, N in (([torch.randn(5, 64)], 5), ([torch.ones(5, 64, dtype=torch.int8), torch.ones(5)], 5), (list(packed), 32)):
+        torch.library.opcheck(ops.linear, (x, parts, N, False), test_utils=checks)
     torch.library.opcheck(ops.attend, (torch.randn(2, 1, 4, 16), cache, cache, torch.tensor([3]), 0), test_utils=checks)
-    torch.library.opcheck(ops.int8_linear, (x, torch.ones(5, 64, dtype=torch.int8), torch.ones(5), False), test_utils=checks)
-    torch.library.opcheck(ops.int4_linear, (x, *kernels.pack_int4(weight, scales, zeros, 32), 32, False), test_utils=checks)
+    tiny.save(tiny.reference("qwen3"), tmp_path)
+    model = generate.load_model(tmp_path, "cpu", FP32)[0]
+    model.setup_caches(1, 16)
+    stack, cos_sin = model.stack, model.rope(torch.tensor([[3]]))
+    torch.library.opcheck(ops.layers, (torch.randn(1, 1, model.args.dim), stack.weights, stack.counts, stack.eps, *cos_sin, None, torch.tensor([[3]]),
+                                       stack.k_caches, stack.v_caches, stack.windows, stack.n_head, stack.intermediate_size, False), test_utils=checks)
 
 
-def test_place_copies_into_large_pages() -> None:
+def test_place_copies() -> None:
     source = torch.randn(1024, 1100)
     placed = kernels.place(source, "cpu", BF16)
     assert torch.equal(placed, source.bfloat16()) and placed.data_ptr() != source.data_ptr() and placed.is_contiguous()
-    assert not kernels.large_zeros((3, 5), FP32).any() and not kernels.large_zeros((1 << 20,), FP32).any()
-    if sys.platform == "linux":
-        assert placed.data_ptr() % kernels.HUGE_PAGE == 0
+
+
+def test_large_zeros_are_apart_and_live_as_long_as_they_are_used() -> None:
+    """Small ones, one larger than a chunk of the arena, and more than a chunk of others after them."""
+    sizes = [1, 100, kernels.Arena.CHUNK + 5, 3, *[kernels.Arena.CHUNK // 4] * 9, 7]
+    tensors = [kernels.large_zeros((size,), torch.uint8) for size in sizes]
+    assert not any(t.any() for t in tensors) and all(t.data_ptr() % 64 == 0 for t in tensors)
+    for i, t in enumerate(tensors):
+        t.fill_(i + 1)
+    del t
+    assert all((tensors.pop() == len(tensors) + 1).all() for _ in sizes)
+    assert kernels.large_zeros((0, 4), FP32).shape == (0, 4) and kernels.large_zeros((2, 3), FP32).storage_offset() == 0
 
 
 @pytest.mark.parametrize("setting,said", [({"CXX": "/nonexistent/c++"}, "nonexistent"), ({"CXX": "/bin/false"}, "failed"),

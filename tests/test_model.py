@@ -1,10 +1,13 @@
 """Every architecture against transformers in fp32, Qwen v1's own extensions against formulas written out here."""
+import copy
 import math
 
 import pytest
 import tiny
 import torch
 
+import kernels
+import quantize
 from cli import UserError
 from generate import Generator, Sampling, load_model
 from model import PUBLISHED, ModelArgs, Transformer, rope_frequencies
@@ -68,6 +71,31 @@ def test_logits_only_where_asked(pair):
     at = torch.tensor([[3, 80], [50, 2]])
     expected = torch.stack([whole[0, at[0]], whole[1, at[1]]])
     torch.testing.assert_close(ours(IDS, pos, at), expected, atol=2e-5, rtol=2e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mode,dtype,tolerance", [(None, torch.float32, 2e-5), (None, torch.bfloat16, 0.06), ("int8", torch.float32, 2e-5),
+                                                  ("int4", torch.float32, 2e-5)])
+def test_all_layers_in_one_operator_equal_the_layers(pair, mode, dtype, tolerance):
+    """Relative to the largest logit. bf16: the plain layers round after every step, to 2^-9, some thirty times on the way through three layers
+    (in quadrature 1 %; six times that are allowed). Quantized: with activations as they are; rounded ones may fall to either side of a step."""
+    _, ours = pair
+    model = copy.deepcopy(ours).to(dtype)
+    if mode:
+        quantize.quantize_model(model, mode)
+        quantize.set_activations(model, "bf16")
+    for B, steps in ((1, (1,) * 5), (1, (7, 16)), (3, (1, 2, 5))):
+        model.setup_caches(B, 64)
+        stack, ids, outputs = model.stack, torch.randint(0, 320, (B, 60), generator=torch.Generator().manual_seed(B)), []
+        assert kernels.problem() or kernels.takes(stack, torch.zeros(B, steps[0], model.args.dim, dtype=dtype))
+        for path in (stack, None):
+            model.stack, at = path, 20
+            logits = [model(ids[:, :at], torch.arange(at))]
+            for S in steps:
+                logits.append(model(ids[:, at:at + S], torch.arange(at, at + S), torch.arange(S)))
+                at += S
+            outputs.append(torch.cat(logits, dim=1).float())
+        assert (outputs[0] - outputs[1]).abs().max() < tolerance * outputs[1].abs().max()
 
 
 @torch.inference_mode()
