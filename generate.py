@@ -165,7 +165,7 @@ class Generator:
         self.decode, self.prefill = self.decode_step, model.forward
         self.cached: list[int] = []                                # the tokens that row 0 of the cache holds, when the batch is 1
         if compile:
-            self.decode = torch.compile(self.decode_step, fullgraph=True, **compile_settings(model.device))
+            self.decode = torch.compile(self.decode_step, fullgraph=True, **compile_settings(model, compile_prefill))
         if compile_prefill:
             self.prefill = torch.compile(model.forward, fullgraph=True)
 
@@ -251,19 +251,21 @@ class Generator:
         return self.prefill(idx, input_pos, logits_at)
 
 
-def compile_settings(device: torch.device) -> dict:
-    """What torch.compile is told for decoding: CUDA graphs on CUDA; static shapes; guards only on what a request can change."""
-    settings = {"dynamic": False}
-    if device.type == "cuda":
+def compile_settings(model: Transformer, prefill_too: bool) -> dict:
+    """What torch.compile is told for decoding: static shapes; on CUDA, CUDA graphs."""
+    settings: dict = {"dynamic": False}
+    if model.device.type == "cuda":
         settings["mode"] = "reduce-overhead"
-    else:
-        settings["options"] = {"guard_filter_fn": first_of_list, "cpp.vec_isa_ok": False}
+    elif kernels.ready() and not model.ranks:
+        settings["options"] = {"guard_filter_fn": needed_guards}
+        if not prefill_too:              # little is left for the compiler's own vector code, and it would try for ten seconds which instructions work
+            settings["options"]["cpp.vec_isa_ok"] = False
     return settings
 
 
-def first_of_list(guards: Sequence) -> list[bool]:
-    """Which of the compiler's guards are checked at every step: of the tensors in kernels.Stack the first ones stand for all."""
-    return [not re.search(r"\.stack\b.*\[[1-9]", guard.name) for guard in guards]
+def needed_guards(guards: Sequence) -> list[bool]:
+    """Which of the compiler's guards are checked at every step: of the hundreds of tensors in a kernels.Stack the first ones stand for all."""
+    return [not re.search(r"\.stack\.\w+\[[1-9]", guard.name) for guard in guards]
 
 
 def check_request(args: ModelArgs, rows: list[list[int]], max_new_tokens: int) -> None:

@@ -938,18 +938,18 @@ void feed_forward(Step<T>& step, const T* norm, const Linear& w13, const Linear&
 }
 
 // x [B, S, C] through a stack of blocks. weights: of each block in turn its attention_norm, wqkv, q_norm and k_norm (if it has them), wo, ffn_norm,
-// w13 and w2, of how many tensors each: counts. windows, k_caches, v_caches: one per block. F: w2's inputs.
-Tensor layers(const Tensor& x_, at::TensorList weights, at::IntArrayRef counts, double eps, const Tensor& cos_, const Tensor& sin_,
-              const std::optional<Tensor>& logn_, const Tensor& input_pos_, at::TensorList k_caches, at::TensorList v_caches, at::IntArrayRef windows,
-              int64_t H, int64_t F, bool exact) {
+// w13 and w2. table, int64 [blocks, 8]: of how many tensors each of these seven is, and the attention's window. F: w2's inputs.
+Tensor layers(const Tensor& x_, at::TensorList weights, const Tensor& table, double eps, const Tensor& cos_, const Tensor& sin_,
+              const std::optional<Tensor>& logn_, const Tensor& input_pos_, at::TensorList k_caches, at::TensorList v_caches, int64_t H, int64_t F,
+              bool exact) {
     const auto dtype = x_.scalar_type();
     const auto x = x_.contiguous(), cos = cos_.contiguous(), sin = sin_.contiguous(), input_pos = input_pos_.contiguous();
     const auto logn = logn_ ? logn_->contiguous() : Tensor();
-    const int64_t N = windows.size(), B = x.size(0), S = x.size(1), C = x.size(2), M = B * S, D = cos.size(-1);
-    TORCH_CHECK(M > 0 && M <= MAX_TOKENS && counts.size() == 7 * N && (int64_t)k_caches.size() == N && (int64_t)v_caches.size() == N &&
+    const int64_t N = table.size(0), B = x.size(0), S = x.size(1), C = x.size(2), M = B * S, D = cos.size(-1);
+    TORCH_CHECK(M > 0 && M <= MAX_TOKENS && Linear::is(table, at::kLong) && table.is_contiguous() && table.numel() == 8 * N && (int64_t)k_caches.size() == N && (int64_t)v_caches.size() == N &&
                 Linear::is(cos, at::kFloat) && cos.numel() == M * D && Linear::is(sin, at::kFloat) && sin.numel() == M * D &&
                 Linear::is(input_pos, at::kLong) && input_pos.size(-1) == S && (!logn.defined() || (Linear::is(logn, at::kFloat) && logn.numel() == M)),
-                "layers: x ", x.sizes(), ", cos ", cos.sizes(), ", input_pos ", input_pos.sizes(), ", ", N, " windows, ", counts.size(), " counts");
+                "layers: x ", x.sizes(), ", cos ", cos.sizes(), ", input_pos ", input_pos.sizes(), ", table ", table.sizes());
     auto out = at::empty_like(x);
     by_dtype(x, [&](auto zero) {
         using T = decltype(zero);
@@ -957,29 +957,30 @@ Tensor layers(const Tensor& x_, at::TensorList weights, at::IntArrayRef counts, 
         Step<T> step{B, S, C, H, F, M, (float)eps, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
                      logn.defined() ? logn.const_data_ptr<float>() : nullptr, Positions(input_pos), exact, std::vector<T>(from, from + M * C)};
         size_t used = 0;
-        const auto take = [&](int64_t i) {
-            TORCH_CHECK(used + counts[i] <= weights.size(), "layers: ", weights.size(), " weights are too few");
-            used += counts[i];
-            return weights.slice(used - counts[i], counts[i]);
+        const int64_t* row = table.const_data_ptr<int64_t>();
+        const auto take = [&](int part) {
+            TORCH_CHECK(row[part] >= 0 && used + row[part] <= weights.size(), "layers: ", weights.size(), " weights are too few");
+            used += row[part];
+            return weights.slice(used - row[part], row[part]);
         };
         const auto vector = [&](at::TensorList list, size_t i, int64_t size) {
             TORCH_CHECK(i < list.size() && Linear::is(list[i], dtype) && list[i].is_contiguous() && list[i].numel() == size, "layers: a norm of ", size);
             return list[i].const_data_ptr<T>();
         };
-        for (int64_t layer = 0; layer < N; layer++) {
+        for (int64_t layer = 0; layer < N; layer++, row += 8) {
             const auto &k_cache = k_caches[layer], &v_cache = v_caches[layer];
             check_caches(k_cache, v_cache, dtype);
             const int64_t K = k_cache.size(1);
             TORCH_CHECK(k_cache.size(0) == B && k_cache.size(3) == D && H % K == 0, "layers: caches ", k_cache.sizes(), " for ", H, " heads of ", D);
             step.pos.check(B, k_cache.size(2));
-            const T* norm = vector(take(7 * layer), 0, C);
-            const Linear wqkv(take(7 * layer + 1), (H + 2 * K) * D, C, dtype);
-            const auto head_norms = take(7 * layer + 2);
+            const T* norm = vector(take(0), 0, C);
+            const Linear wqkv(take(1), (H + 2 * K) * D, C, dtype);
+            const auto head_norms = take(2);
             const T *q_norm = head_norms.empty() ? nullptr : vector(head_norms, 0, D), *k_norm = q_norm ? vector(head_norms, 1, D) : nullptr;
-            attention<T>(step, norm, wqkv, q_norm, k_norm, Linear(take(7 * layer + 3), C, H * D, dtype), k_cache, v_cache, windows[layer]);
-            norm = vector(take(7 * layer + 4), 0, C);
-            const Linear w13(take(7 * layer + 5), 2 * F, C, dtype);
-            feed_forward<T>(step, norm, w13, Linear(take(7 * layer + 6), C, F, dtype));
+            attention<T>(step, norm, wqkv, q_norm, k_norm, Linear(take(3), C, H * D, dtype), k_cache, v_cache, row[7]);
+            norm = vector(take(4), 0, C);
+            const Linear w13(take(5), 2 * F, C, dtype);
+            feed_forward<T>(step, norm, w13, Linear(take(6), C, F, dtype));
         }
         std::copy_n(step.x.data(), M * C, out.mutable_data_ptr<T>());
     });
@@ -991,8 +992,8 @@ Tensor layers(const Tensor& x_, at::TensorList weights, at::IntArrayRef counts, 
 TORCH_LIBRARY(qwen_fast, m) {
     m.def("linear(Tensor x, Tensor[] parts, int out_features, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
     m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", {at::Tag::pt2_compliant_tag});
-    m.def("layers(Tensor x, Tensor[] weights, int[] counts, float eps, Tensor cos, Tensor sin, Tensor? logn, Tensor input_pos, Tensor(a!)[] k_caches, "
-          "Tensor(b!)[] v_caches, int[] windows, int n_head, int intermediate_size, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
+    m.def("layers(Tensor x, Tensor[] weights, Tensor table, float eps, Tensor cos, Tensor sin, Tensor? logn, Tensor input_pos, Tensor(a!)[] k_caches, "
+          "Tensor(b!)[] v_caches, int n_head, int intermediate_size, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(qwen_fast, CPU, m) {

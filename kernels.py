@@ -7,6 +7,7 @@ QWEN_FAST_KERNELS=off in the environment leaves them out.
 import contextlib
 import functools
 import hashlib
+import itertools
 import mmap
 import os
 import platform
@@ -263,10 +264,9 @@ class Stack(NamedTuple):
     """All tensors of a model's layers, in the order in which kernels.cpp takes them: gathered once, because a compiler traces two lists
     many times faster than the modules around their elements."""
     weights: list[Tensor]
-    counts: tuple[int, ...]          # how many of them belong to each part of each layer
+    table: Tensor                    # [layers, 8]: how many of them belong to each of a layer's seven parts, and its attention's window
     k_caches: list[Tensor]
     v_caches: list[Tensor]
-    windows: tuple[int, ...]
     n_head: int
     intermediate_size: int
     eps: float
@@ -275,7 +275,7 @@ class Stack(NamedTuple):
 
 def stack(layers: Sequence[torch.nn.Module]) -> Stack | None:
     """Of model.TransformerBlocks that have their caches; None where run_stack cannot stand in for their calls."""
-    first, weights, counts = layers[0], [], []
+    first, weights, table = layers[0], [], []
     k_cache, attention = first.attention.kv_cache.k_cache, first.attention
     if not (k_cache.device.type == "cpu" and k_cache.dtype == first.ffn_norm.weight.dtype in (torch.bfloat16, torch.float32) and ready()
             and attention.head_dim % 16 == 0 and attention.head_dim <= MAX_HEAD and isinstance(attention.reduce, torch.nn.Identity)):
@@ -286,12 +286,12 @@ def stack(layers: Sequence[torch.nn.Module]) -> Stack | None:
         if not (wqkv and wo and w13 and w2):
             return None
         head_norms = [norm.weight for norm in (layer.attention.q_norm, layer.attention.k_norm) if hasattr(norm, "weight")]
-        for part in ([layer.attention_norm.weight], wqkv, head_norms, wo, [layer.ffn_norm.weight], w13, w2):
-            weights += part
-            counts.append(len(part))
+        parts = ([layer.attention_norm.weight], wqkv, head_norms, wo, [layer.ffn_norm.weight], w13, w2)
+        weights += itertools.chain(*parts)
+        table.append([*map(len, parts), layer.attention.window])
     caches = [layer.attention.kv_cache for layer in layers]
-    return Stack(weights, tuple(counts), [c.k_cache for c in caches], [c.v_cache for c in caches], tuple(layer.attention.window for layer in layers),
-                 attention.n_head, first.feed_forward.w2.in_features, first.ffn_norm.eps, any(linear.exact for ones in linears for linear in ones))
+    return Stack(weights, torch.tensor(table), [c.k_cache for c in caches], [c.v_cache for c in caches], attention.n_head,
+                 first.feed_forward.w2.in_features, first.ffn_norm.eps, any(linear.exact for ones in linears for linear in ones))
 
 
 def takes(stack: Stack | None, x: Tensor) -> bool:
@@ -301,8 +301,8 @@ def takes(stack: Stack | None, x: Tensor) -> bool:
 
 def run_stack(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
     """x [B, S, C] through all layers in one operator: what lies between their matrices is not worth a call of its own."""
-    return torch.ops.qwen_fast.layers(x, stack.weights, stack.counts, stack.eps, cos, sin, logn, input_pos, stack.k_caches, stack.v_caches,
-                                      stack.windows, stack.n_head, stack.intermediate_size, stack.exact)
+    return torch.ops.qwen_fast.layers(x, stack.weights, stack.table, stack.eps, cos, sin, logn, input_pos, stack.k_caches, stack.v_caches,
+                                      stack.n_head, stack.intermediate_size, stack.exact)
 
 
 # ---- attention over the KV cache

@@ -64,7 +64,7 @@ def token_times(tokens, start: float) -> tuple[float, list[float]]:
 def run_bandwidth(job: dict, args: ModelArgs) -> dict:
     """Bytes/s read from a buffer far larger than the caches, several ways; the best of each way's repetitions."""
     cuda = job["device"].startswith("cuda")
-    numbers = torch.ones((4 if cuda else 1) << 28, device=job["device"])
+    numbers = kernels.large_zeros(((4 if cuda else 1) << 28,), torch.float32, job["device"]).fill_(1)       # in the pages that weights are in
     parts, pool = numbers.chunk(job["threads"]), ThreadPoolExecutor(job["threads"])
     ways: dict[str, Callable] = {"sum of fp32": numbers.sum, "sum of int64": numbers.view(torch.int64).sum, "maximum": numbers.amax,
                                  "sum of bf16": numbers.view(torch.bfloat16).sum, "dot product": lambda: torch.dot(numbers, numbers)}

@@ -228,8 +228,8 @@ def test_fakes_agree_with_the_ops(tmp_path: Path) -> None:
     model = generate.load_model(tmp_path, "cpu", FP32)[0]
     model.setup_caches(1, 16)
     stack, cos_sin = model.stack, model.rope(torch.tensor([[3]]))
-    torch.library.opcheck(ops.layers, (torch.randn(1, 1, model.args.dim), stack.weights, stack.counts, stack.eps, *cos_sin, None, torch.tensor([[3]]),
-                                       stack.k_caches, stack.v_caches, stack.windows, stack.n_head, stack.intermediate_size, False), test_utils=checks)
+    torch.library.opcheck(ops.layers, (torch.randn(1, 1, model.args.dim), stack.weights, stack.table, stack.eps, *cos_sin, None, torch.tensor([[3]]),
+                                       stack.k_caches, stack.v_caches, stack.n_head, stack.intermediate_size, False), test_utils=checks)
 
 
 def test_place_copies() -> None:
