@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -99,9 +100,14 @@ INLINE f32x16 load16(const uint8_t* p) {
 INLINE void store16(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
 
 INLINE void store16(BFloat16* p, f32x16 v) {       // to nearest, ties to even
+#ifdef __AVX512BF16__
+    const __m256bh upper = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &upper, sizeof upper);
+#else
     const u32x16 bits = (u32x16)v;
     const u16x16 upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x16);
     std::memcpy(p, &upper, sizeof upper);
+#endif
 }
 
 template <typename From, typename To>
@@ -388,7 +394,8 @@ void attend_range(const Queries& a, const T* q, const T* keys, const T* values, 
         const T *k = keys + t * D, *v = values + t * D;
         int64_t j = 0, r = 0;
         for (; j + 16 <= n; j += 16) {
-            for (r = 0; r + 2 <= R; r += 2) dot16<T, 2>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
+            for (r = 0; r + 4 <= R; r += 4) dot16<T, 4>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
+            for (; r + 2 <= R; r += 2) dot16<T, 2>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
             for (; r < R; r++) dot16<T, 1>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
         }
         for (; j < n; j++)
@@ -442,59 +449,53 @@ void check_caches(const Tensor& k_cache, const Tensor& v_cache, at::ScalarType d
 }
 
 // q [B, S, H, D], caches [B, K, T, D] -> y [B, S, H, D]
-template <typename T>
-void attend_heads(const T* q, const Tensor& k_cache, const Tensor& v_cache, int64_t H, const Positions& pos, int64_t window, float* y) {
-    const int64_t B = k_cache.size(0), S = pos.S, D = k_cache.size(3), K = k_cache.size(1), G = H / K, R = S * G;
+template <typename T, typename Y>
+void attend_heads(const T* q, const Tensor& k_cache, const Tensor& v_cache, int64_t H, const Positions& pos, int64_t window, Y* y) {
+    const int64_t B = k_cache.size(0), S = pos.S, D = k_cache.size(3), K = k_cache.size(1), G = H / K, threads = at::get_num_threads();
     const T *kp = k_cache.const_data_ptr<T>(), *vp = v_cache.const_data_ptr<T>();
-    std::vector<int64_t> begins(B), ends(B);
-    int64_t longest = 0;
-    for (int64_t b = 0; b < B; b++) {
-        auto [low, high] = std::minmax_element(pos.row(b), pos.row(b) + S);
-        begins[b] = window > 0 ? std::max<int64_t>(0, *low - window + 1) : 0;
-        ends[b] = *high + 1;
-        longest = std::max(longest, ends[b] - begins[b]);
-    }
-    // When there are fewer heads than threads can share evenly, the positions are split as well.
-    const int64_t threads = at::get_num_threads(), heads = B * K;
-    const int64_t splits = heads % threads == 0 || heads >= 8 * threads ? 1
-        : std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, std::max<int64_t>(1, longest / (2 * BLOCK)));
+    // A job is a KV head with a tile of tokens. When there are fewer jobs than threads can share evenly, the positions are split as well.
+    const int64_t tile = std::min(S, std::max<int64_t>(1, 64 / G)), tiles = (S + tile - 1) / tile, R = tile * G, jobs = B * K * tiles;
+    const int64_t longest = *std::max_element(pos.first, pos.first + (pos.stride ? B * S : S)) + 1;
+    const int64_t splits = jobs % threads == 0 || jobs >= 8 * threads ? 1
+        : std::clamp<int64_t>((4 * threads + jobs - 1) / jobs, 1, std::max<int64_t>(1, longest / 128));
     const int64_t partial_size = Partial::size(R, D);
-    std::vector<float> partials(heads * splits * partial_size);
-    const bool parallel = longest * heads * R * D > (1 << 15);
-#pragma omp parallel num_threads(threads) if (parallel)
+    const std::unique_ptr<float[]> partials(new float[jobs * splits * partial_size]);
+    struct Job {
+        int64_t head, b, first, tokens;
+    };
+    const auto job = [&](int64_t i) { return Job{i / tiles, i / tiles / K, i % tiles * tile, std::min(tile, S - i % tiles * tile)}; };
+    const auto row = [&](const Job& j, int64_t r) { return ((j.b * S + j.first + r / G) * H + j.head % K * G + r % G) * D; };      // in q and y
+    const auto part = [&](int64_t i, int64_t split) { return Partial(partials.get() + (i * splits + split) * partial_size, R); };
+#pragma omp parallel num_threads(threads) if (longest * B * K * S * G * D > (1 << 15))
     {
         std::vector<float> scores(R * (BLOCK + 1));
         std::vector<T> queries(R * D);
-#pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < heads * splits; unit++) {
-            const int64_t head = unit / splits, split = unit % splits, b = head / K, kv = head % K;
-            const int64_t length = (ends[b] - begins[b] + splits - 1) / splits;
-            const int64_t begin = begins[b] + split * length, end = std::min(ends[b], begin + length);
-            const Queries a{S, G, R, D, pos.row(b), window};
-            for (int64_t s = 0; s < S; s++) std::copy_n(q + ((b * S + s) * H + kv * G) * D, G * D, queries.data() + s * G * D);
-            attend_range<T>(a, queries.data(), kp + head * k_cache.stride(1), vp + head * v_cache.stride(1), begin, end, scores.data(),
-                            Partial(partials.data() + unit * partial_size, R));
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < jobs * splits; unit++) {
+            const Job j = job(unit / splits);
+            const Queries a{j.tokens, G, j.tokens * G, D, pos.row(j.b) + j.first, window};
+            const auto [low, high] = std::minmax_element(a.pos, a.pos + a.S);
+            const int64_t least = window > 0 ? std::max<int64_t>(0, *low - window + 1) : 0, length = (*high + splits - least) / splits;
+            const int64_t begin = least + unit % splits * length, end = std::min(*high + 1, begin + length);
+            for (int64_t r = 0; r < a.R; r += G) std::copy_n(q + row(j, r), G * D, queries.data() + r * D);
+            attend_range<T>(a, queries.data(), kp + j.head * k_cache.stride(1), vp + j.head * v_cache.stride(1), begin, end, scores.data(),
+                            part(unit / splits, unit % splits));
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < heads * R; i++) {
-            const int64_t head = i / R, r = i % R, b = head / K, kv = head % K;
-            float high = -std::numeric_limits<float>::infinity(), total = 0;
-            for (int64_t split = 0; split < splits; split++)
-                high = std::max(high, Partial(partials.data() + (head * splits + split) * partial_size, R).max[r]);
-            float* sum_of = nullptr;
-            for (int64_t split = 0; split < splits; split++) {
-                Partial part(partials.data() + (head * splits + split) * partial_size, R);
-                const float weight = std::exp(part.max[r] - high);
-                total += part.total[r] * weight;
-                if (!sum_of && splits == 1) sum_of = part.acc + r * D;
-                else if (!sum_of) {
-                    sum_of = part.acc + r * D;
-                    for (int64_t d = 0; d < D; d++) sum_of[d] *= weight;
-                } else
-                    for (int64_t d = 0; d < D; d++) sum_of[d] += part.acc[r * D + d] * weight;
+        for (int64_t i = 0; i < jobs; i++) {
+            const Job j = job(i);
+            for (int64_t r = 0; r < j.tokens * G; r++) {
+                float high = -std::numeric_limits<float>::infinity(), total = 0;
+                for (int64_t split = 0; split < splits; split++) high = std::max(high, part(i, split).max[r]);
+                float* sum = part(i, 0).acc + r * D;
+                for (int64_t split = 0; split < splits; split++) {
+                    const Partial p = part(i, split);
+                    const float weight = std::exp(p.max[r] - high);
+                    total += p.total[r] * weight;
+                    for (int64_t d = 0; d < D; d++) sum[d] = p.acc[r * D + d] * weight + (split ? sum[d] : 0.0f);
+                }
+                for (int64_t d = 0; d < D; d += 16) store16(y + row(j, r) + d, load16(sum + d) * (1 / total));
             }
-            float* out = y + ((b * S + r / G) * H + kv * G + r % G) * D;
-            for (int64_t d = 0; d < D; d += 16) store16(out + d, load16(sum_of + d) * (1 / total));
         }
     }
 }
@@ -509,11 +510,9 @@ Tensor attend(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, co
     const Positions pos(input_pos);
     pos.check(q.size(0), k_cache.size(2));
     auto out = at::empty({q.size(0), q.size(1), q.size(2) * q.size(3)}, q.options());
-    std::vector<float> y(q.numel());
     by_dtype(q, [&](auto zero) {
         using T = decltype(zero);
-        attend_heads<T>(q.const_data_ptr<T>(), k_cache, v_cache, q.size(2), pos, window, y.data());
-        convert(y.data(), out.mutable_data_ptr<T>(), q.numel());
+        attend_heads<T>(q.const_data_ptr<T>(), k_cache, v_cache, q.size(2), pos, window, out.mutable_data_ptr<T>());
     });
     return out;
 }
@@ -628,22 +627,26 @@ void int8_decode(const int8_t* w, const float* scales, const float* x, float* y,
 // Many tokens: a part of the weights at a time is converted, small enough for the cache, and multiplied by PyTorch.
 constexpr int64_t PART = 1 << 21;
 
+// x [M, K], weight int8 [N, K] -> y [M, N]
 template <typename T>
 void int8_prefill(const Tensor& x, const Tensor& weight, const Tensor& scale, Tensor& y) {
-    const int64_t N = weight.size(0), K = weight.size(1), step = std::max<int64_t>(64, PART / std::max<int64_t>(K, 1));
+    const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1), step = std::max<int64_t>(64, PART / std::max<int64_t>(K, 1));
     const int8_t* w = weight.const_data_ptr<int8_t>();
+    const float* scales = scale.const_data_ptr<float>();
     auto part = at::empty({std::min(step, N), K}, x.options());
+    T *to = part.mutable_data_ptr<T>(), *yp = y.mutable_data_ptr<T>();
     for (int64_t n = 0; n < N; n += step) {
         const int64_t rows = std::min(step, N - n);
-        T* to = part.mutable_data_ptr<T>();
 #pragma omp parallel for num_threads(at::get_num_threads())
-        for (int64_t i = 0; i < rows; i++) {
-            int64_t k = 0;
-            for (; k + 16 <= K; k += 16) store16(to + i * K + k, load16(w + (n + i) * K + k));
-            for (; k < K; k++) to[i * K + k] = w[(n + i) * K + k];
+        for (int64_t i = 0; i < rows; i++) convert(w + (n + i) * K, to + i * K, K);
+        const auto products = at::mm(x, part.narrow(0, 0, rows).t());
+        const T* p = products.const_data_ptr<T>();
+#pragma omp parallel for num_threads(at::get_num_threads())
+        for (int64_t m = 0; m < M; m++) {
+            int64_t i = 0;
+            for (; i + 16 <= rows; i += 16) store16(yp + m * N + n + i, load16(p + m * rows + i) * load16(scales + n + i));
+            for (; i < rows; i++) yp[m * N + n + i] = (float)p[m * rows + i] * scales[n + i];
         }
-        auto out = y.narrow(1, n, rows);
-        out.copy_(at::mm(x, part.narrow(0, 0, rows).t()).mul_(scale.narrow(0, n, rows)));
     }
 }
 
@@ -814,148 +817,174 @@ struct Linear {
                 for (int64_t i = 0; i < M * N; i++) y[i] += (float)b[i % N];
             });
     }
+
+    // The same for any number of tokens, by PyTorch's products
+    template <typename T>
+    Tensor prefill(const Tensor& x) const {
+        auto y = scales.defined() ? at::empty({x.size(0), N}, x.options()) : at::mm(x, weight.t());
+        if (zeros.defined()) int4_prefill<T>(x, int4(), y);
+        else if (scales.defined()) int8_prefill<T>(x, weight, scales, y);
+        return bias.defined() ? y.add_(bias) : y;
+    }
 };
 
-// x [..., K] -> [..., N]. More than 16 tokens with quantized weights only, and without a bias.
+// x [..., K] -> [..., N]
 Tensor linear(const Tensor& x_, at::TensorList parts, int64_t N, bool exact) {
     const int64_t K = x_.size(-1);
     const Linear linear(parts, N, K, x_.scalar_type());
     auto sizes = x_.sizes().vec();
     sizes.back() = N;
-    auto x = x_.reshape({-1, K}).contiguous();
-    auto y = at::empty({x.size(0), N}, x.options());
+    const auto x = x_.reshape({-1, K}).contiguous();
     const int64_t M = x.size(0);
+    Tensor y;
     by_dtype(x, [&](auto zero) {
         using T = decltype(zero);
-        if (M > MAX_TOKENS) {
-            TORCH_CHECK(linear.scales.defined() && !linear.bias.defined(), "linear: ", M, " tokens");
-            if (linear.zeros.defined()) int4_prefill<T>(x, linear.int4(), y);
-            else int8_prefill<T>(x, linear.weight, linear.scales, y);
-        } else if (M > 0) {
+        if (M > MAX_TOKENS) y = linear.prefill<T>(x);
+        else {
             std::vector<float> from(M * K);
             convert(x.const_data_ptr<T>(), from.data(), M * K);
-            if constexpr (std::is_same_v<T, float>) linear.decode(from.data(), y.mutable_data_ptr<float>(), M, exact);
-            else {
-                auto to = at::empty({M, N}, x.options().dtype(at::kFloat));
-                linear.decode(from.data(), to.mutable_data_ptr<float>(), M, exact);
-                y.copy_(to);
-            }
+            y = at::empty({M, N}, x.options().dtype(at::kFloat));
+            if (M > 0) linear.decode(from.data(), y.mutable_data_ptr<float>(), M, exact);
+            y = y.to(x.scalar_type());
         }
     });
     return y.view(sizes);
 }
 
-// ---- a stack of transformer blocks, for up to 16 tokens: between the matrices there is too little work to be worth operators of its own
+// ---- a stack of transformer blocks: between the matrices there is too little work to be worth operators of its own
+//
+// Up to 16 tokens go through the decoding kernels, and what passes between the matrices stays in fp32 (type U); more go through PyTorch's
+// products, in the model's own type T.
 
-// x [M, C] -> x / RMS(x) * weight
-template <typename X, typename T>
-void rms_norm(const X* x, const T* weight, float* y, int64_t M, int64_t C, float eps) {
-    for (int64_t m = 0; m < M; m++, x += C, y += C) {
-        float squares = 0;
-        int64_t c = 0;
-        f32x16 sums = {};
-        for (; c + 16 <= C; c += 16) sums += load16(x + c) * load16(x + c);
-        for (; c < C; c++) squares += (float)x[c] * (float)x[c];
-        const float scale = 1.0f / std::sqrt((squares + sum(sums)) / C + eps);
-        for (c = 0; c + 16 <= C; c += 16) store16(y + c, load16(x + c) * scale * load16(weight + c));
-        for (; c < C; c++) y[c] = (float)x[c] * scale * (float)weight[c];
-    }
+// x [C] -> x / RMS(x) * weight
+template <typename X, typename T, typename U>
+INLINE void rms_norm(const X* x, const T* weight, U* y, int64_t C, float eps) {
+    float squares = 0;
+    int64_t c = 0;
+    f32x16 sums = {};
+    for (; c + 16 <= C; c += 16) sums += load16(x + c) * load16(x + c);
+    for (; c < C; c++) squares += (float)x[c] * (float)x[c];
+    const float scale = 1.0f / std::sqrt((squares + sum(sums)) / C + eps);
+    for (c = 0; c + 16 <= C; c += 16) store16(y + c, load16(x + c) * scale * load16(weight + c));
+    for (; c < C; c++) y[c] = (float)x[c] * scale * (float)weight[c];
 }
 
 // One head x [D] of one token: norm, if there is one, and half-split RoPE by cos, sin [D]. -> out, times scale
-template <typename T>
-void finish_head(float* x, const T* norm, float eps, const float* cos, const float* sin, float scale, T* out, int64_t D) {
-    float turned[MAX_HEAD];
-    if (norm) rms_norm(x, norm, x, 1, D, eps);
+template <typename U, typename T>
+INLINE void finish_head(const U* x, const T* norm, float eps, const float* cos, const float* sin, float scale, T* out, int64_t D) {
+    float even[MAX_HEAD], turned[MAX_HEAD];
+    if (norm) rms_norm(x, norm, even, D, eps);
+    else convert(x, even, D);
     const int64_t half = D / 2;
     for (int64_t d = 0; d < half; d++) {
-        turned[d] = (x[d] * cos[d] - x[half + d] * sin[d]) * scale;
-        turned[half + d] = (x[half + d] * cos[half + d] + x[d] * sin[half + d]) * scale;
+        turned[d] = (even[d] * cos[d] - even[half + d] * sin[d]) * scale;
+        turned[half + d] = (even[half + d] * cos[half + d] + even[d] * sin[half + d]) * scale;
     }
     convert(turned, out, D);
 }
 
 // What all layers share. cos, sin [M, D]; logn [M] or null.
-template <typename T>
+template <typename T, typename U>
 struct Step {
     int64_t B, S, C, H, F, M;
     float eps;
     const float *cos, *sin, *logn;
     Positions pos;
     bool exact;
-    std::vector<T> x;                                      // [M, C], in and out
+    T* x;                                                  // [M, C], in and out
 
-    void add(const std::vector<float>& y) {
-        int64_t i = 0, n = M * C;
-        for (; i + 16 <= n; i += 16) store16(x.data() + i, load16(x.data() + i) + load16(y.data() + i));
-        for (; i < n; i++) x[i] = (float)x[i] + y[i];
+    // f(m) for every token
+    template <typename F_>
+    void each(F_ f) const {
+#pragma omp parallel for num_threads(at::get_num_threads()) if (M > MAX_TOKENS)
+        for (int64_t m = 0; m < M; m++) f(m);
+    }
+    Tensor empty(int64_t width) const { return at::empty({M, width}, at::TensorOptions().dtype(c10::CppTypeToScalarType<U>::value)); }
+    Tensor multiply(const Linear& linear, const Tensor& h) const {
+        if (M > MAX_TOKENS) return linear.prefill<T>(h);
+        Tensor y = empty(linear.N);
+        if constexpr (std::is_same_v<U, float>) linear.decode(h.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, exact);
+        return y;
+    }
+    Tensor normed(const T* norm) const {
+        Tensor h = empty(C);
+        U* to = h.mutable_data_ptr<U>();
+        each([&](int64_t m) { rms_norm(x + m * C, norm, to + m * C, C, eps); });
+        return h;
+    }
+    void add(const Tensor& y) const {
+        const U* from = y.const_data_ptr<U>();
+        each([&](int64_t m) {
+            int64_t i = m * C;
+            for (; i + 16 <= (m + 1) * C; i += 16) store16(x + i, load16(x + i) + load16(from + i));
+            for (; i < (m + 1) * C; i++) x[i] = (float)x[i] + (float)from[i];
+        });
     }
 };
 
 // x += wo(attention(wqkv(norm(x)))); keys and values are written to the caches. q_norm, k_norm: [D] or null.
-template <typename T>
-void attention(Step<T>& step, const T* norm, const Linear& wqkv, const T* q_norm, const T* k_norm, const Linear& wo, const Tensor& k_cache,
+template <typename T, typename U>
+void attention(const Step<T, U>& step, const T* norm, const Linear& wqkv, const T* q_norm, const T* k_norm, const Linear& wo, const Tensor& k_cache,
                const Tensor& v_cache, int64_t window) {
-    const int64_t M = step.M, H = step.H, K = k_cache.size(1), slots = k_cache.size(2), D = k_cache.size(3);
-    std::vector<float> h(M * step.C), qkv(M * wqkv.N), y(M * H * D);
-    std::vector<T> queries(M * H * D);
-    rms_norm(step.x.data(), norm, h.data(), M, step.C, step.eps);
-    wqkv.decode(h.data(), qkv.data(), M, step.exact);
-    T *kp = k_cache.mutable_data_ptr<T>(), *vp = v_cache.mutable_data_ptr<T>();
-    for (int64_t m = 0; m < M; m++) {
+    const int64_t H = step.H, K = k_cache.size(1), slots = k_cache.size(2), D = k_cache.size(3);
+    const Tensor qkv = step.multiply(wqkv, step.normed(norm));
+    Tensor queries = at::empty({step.M, H * D}, k_cache.options()), y = step.empty(H * D);
+    const U* from = qkv.const_data_ptr<U>();
+    T *q = queries.mutable_data_ptr<T>(), *k = k_cache.mutable_data_ptr<T>(), *v = v_cache.mutable_data_ptr<T>();
+    step.each([&](int64_t m) {
         const int64_t b = m / step.S, slot = step.pos.row(b)[m % step.S];
         const float *cos = step.cos + m * D, *sin = step.sin + m * D;
-        float* head = qkv.data() + m * wqkv.N;
+        const U* head = from + m * wqkv.N;
         for (int64_t i = 0; i < H; i++, head += D)
-            finish_head(head, q_norm, step.eps, cos, sin, step.logn ? step.logn[m] : 1.0f, queries.data() + (m * H + i) * D, D);
-        for (int64_t i = 0; i < K; i++, head += D) finish_head(head, k_norm, step.eps, cos, sin, 1.0f, kp + ((b * K + i) * slots + slot) * D, D);
-        for (int64_t i = 0; i < K; i++, head += D) convert(head, vp + ((b * K + i) * slots + slot) * D, D);
-    }
-    attend_heads<T>(queries.data(), k_cache, v_cache, H, step.pos, window, y.data());
-    wo.decode(y.data(), h.data(), M, step.exact);
-    step.add(h);
+            finish_head(head, q_norm, step.eps, cos, sin, step.logn ? step.logn[m] : 1.0f, q + (m * H + i) * D, D);
+        for (int64_t i = 0; i < K; i++, head += D) finish_head(head, k_norm, step.eps, cos, sin, 1.0f, k + ((b * K + i) * slots + slot) * D, D);
+        for (int64_t i = 0; i < K; i++, head += D) convert(head, v + ((b * K + i) * slots + slot) * D, D);
+    });
+    attend_heads<T>(q, k_cache, v_cache, H, step.pos, window, y.mutable_data_ptr<U>());
+    step.add(step.multiply(wo, y));
 }
 
 // x += w2(silu(gate) * up), where gate and up [F] are w13(norm(x))
-template <typename T>
-void feed_forward(Step<T>& step, const T* norm, const Linear& w13, const Linear& w2) {
-    const int64_t M = step.M, F = step.F;
-    std::vector<float> h(M * step.C), both(M * 2 * F), y(M * F);
-    rms_norm(step.x.data(), norm, h.data(), M, step.C, step.eps);
-    w13.decode(h.data(), both.data(), M, step.exact);
-    for (int64_t m = 0; m < M; m++) {
-        const float *gate = both.data() + m * 2 * F, *up = gate + F;
-        float* to = y.data() + m * F;
+template <typename T, typename U>
+void feed_forward(const Step<T, U>& step, const T* norm, const Linear& w13, const Linear& w2) {
+    const int64_t F = step.F;
+    const Tensor both = step.multiply(w13, step.normed(norm));
+    Tensor y = step.empty(F);
+    const U* from = both.const_data_ptr<U>();
+    U* yp = y.mutable_data_ptr<U>();
+    step.each([&](int64_t m) {
+        const U *gate = from + m * 2 * F, *up = gate + F;
+        U* to = yp + m * F;
         int64_t f = 0;
         for (; f + 16 <= F; f += 16) {
             const f32x16 g = load16(gate + f), e = exp16(-max16(g, -g));                     // so that it does not overflow
             store16(to + f, (g < f32x16{} ? g * e : g) / (e + 1.0f) * load16(up + f));
         }
-        for (; f < F; f++) to[f] = gate[f] / (1.0f + std::exp(-gate[f])) * up[f];
-    }
-    w2.decode(y.data(), h.data(), M, step.exact);
-    step.add(h);
+        for (; f < F; f++) to[f] = (float)gate[f] / (1.0f + std::exp(-(float)gate[f])) * (float)up[f];
+    });
+    step.add(step.multiply(w2, y));
 }
 
 // x [B, S, C] through a stack of blocks. weights: of each block in turn its attention_norm, wqkv, q_norm and k_norm (if it has them), wo, ffn_norm,
 // w13 and w2. table, int64 [blocks, 8]: of how many tensors each of these seven is, and the attention's window. F: w2's inputs.
-Tensor layers(const Tensor& x_, at::TensorList weights, const Tensor& table, double eps, const Tensor& cos_, const Tensor& sin_,
+Tensor layers(const Tensor& x, at::TensorList weights, const Tensor& table, double eps, const Tensor& cos_, const Tensor& sin_,
               const std::optional<Tensor>& logn_, const Tensor& input_pos_, at::TensorList k_caches, at::TensorList v_caches, int64_t H, int64_t F,
               bool exact) {
-    const auto dtype = x_.scalar_type();
-    const auto x = x_.contiguous(), cos = cos_.contiguous(), sin = sin_.contiguous(), input_pos = input_pos_.contiguous();
+    const auto dtype = x.scalar_type();
+    const auto cos = cos_.contiguous(), sin = sin_.contiguous(), input_pos = input_pos_.contiguous();
     const auto logn = logn_ ? logn_->contiguous() : Tensor();
     const int64_t N = table.size(0), B = x.size(0), S = x.size(1), C = x.size(2), M = B * S, D = cos.size(-1);
-    TORCH_CHECK(M > 0 && M <= MAX_TOKENS && Linear::is(table, at::kLong) && table.is_contiguous() && table.numel() == 8 * N && (int64_t)k_caches.size() == N && (int64_t)v_caches.size() == N &&
-                Linear::is(cos, at::kFloat) && cos.numel() == M * D && Linear::is(sin, at::kFloat) && sin.numel() == M * D &&
-                Linear::is(input_pos, at::kLong) && input_pos.size(-1) == S && (!logn.defined() || (Linear::is(logn, at::kFloat) && logn.numel() == M)),
+    TORCH_CHECK(M > 0 && Linear::is(table, at::kLong) && table.is_contiguous() && table.numel() == 8 * N && (int64_t)k_caches.size() == N &&
+                (int64_t)v_caches.size() == N && Linear::is(cos, at::kFloat) && cos.numel() == M * D && Linear::is(sin, at::kFloat) &&
+                sin.numel() == M * D && Linear::is(input_pos, at::kLong) && input_pos.size(-1) == S &&
+                (!logn.defined() || (Linear::is(logn, at::kFloat) && logn.numel() == M)),
                 "layers: x ", x.sizes(), ", cos ", cos.sizes(), ", input_pos ", input_pos.sizes(), ", table ", table.sizes());
-    auto out = at::empty_like(x);
-    by_dtype(x, [&](auto zero) {
-        using T = decltype(zero);
-        const T* from = x.const_data_ptr<T>();
-        Step<T> step{B, S, C, H, F, M, (float)eps, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
-                     logn.defined() ? logn.const_data_ptr<float>() : nullptr, Positions(input_pos), exact, std::vector<T>(from, from + M * C)};
+    auto out = x.clone(at::MemoryFormat::Contiguous);
+    const auto run = [&](auto t, auto u) {
+        using T = decltype(t);
+        using U = decltype(u);
+        const Step<T, U> step{B, S, C, H, F, M, (float)eps, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
+                              logn.defined() ? logn.const_data_ptr<float>() : nullptr, Positions(input_pos), exact, out.mutable_data_ptr<T>()};
         size_t used = 0;
         const int64_t* row = table.const_data_ptr<int64_t>();
         const auto take = [&](int part) {
@@ -977,12 +1006,15 @@ Tensor layers(const Tensor& x_, at::TensorList weights, const Tensor& table, dou
             const Linear wqkv(take(1), (H + 2 * K) * D, C, dtype);
             const auto head_norms = take(2);
             const T *q_norm = head_norms.empty() ? nullptr : vector(head_norms, 0, D), *k_norm = q_norm ? vector(head_norms, 1, D) : nullptr;
-            attention<T>(step, norm, wqkv, q_norm, k_norm, Linear(take(3), C, H * D, dtype), k_cache, v_cache, row[7]);
+            attention(step, norm, wqkv, q_norm, k_norm, Linear(take(3), C, H * D, dtype), k_cache, v_cache, row[7]);
             norm = vector(take(4), 0, C);
             const Linear w13(take(5), 2 * F, C, dtype);
-            feed_forward<T>(step, norm, w13, Linear(take(6), C, F, dtype));
+            feed_forward(step, norm, w13, Linear(take(6), C, F, dtype));
         }
-        std::copy_n(step.x.data(), M * C, out.mutable_data_ptr<T>());
+    };
+    by_dtype(x, [&](auto zero) {
+        if (M > MAX_TOKENS) run(zero, zero);
+        else run(zero, 0.0f);
     });
     return out;
 }

@@ -296,7 +296,7 @@ def stack(layers: Sequence[torch.nn.Module]) -> Stack | None:
 
 def takes(stack: Stack | None, x: Tensor) -> bool:
     """Whether run_stack computes x [B, S, C]."""
-    return stack is not None and x.dtype == stack.k_caches[0].dtype and 0 < x.numel() <= MAX_TOKENS * x.size(-1)
+    return stack is not None and x.dtype == stack.k_caches[0].dtype and x.numel() > 0
 
 
 def run_stack(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
     """
     if q.device.type != "cpu":
         return attend_reference(q, k_cache, v_cache, input_pos, window)
-    if (q.size(1) <= MAX_TOKENS and q.dtype in (torch.bfloat16, torch.float32) and k_cache.dtype == q.dtype and q.size(3) % 16 == 0
+    if (q.dtype in (torch.bfloat16, torch.float32) and k_cache.dtype == q.dtype and q.size(3) % 16 == 0 and q.size(3) <= MAX_HEAD
             and k_cache.is_contiguous() and v_cache.is_contiguous() and ready()):
         return torch.ops.qwen_fast.attend(q, k_cache, v_cache, input_pos, window)
     return attend_sliced(q, k_cache, v_cache, input_pos, window)
