@@ -528,14 +528,17 @@ constexpr bool HAVE_VNNI = true;
 constexpr bool HAVE_VNNI = false;
 #endif
 
-// M tokens of x in fp32, each padded with zeros, and rounded to int8: x[k] ~ scale * q[k], one scale per G values of k.
+// M tokens of x in fp32, each padded with zeros, and rounded to integers of type Q: x[k] ~ scale * q[k], one scale per G values of k.
+template <typename Q>
 struct Activations {
     int64_t padded, groups;                                // lengths of one token's rows
     std::vector<float> x, scale, sums;                     // sums: of the (rounded) x over each group
-    std::vector<int32_t> q;                                // four int8 in each
+    std::vector<Q> q;
 
     Activations(const float* source, int64_t M, int64_t K, int64_t padded_, int64_t G, bool round)
-        : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups), q(round ? M * padded / 4 : 0) {
+        : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups), q(round ? M * padded : 0) {
+        typedef Q Q16 __attribute__((vector_size(16 * sizeof(Q))));
+        constexpr float most = sizeof(Q) == 1 ? 127.0f : 32639.0f;         // whose upper byte is 127 and lower byte 127
         for (int64_t m = 0; m < M; m++) std::copy_n(source + m * K, K, x.data() + m * padded);
         for (int64_t i = 0; i < M * groups; i++) {
             const float* from = x.data() + i * G;
@@ -547,15 +550,15 @@ struct Activations {
             }
             if (round) {
                 const float magic = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer
-                const float top = highest(high), inverse = top > 0 ? 127.0f / top : 0.0f;
+                const float top = highest(high), inverse = top > 0 ? most / top : 0.0f;
                 total = f32x16{};
                 for (int64_t j = 0; j < G; j += 16) {
                     const f32x16 shifted = load16(from + j) * inverse + magic;
-                    const i8x16 bytes = __builtin_convertvector((i32x16)shifted, i8x16);            // whose low byte is what we want
-                    std::memcpy(q.data() + (i * G + j) / 4, &bytes, sizeof bytes);
+                    const Q16 low = __builtin_convertvector((i32x16)shifted, Q16);                  // the bits that are the integer
+                    std::memcpy(q.data() + i * G + j, &low, sizeof low);
                     total += shifted - magic;
                 }
-                scale[i] = top / 127.0f;
+                scale[i] = top / most;
             }
             sums[i] = sum(total) * scale[i];
         }
@@ -566,30 +569,48 @@ constexpr int TILE = 4;                                    // tokens that share 
 
 // ---- int8: w [N, K] as stored, y[m, n] = scale[n] * sum_k w[n, k] x[m, k]
 
-constexpr int G8 = 64;                                     // activations to a scale: one register of weights
+// The activations are rounded to 16 bits, so that next to nothing of them is lost, and each is multiplied as two bytes, 256 * upper + lower.
+// dpbusd wants one side unsigned: w + 128 stands in for w, and the caller takes 128 * sum(x) off again.
+constexpr int G8 = 256;                                    // activations to a scale
+
+// For every 64 activations their upper, then their lower bytes, each from -128 to 127
+inline std::vector<int8_t> in_bytes(const std::vector<int16_t>& q) {
+    std::vector<int8_t> bytes(2 * q.size());
+    for (size_t i = 0; i < q.size(); i++) {
+        const int upper = (q[i] + 128) >> 8;
+        int8_t* to = bytes.data() + i / 64 * 128 + i % 64;
+        to[0] = upper, to[64] = q[i] - 256 * upper;
+    }
+    return bytes;
+}
 
 template <int M, bool exact>
-INLINE void int8_row(const int8_t* w, const Activations& a, int64_t first, int64_t K, float* out) {
+INLINE void int8_row(const int8_t* w, const Activations<int16_t>& a, const int8_t* bytes, int64_t first, int64_t K, float* out) {
     f32x16 acc[M] = {};
     int64_t k = 0;
 #ifdef __AVX512VNNI__
     if constexpr (!exact) {
-        // dpbusd wants one side unsigned: w + 128 stands in for w, and the caller takes 128 * sum(x) off again.
         const __m512i flip = _mm512_set1_epi8((char)0x80);
-        const int32_t* q = a.q.data() + first * (a.padded / 4);
-        const float* steps = a.scale.data() + first * a.groups;
-        const auto add = [&](f32x16* sums, __m512i raw, int64_t g) __attribute__((always_inline)) {
-            const __m512i wv = _mm512_xor_si512(raw, flip);
+        const int8_t* q = bytes + first * 2 * a.padded;
+        for (int64_t g = 0; k < K; g++) {
+            __m512i upper[M] = {}, lower[M] = {};
+            const auto add = [&](__m512i raw, int64_t at) __attribute__((always_inline)) {
+                const __m512i wv = _mm512_xor_si512(raw, flip);
+                UNROLL for (int m = 0; m < M; m++) {
+                    upper[m] = _mm512_dpbusd_epi32(upper[m], wv, _mm512_loadu_si512(q + 2 * (m * a.padded + at)));
+                    lower[m] = _mm512_dpbusd_epi32(lower[m], wv, _mm512_loadu_si512(q + 2 * (m * a.padded + at) + 64));
+                }
+            };
+            if (k + G8 <= K)
+                UNROLL for (int i = 0; i < G8; i += 64) add(_mm512_loadu_si512(w + k + i), k + i);
+            else
+                for (int64_t i = k; i < K; i += 64) add(_mm512_maskz_loadu_epi8(i + 64 <= K ? ~0ull : (1ull << (K - i)) - 1, w + i), i);
+            k = std::min<int64_t>(K, k + G8);
             UNROLL for (int m = 0; m < M; m++) {
-                const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), wv, _mm512_loadu_si512(q + m * (a.padded / 4) + g * (G8 / 4)));
-                sums[m] += (f32x16)_mm512_cvtepi32_ps(dots) * steps[m * a.groups + g];
+                const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(upper[m], 8), lower[m]);
+                acc[m] += (f32x16)_mm512_cvtepi32_ps(both) * a.scale[(first + m) * a.groups + g];
             }
-        };
-        f32x16 odd[M] = {};
-        int64_t g = 0;
-        for (; k + 2 * G8 <= K; k += 2 * G8, g += 2) add(acc, _mm512_loadu_si512(w + k), g), add(odd, _mm512_loadu_si512(w + k + G8), g + 1);
-        for (; k < K; k += G8, g++) add(acc, _mm512_maskz_loadu_epi8(k + G8 <= K ? ~0ull : (1ull << (K - k)) - 1, w + k), g);
-        UNROLL for (int m = 0; m < M; m++) acc[m] += odd[m];
+        }
     }
 #endif
     for (; k + 16 <= K; k += 16) {
@@ -607,7 +628,8 @@ constexpr decltype(&int8_row<1, exact>) int8_rows[] = {nullptr, int8_row<1, exac
 
 template <bool exact>
 void int8_decode(const int8_t* w, const float* scales, const float* x, float* y, int64_t M, int64_t N, int64_t K) {
-    const Activations a(x, M, K, (K + G8 - 1) / G8 * G8, G8, !exact);
+    const Activations<int16_t> a(x, M, K, (K + G8 - 1) / G8 * G8, G8, !exact);
+    const auto bytes = in_bytes(a.q);
     float offset[MAX_TOKENS] = {};
     if (!exact)
         for (int64_t i = 0; i < M * a.groups; i++) offset[i / a.groups] += 128.0f * a.sums[i];
@@ -618,7 +640,7 @@ void int8_decode(const int8_t* w, const float* scales, const float* x, float* y,
             for (int64_t m = 0; m < M; m += TILE) {
                 float out[TILE];
                 const int64_t tokens = std::min<int64_t>(TILE, M - m);
-                int8_rows<exact>[tokens](w + n * K, a, m, K, out);
+                int8_rows<exact>[tokens](w + n * K, a, bytes.data(), m, K, out);
                 for (int64_t i = 0; i < tokens; i++) y[(m + i) * N + n] = (out[i] - offset[m + i]) * scales[n];
             }
     }
@@ -668,9 +690,10 @@ struct Int4 {
 
 // Sixteen rows against M tokens.
 template <int M, bool exact>
-INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64_t first, f32x16* out) {
+INLINE void int4_block(const Int4& w, int64_t block, const Activations<int8_t>& a, int64_t first, f32x16* out) {
     const uint8_t* p = w.packed + block * w.units() * 256;
-    const int32_t* fours = a.q.data() + first * (a.padded / 4);
+    typedef int32_t Four __attribute__((may_alias));       // four int8 in one
+    const Four* fours = (const Four*)(a.q.data() + first * a.padded);
     const float *steps = a.scale.data() + first * a.groups, *sums = a.sums.data() + first * a.groups;
     f32x16 acc[M] = {};
     for (int64_t g = 0; g < w.groups; g++) {
@@ -687,7 +710,7 @@ INLINE void int4_block(const Int4& w, int64_t block, const Activations& a, int64
                     const __m512i both = _mm512_loadu_si512(p + 64 * j);
                     const __m512i lower = _mm512_and_si512(both, low), upper = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
                     UNROLL for (int m = 0; m < M; m++) {
-                        const int32_t* q = fours + m * (a.padded / 4) + unit * (G4 / 4) + 2 * j;
+                        const Four* q = fours + m * (a.padded / 4) + unit * (G4 / 4) + 2 * j;
                         whole[m][0] = _mm512_dpbusd_epi32(whole[m][0], lower, _mm512_set1_epi32(q[0]));
                         whole[m][1] = _mm512_dpbusd_epi32(whole[m][1], upper, _mm512_set1_epi32(q[1]));
                     }
@@ -720,7 +743,7 @@ constexpr decltype(&int4_block<1, exact>) int4_blocks[] = {nullptr, int4_block<1
 template <bool exact>
 void int4_decode(const Int4& w, const float* x, float* y, int64_t M, int64_t N, int64_t K) {
     const int64_t blocks = (N + ROWS - 1) / ROWS;
-    const Activations a(x, M, K, w.units() * G4, G4, !exact);
+    const Activations<int8_t> a(x, M, K, w.units() * G4, G4, !exact);
 #pragma omp parallel num_threads(at::get_num_threads())
     {
         const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();

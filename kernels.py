@@ -192,7 +192,7 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, exact: bool = False) -> Tensor:
     """x [..., K_in], weight int8 [N, K_in], scale fp32 [N] -> [..., N].
 
-    Unless exact, up to 16 tokens of activations may be rounded to int8, in groups of 64 with a scale each (on CPUs with VNNI).
+    Unless exact, up to 16 tokens of activations may be rounded to int16, in groups of 256 with a scale each (on CPUs with VNNI).
     """
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous() and ready():
         return torch.ops.qwen_fast.linear(x, [weight, scale], weight.size(0), exact)
@@ -203,11 +203,12 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
 
-def round_activations(x: Tensor, group: int) -> Tensor:
-    """What the kernels make of activations x [..., K_in] (64 to a group beside int8 weights, 32 beside int4), in fp32."""
+def round_activations(x: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+    """What the kernels make of activations x [..., K_in] (int16, 256 to a group, beside int8 weights; int8, 32 to a group, beside int4), in fp32."""
+    most = 127 if dtype == torch.int8 else 127 * 257               # the kernels take the latter apart into two bytes, each up to 127
     padded = F.pad(x.float(), (0, -x.size(-1) % group)).unflatten(-1, (-1, group))
     high = padded.abs().amax(-1, keepdim=True)
-    rounded = torch.where(high > 0, (padded * (127.0 / high)).round() * (high / 127.0), 0.0)
+    rounded = torch.where(high > 0, (padded * (most / high)).round() * (high / most), 0.0)
     return rounded.flatten(-2)[..., :x.size(-1)]
 
 

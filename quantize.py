@@ -125,7 +125,7 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
 # ---- linears
 
 class QuantizedLinear(nn.Module):
-    """In the place of a model.Linear. On CPUs with VNNI, decoding rounds the activations to int8 too, unless `exact`."""
+    """In the place of a model.Linear. On CPUs with VNNI, decoding rounds the activations too, unless `exact`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
@@ -296,7 +296,7 @@ def pack_for(model: Transformer, device: torch.device) -> None:
 
 
 def set_activations(model: Transformer, activations: str) -> None:
-    """bf16: activations are multiplied as they are; int8: they may be rounded to int8 where that is faster."""
+    """bf16: activations are multiplied as they are; int8: they may be rounded to int8 (int4 weights) or 16 bits (int8 weights) where that is faster."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.exact = activations == "bf16"

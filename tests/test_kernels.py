@@ -133,8 +133,8 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int8_linear(x, weight, scale, exact=True), x.double() @ w.T) < tolerance, M
-        rounded = kernels.round_activations(x, 64) if HAVE_OPS and vnni and M <= 16 else x
-        assert error(kernels.int8_linear(x, weight, scale), rounded.double() @ w.T) < tolerance + ROUNDED, M
+        rounded = kernels.round_activations(x, torch.int16, 256) if HAVE_OPS and vnni and M <= 16 else x
+        assert error(kernels.int8_linear(x, weight, scale), rounded.double() @ w.T) < tolerance + ROUNDED / 256, M
         assert error(kernels.int8_linear_reference(x, weight, scale), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
 
@@ -148,7 +148,7 @@ def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> N
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int4_linear(x, *packed, N, exact=True), x.double() @ w.T) < tolerance, M
-        rounded = kernels.round_activations(x, 32) if HAVE_OPS and vnni and M <= 16 else x
+        rounded = kernels.round_activations(x, torch.int8, 32) if HAVE_OPS and vnni and M <= 16 else x
         assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
         assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -162,13 +162,13 @@ def test_packed_int4_stands_for_the_same_weights(groupsize: int) -> None:
 
 
 def test_rounded_activations_are_within_half_a_step() -> None:
-    x = torch.randn(5, 100) * torch.logspace(-3, 3, 100)
-    for group in (32, 64):
-        rounded = kernels.round_activations(x, group)
-        for start in range(0, 100, group):
+    x = torch.randn(5, 600) * torch.logspace(-3, 3, 600)
+    for dtype, group in ((torch.int16, 256), (torch.int8, 32)):
+        rounded = kernels.round_activations(x, dtype, group)
+        for start in range(0, 600, group):
             part, high = slice(start, start + group), x[:, start:start + group].abs().amax(1, keepdim=True)
-            assert ((rounded - x)[:, part].abs() <= high / 127 * 0.5001).all()
-    assert torch.equal(kernels.round_activations(torch.zeros(2, 64), 32), torch.zeros(2, 64))
+            assert ((rounded - x)[:, part].abs() <= high / {torch.int8: 127, torch.int16: 127 * 257}[dtype] * 0.51).all()
+    assert torch.equal(kernels.round_activations(torch.zeros(2, 64), torch.int8, 32), torch.zeros(2, 64))
 
 
 @needs_ops
