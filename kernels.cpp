@@ -1,6 +1,6 @@
-// Decoding kernels for CPUs: matrix-vector products and attention that run at the speed of the memory. kernels.py builds and registers this
-// file, and holds a plain PyTorch twin of every kernel. AVX512-BF16 and VNNI have their own inner loops; everything else (AVX512, AVX2, NEON)
-// comes out of the compiler's vector types, for whatever -march=native finds.
+// Kernels for CPUs: matrix-vector products and attention that run at the speed of the memory, and whole stacks of layers made of them, which
+// leave matrix-matrix products to PyTorch. kernels.py builds and registers this file, and holds a plain PyTorch twin of every kernel.
+// AVX512-BF16 and VNNI have their own inner loops; everything else (AVX512, AVX2, NEON) comes out of the compiler's vector types, for whatever -march=native finds.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -1,8 +1,9 @@
-"""Fast CPU kernels for decoding (kernels.cpp, built on first use) and their plain PyTorch twins.
+"""Fast CPU kernels (kernels.cpp, built on first use) and their plain PyTorch twins.
 
 Shapes: B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, N and K_in the rows and columns of a weight.
-The C++ ops take up to 16 tokens, which is where reading the weights is what takes the time; longer inputs go to PyTorch's own operators.
-QWEN_FAST_KERNELS=off in the environment leaves them out.
+run_stack computes all layers of a model at once; its twin is the loop over model.TransformerBlock. The others are one operation each.
+For up to 16 tokens reading the weights is what takes the time, and the kernels do it at the memory's speed; matrices for more tokens are PyTorch's.
+QWEN_FAST_KERNELS=off in the environment leaves the C++ out.
 """
 import contextlib
 import functools

@@ -8,6 +8,7 @@ The last line of stdout is one JSON object of raw figures in seconds and bytes; 
 """
 import json
 import shutil
+import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,8 @@ def token_times(tokens, start: float) -> tuple[float, list[float]]:
 # The memory
 
 def run_bandwidth(job: dict, args: ModelArgs) -> dict:
-    """Bytes/s read from a buffer far larger than the caches, several ways; the best of each way's repetitions."""
+    """Bytes/s read from a buffer far larger than the caches, several ways; the median of each way's repetitions, as of every other figure here:
+    what other programs leave of the memory's speed is not the same from one second to the next."""
     cuda = job["device"].startswith("cuda")
     numbers = kernels.large_zeros(((4 if cuda else 1) << 28,), torch.float32, job["device"]).fill_(1)       # in the pages that weights are in
     parts, pool = numbers.chunk(job["threads"]), ThreadPoolExecutor(job["threads"])
@@ -77,13 +79,13 @@ def run_bandwidth(job: dict, args: ModelArgs) -> dict:
     rates = {}
     for name, way in ways.items():
         times = []
-        for _ in range(8):
+        for _ in range(12):
             start = time.perf_counter()
             way()
             if cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        rates[name] = numbers.nbytes / min(times)
+        rates[name] = numbers.nbytes / statistics.median(times)
     return dict(rates=rates)
 
 
