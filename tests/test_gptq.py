@@ -1,0 +1,225 @@
+"""GPTQ against the algorithm's plain definition, on tiny checkpoints and on the demo; and published GPTQ and AWQ checkpoints."""
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+import cli
+import GPTQ
+import quantize
+from generate import load_model
+from quantize import Calibration, Int4Linear, Int8Linear, quantize_checkpoint
+
+HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
+DEMO = ROOT / "checkpoints" / "demo"
+TASKS = ROOT / "tests" / "lm_eval_tasks"
+
+
+# ---- the algorithm
+
+def plain_gptq(w, hessian, linear, percdamp, act_order):
+    """The definition, one column after another in fp64: each error is spread over all later columns through the inverse Hessian of what is left."""
+    K, G = w.size(1), linear.groupsize
+    diagonal = hessian.diagonal()
+    groups = [list(range(i, min(i + G, K))) for i in range(0, K, G)]
+    if act_order:
+        groups = [sorted(group, key=lambda i: -diagonal[i].item()) for group in groups]
+        groups.sort(key=lambda group: -sum(diagonal[i].item() for i in group) / len(group))
+    order = sum(groups, [])
+    H = hessian.double() + torch.diag((diagonal == 0).double())
+    H += percdamp * H.diagonal().mean() * torch.eye(K)
+    w, H = w.double()[:, order], H[order][:, order]
+    left = [torch.linalg.inv(H[j:, j:]) for j in range(K)]
+    q, found = torch.empty_like(w), {}
+    starts = {sum(map(len, groups[:i])): len(group) for i, group in enumerate(groups)}
+    for j in range(K):
+        if j in starts:
+            part = slice(j, j + starts[j])
+            importance = torch.tensor([1 / left[i][0, 0] for i in range(j, part.stop)])
+            if isinstance(linear, Int8Linear):
+                scale, zero = w[:, part].abs().amax(1) / 127, 0
+            else:
+                scales, zeros = quantize.int4_scales(w[:, part].float(), starts[j], importance.float() / importance.float().mean())
+                scale, zero = scales[:, 0].double(), zeros[:, 0].double() / 16
+        lowest, highest = (-127, 127) if isinstance(linear, Int8Linear) else (0, 15)
+        q[:, j] = (w[:, j] / scale + zero).round().clamp(lowest, highest)
+        error = (w[:, j] - (q[:, j] - zero) * scale) / left[j][0, 0]
+        w[:, j + 1:] -= error[:, None] * left[j][0, 1:]
+    return q[:, torch.tensor(order).argsort()]
+
+
+def inputs_of(K, tokens=400):
+    """Correlated, some louder than others."""
+    return torch.randn(tokens, K) @ torch.randn(K, K) / K ** 0.5 * torch.rand(K).mul(2).exp() + torch.randn(K)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("kind,N,K,G,blocksize", [("int4", 8, 128, 32, 128), ("int4", 8, 128, 32, 1), ("int4", 5, 90, 32, 40), ("int4", 4, 300, 256, 128),
+                                                  ("int4", 4, 200, 64, 128), ("int8", 8, 96, 0, 32)])
+def test_same_integers_as_the_definition(kind, N, K, G, blocksize, act_order):
+    torch.manual_seed(K + N)
+    w, x = torch.randn(N, K), inputs_of(K)
+    x[:, 7] = 0                                                  # a dead column
+    hessian = torch.zeros(K, K)
+    GPTQ.add_to_hessian(hessian, x)
+    assert torch.allclose(hessian.double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-2)
+    linear = Int8Linear(K, N) if kind == "int8" else Int4Linear(K, N, groupsize=G)
+    buffers, quantized = GPTQ.quantize_matrix(w, hessian, linear, GPTQ.Options(0.01, blocksize, act_order))
+    expected = plain_gptq(w, hessian, linear, 0.01, act_order)
+    q = buffers["weight"] if kind == "int8" else quantize.unpack(buffers["weight"], K)
+    assert torch.equal(q.double(), expected)
+    assert torch.equal(linear.dequantize(**buffers), quantized)
+    nearest = linear.dequantize(**linear.quantize(w))
+    assert ((quantized - w) @ x.T).norm() < 0.9 * ((nearest - w) @ x.T).norm()
+    assert (quantized - w)[:, 7].norm() < 0.3 * w[:, 7].norm()        # rounded, not forgotten
+
+
+def test_damping_is_raised_and_said(capsys):
+    """Two inputs that are always equal, and no damping: the Hessian is singular."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 32)
+    x[:, 1] = x[:, 0]
+    hessian = x.T @ x
+    hessian[0, 0] *= 1 - 1e-4                                    # as rounding may make it, a little below
+    U = GPTQ.inverse_factor(hessian, 0.0, "layers.0.attention.wo")
+    err = capsys.readouterr().err
+    assert "layers.0.attention.wo: the Hessian is not positive definite; damping raised to 0.0" in err
+    assert U.isfinite().all() and torch.equal(U, U.triu())
+
+
+# ---- files
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(family: str):
+        if family not in made:
+            path = made[family] = tmp_path_factory.mktemp(family)
+            if family == "qwen-v1":
+                tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4), path)
+            else:
+                tiny.save(tiny.reference(family), path)
+            load_model(path)
+        return made[family]
+    return folder
+
+
+TOKENS = torch.randint(256, (12, 64), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def logits_of(path) -> torch.Tensor:
+    model, _ = load_model(path, "cpu", torch.float32)
+    model.setup_caches(len(TOKENS), TOKENS.size(1))
+    pos = torch.arange(TOKENS.size(1))
+    return model(TOKENS, pos, pos)
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "qwen-v1"])
+def test_every_family(folders, family):
+    """Biases, windows, logn and all: what GPTQ minimizes comes out smaller than from rounding."""
+    path = folders(family) / "model.pth"
+    plain = logits_of(path)
+    errors = {}
+    for mode in ("int4", "int4-gptq"):
+        file = quantize_checkpoint(path, mode, 32, skip=("layers.1.feed_forward.w2",), progress=False, calibration=Calibration(TOKENS) if "-" in mode else None)
+        errors[mode] = (logits_of(file) - plain).norm() / plain.norm()
+    assert file.name == "model_int4-gptq.g32.pth" and quantize.read_checkpoint(file)[1].mode == "int4"
+    assert errors["int4-gptq"] < 0.9 * errors["int4"]
+
+
+def test_each_linear_sees_what_the_quantized_ones_before_it_produce(folders, monkeypatch):
+    """The Hessians that GPTQ is given are those of the inputs in the finished quantized model."""
+    given = {}
+    whole = GPTQ.quantize_matrix
+    monkeypatch.setattr(GPTQ, "quantize_matrix", lambda w, h, target, options, name: given.update({name: h.clone()}) or whole(w, h, target, options, name))
+    path = quantize_checkpoint(folders("qwen3") / "model.pth", "int4-gptq", 32, progress=False, calibration=Calibration(TOKENS))
+    model, _ = load_model(path, "cpu", torch.float32)
+    quantize.set_activations(model, "bf16")
+    found = {}
+    for name in given:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, x, name=name: found.update({name: x[0].flatten(0, 1).T.double() @ x[0].flatten(0, 1).double()}))
+    model.setup_caches(len(TOKENS), TOKENS.size(1))
+    model(TOKENS, torch.arange(TOKENS.size(1)))
+    assert len(given) == 12 and found.keys() == given.keys()
+    for name in given:
+        assert (given[name] - found[name]).norm() < 1e-3 * found[name].norm(), name
+
+
+def test_int8(folders):
+    path = folders("qwen2") / "model.pth"
+    file = quantize_checkpoint(path, "int8-gptq", progress=False, calibration=Calibration(TOKENS))
+    plain = logits_of(path)
+    assert file.name == "model_int8-gptq.pth" and (logits_of(file) - plain).norm() < (logits_of(quantize_checkpoint(path, "int8", progress=False)) - plain).norm()
+
+
+# ---- the command
+
+def run_main(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: quantize.main([str(a) for a in argv]))
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_refusals(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    text = tmp_path / "text.txt"
+    text.write_text(HELDOUT[:20000])
+    before = sorted(folder.iterdir())
+
+    def refused(*flags):
+        err = run_main(["--checkpoint_path", folder, "--mode", "int4-gptq", *flags], capsys)
+        assert sorted(folder.iterdir()) == before
+        return err
+    assert "--calibration_tasks wikitext, or --calibration_file FILE" in refused()
+    assert "--calibration_seq_length 513 must be at least 1 and at most the model's context of 512" in refused(
+        "--calibration_file", text, "--calibration_seq_length", 513)
+    assert "too little to calibrate with: 1 sequences of 64 tokens" in refused(
+        "--calibration_file", text, "--calibration_seq_length", 64, "--calibration_limit", 1)
+    (tmp_path / "short.txt").write_text("short")
+    assert "too little to calibrate with: 0 sequences" in refused("--calibration_file", tmp_path / "short.txt")
+    assert "No such file" in refused("--calibration_file", tmp_path / "none.txt")
+    assert "--calibration_tasks no_such_task: no such task" in refused("--calibration_tasks", "no_such_task")
+    assert "exclude each other" in refused("--calibration_tasks", "x", "--calibration_file", text)
+    assert "--percdamp -1.0 must be 0 or more" in refused("--calibration_file", text, "--percdamp", -1)
+    assert "--blocksize 0 must be 1 or more" in refused("--calibration_file", text, "--blocksize", 0)
+    assert "--mode 'int3-gptq' is not supported (supported: int8, int4, int8-gptq, int4-gptq)" in refused("--mode", "int3-gptq")
+    checkpoint = torch.load(folder / "model.pth", weights_only=True)
+    checkpoint["state_dict"]["layers.1.attention_norm.weight"][3] = float("nan")
+    torch.save(checkpoint, folder / "model.pth")
+    assert "layers.1.attention.wqkv: its inputs from the calibration text hold NaN or infinity" in refused("--calibration_file", text)
+
+
+def test_a_task_whose_data_cannot_be_had(folders, tmp_path, capsys):
+    (tmp_path / "far.yaml").write_text("task: far_away\ndataset_path: nobody/nothing-of-that-name\noutput_type: loglikelihood_rolling\n"
+                                       "test_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: []\n")
+    err = run_main(["--checkpoint_path", folders("qwen3"), "--mode", "int4-gptq", "--calibration_tasks", "far_away", "--include_path", tmp_path], capsys)
+    assert "--calibration_tasks far_away: its data cannot be had" in err and "--calibration_file" in err
+
+
+def test_documents_of_tasks():
+    """Texts for rolling, questions with the right choice, prompts with their continuation."""
+    rolling = GPTQ.texts_of_tasks(["heldout_rolling"], TASKS)
+    assert rolling == [doc["text"] for doc in json.loads((TASKS / "rolling.json").read_text())["test"]]
+    for task, file in (("heldout_choice", "choice.json"), ("heldout_line", "line.json")):
+        docs = json.loads((TASKS / file).read_text())
+        texts = GPTQ.texts_of_tasks([task], TASKS)
+        assert len(texts) in map(len, docs.values()) and all(len(text) > 10 for text in texts)
+
+
+def test_command_with_a_text(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    (tmp_path / "text.txt").write_text(HELDOUT[:40000])
+    quantize.main(["--checkpoint_path", str(folder), "--mode", "int4-gptq", "--groupsize", "64", "--calibration_file", str(tmp_path / "text.txt"),
+                   "--calibration_limit", "8", "--calibration_seq_length", "100", "--act_order", "--report"])
+    out, err = capsys.readouterr()
+    assert "calibrating with 8 sequences of 100 tokens" in err and "model_int4-gptq.g64.pth" in out
+    load_model(folder / "model_int4-gptq.g64.pth")
