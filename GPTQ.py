@@ -227,7 +227,7 @@ def read_sources(files: list[Path]) -> list[str]:
 def texts_of_tasks(names: list[str], include_path: Path | None = None) -> list[str]:
     """The documents of lm-eval's tasks, each with its answer: those for training where there are such, else those for validation or the test."""
     texts = []
-    for task in tasks_in(load_tasks(names, include_path, flag="--calibration_tasks")[1]):
+    for task in tasks_in(load_tasks(names, include_path, flag="--calibration_tasks", advice=", or give a text: --calibration_file FILE")[1]):
         docs = task.training_docs() if task.has_training_docs() else task.validation_docs() if task.has_validation_docs() else task.test_docs()
         for doc in itertools.islice(docs, MOST_DOCUMENTS):
             question, answer = task.doc_to_text(doc), task.doc_to_target(doc)

@@ -64,7 +64,8 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def load_tasks(names: list[str], include_path: Path | None = None, include_defaults: bool = True, flag: str = "--tasks"):
+def load_tasks(names: list[str], include_path: Path | None = None, include_defaults: bool = True, flag: str = "--tasks",
+               advice: str = ""):
     """(lm-eval's TaskManager, the tasks and groups of tasks that the names stand for). UserError for an unknown name, or data that cannot be had."""
     from lm_eval.tasks import TaskManager
 
@@ -82,7 +83,7 @@ def load_tasks(names: list[str], include_path: Path | None = None, include_defau
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{flag} {name}: its data cannot be had: {reason}. Without a network, write a task whose dataset is a local file "
-                            "and point --include_path to its folder (tests/lm_eval_tasks shows how)") from error
+                            f"and point --include_path to its folder (tests/lm_eval_tasks shows how){advice}") from error
         inner = {child for children in found["group_map"].values() for child in children}
         loaded |= {name: item for name, item in (found["groups"] | found["tasks"]).items() if name not in inner}
     return manager, list(loaded.values())

@@ -35,6 +35,7 @@ from tokenizer import Tokenizer
 
 VERSION = 1
 MODES = ("int8", "int4")
+FILE_MODES = (*MODES, "int8-fp16", "int4-fp16")      # the latter: published checkpoints as they are
 GPTQ_MODES = ("int8-gptq", "int4-gptq")  # the same formats, rounded with GPTQ.py
 GROUPSIZES = (32, 64, 128, 256)
 LM_HEADS = (*MODES, "none")
@@ -105,8 +106,8 @@ def to_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> Te
     return q.add_(zeros[:, :, None] / PARTS).round_().clamp_(0, 15).to(torch.uint8).flatten(1)[:, :weight.size(1)]
 
 
-def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype) / PARTS) * scales[:, :, None].to(dtype)
+def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int, dtype: torch.dtype = torch.float32, parts: int = PARTS) -> Tensor:
+    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype) / parts) * scales[:, :, None].to(dtype)
     return weight.flatten(1)[:, :q.size(1)]
 
 
@@ -250,6 +251,45 @@ class Int4Linear(QuantizedLinear):
         return [t for t in (self.weight, self.scales, self.zeros, self.bias) if t is not None] if self.layout == "cpu" else []
 
 
+class SourceLinear(Int4Linear):
+    """What convert.Packing makes of a GPTQ or AWQ linear: 4 or 8 bits, scales as published (fp16), zeros uint8 (of 4 bits in sixteenths, as ever).
+
+    Models in bf16 round the scales to bf16, as all their weights, and run 4 bits like Int4Linear. Otherwise the weights are exact, and plain in memory.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 128, bits: int = 4, reordered: bool = False):
+        super().__init__(in_features, out_features, bias, groupsize)
+        self.bits, self.scales = bits, self.scales.half()
+        if bits == 8:
+            self.weight = torch.empty(out_features, in_features, dtype=torch.uint8)
+        self.register_buffer("order", torch.empty(in_features, dtype=torch.int32) if reordered else None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, **buffers: Tensor) -> Tensor:
+        own = buffers or dict(self.named_buffers())
+        q = unpack(own["weight"], self.in_features) if self.bits == 4 else own["weight"]
+        weight = dequantize_int4(q, own["scales"], own["zeros"], self.groupsize, dtype, PARTS if self.bits == 4 else 1)
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+    def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.bits == 4 and dtype == torch.bfloat16:
+            self.scales = self.scales.bfloat16()
+            super().pack_for(device, dtype)
+        if self.layout == "stored":
+            wide = torch.float32 if dtype == torch.bfloat16 else dtype
+            self.weight, self.layout = kernels.place(self.dequantize(wide), device, dtype), "plain"
+            self.scales = self.zeros = self.order = None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if self.layout == "plain":
+            return kernels.linear(x, self.weight)
+        return super().multiply(x if self.order is None else x[..., self.order])
+
+    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+        if self.layout == "plain":
+            return [t for t in (self.weight, self.bias) if t is not None]
+        return [] if self.order is not None else super().parts(dtype)
+
+
 def int4pack_tiles(linear: Int4Linear, device: torch.device, dtype: torch.dtype) -> int | None:
     """The tile width for PyTorch's CUDA int4 kernel, or None where it cannot run and the weights are dequantized instead."""
     if device.type != "cuda" or torch.version.hip or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
@@ -277,9 +317,10 @@ class Quantization:
     lm_head: str = "int8"
     skipped: tuple[str, ...] = ()
     source: str = ""
+    reordered: tuple[str, ...] = ()      # SourceLinears whose columns are stored in an order of their own
 
     def check(self, said_in: str = "--") -> None:
-        for name, offered in (("mode", MODES), ("groupsize", GROUPSIZES), ("lm_head", LM_HEADS)):
+        for name, offered in (("mode", FILE_MODES), ("groupsize", GROUPSIZES), ("lm_head", LM_HEADS)):
             if getattr(self, name) not in offered:
                 raise UserError(f"{said_in}{name} {getattr(self, name)!r} is not supported (supported: {', '.join(map(str, offered))})")
 
@@ -288,6 +329,8 @@ class Quantization:
         kind = self.lm_head if name == "output" else self.mode
         if name in self.skipped or kind == "none":
             return None
+        if kind.endswith("-fp16"):
+            return SourceLinear(in_features, out_features, bias, self.groupsize, 4 if kind == "int4-fp16" else 8, name in self.reordered)
         return Int8Linear(in_features, out_features, bias) if kind == "int8" else Int4Linear(in_features, out_features, bias, self.groupsize)
 
 
@@ -390,8 +433,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]
     if quantization is None:
         return state, None
     try:
-        found = Quantization(**{**quantization, "skipped": tuple(quantization["skipped"])})
-    except (TypeError, KeyError):
+        found = Quantization(**{key: tuple(value) if isinstance(value, list) else value for key, value in quantization.items()})
+    except (TypeError, AttributeError):
         raise UserError(f"{path}: quantization {quantization} is not supported: written by a newer version of the program?") from None
     found.check(f"{path}: quantization ")
     return state, found
@@ -448,6 +491,8 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
                         calibration: Calibration | None = None) -> Path:
     """Writes model_int8.pth or model_int4.gG.pth beside an unquantized checkpoint and returns its path. What is in memory at a time is the
     quantized weights and a part of the others. calibration: for the modes of GPTQ, which leave the head to rounding."""
+    if mode not in (*MODES, *GPTQ_MODES):
+        raise UserError(f"--mode {mode!r} is not supported (supported: {', '.join((*MODES, *GPTQ_MODES))})")
     format, device = mode.removesuffix("-gptq"), torch.device(device)
     Quantization(format, groupsize, lm_head).check()
     kept, args = read_unquantized(path)
@@ -468,7 +513,7 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
         lines.append((name, linears[name], error, sum(value.nbytes for value in buffers.values()), kept[sources[name]].nbytes))
     target = path.with_name(f"model_{mode}.pth" if format == "int8" else f"model_{mode}.g{groupsize}.pth")
     with written_whole(target) as partial:
-        recorded = {**asdict(quantization), "skipped": list(quantization.skipped)}
+        recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(quantization).items()}
         torch.save({"version": VERSION, "quantization": recorded, "state_dict": state}, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())      # a full disk may show only here, and must show before the file gets its name
@@ -563,8 +608,6 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if args.mode not in (*MODES, *GPTQ_MODES):
-        raise UserError(f"--mode {args.mode!r} is not supported (supported: {', '.join((*MODES, *GPTQ_MODES))})")
     calibration = read_calibration(args, path) if args.mode in GPTQ_MODES else None
     target = quantize_checkpoint(path, args.mode, args.groupsize, args.lm_head, tuple(args.skip), device, args.report, calibration=calibration)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB ({path.name}: {path.stat().st_size / 1e6:.1f} MB)")
