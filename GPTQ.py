@@ -23,7 +23,7 @@ from cli import UserError, load_tasks
 from model import KVCache, Transformer, TransformerBlock, rope_frequencies
 from tokenizer import Tokenizer
 
-LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")        # of a block, in the order of computation
+LINEARS = {"attention": ("wqkv", "wo"), "feed_forward": ("w13", "w2")}             # of a block's halves, in the order of computation
 BATCH_TOKENS = 4096               # that go through a block at a time
 MOST_DOCUMENTS = 10000            # of a task
 # Of the standard library: the modules that the demo checkpoints have not seen, and what is no source text.
@@ -69,7 +69,7 @@ def inverse_factor(hessian: Tensor, percdamp: float, name: str = "") -> Tensor:
             upper = lower.flip(0, 1)
             return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
         damping = max(10 * damping, 1e-4 * diagonal.mean())
-        print(f"{name}: the Hessian is not positive definite; damping raised to {damping / diagonal.mean():.1%} of its mean diagonal", file=sys.stderr)
+        print(f"{name}: the Hessian is not positive definite; damping raised to {damping / diagonal.mean():.1%} of its diagonal", file=sys.stderr)
     raise UserError(f"{name}: the Hessian stays indefinite: the calibration's activations are too large for fp32")
 
 
@@ -91,7 +91,8 @@ def blocks_of(ends: list[int], groupsize: int, blocksize: int) -> Iterator[tuple
             yield begin, min(begin + blocksize, last)
 
 
-def quantize_matrix(weight: Tensor, hessian: Tensor, target: Target, options: Options = Options(), name: str = "") -> tuple[dict[str, Tensor], Tensor]:
+def quantize_matrix(weight: Tensor, hessian: Tensor, target: Target, options: Options = Options(),
+                    name: str = "") -> tuple[dict[str, Tensor], Tensor]:
     """weight [N, K] and the Hessian [K, K] of its inputs (sums of x x^T) -> the target's buffers, and the weight that they stand for in fp32."""
     groups = order_of(hessian, target.groupsize, options.act_order)
     order, ends = torch.cat(groups), torch.tensor([len(group) for group in groups]).cumsum(0).tolist()
@@ -127,31 +128,37 @@ def add_to_hessian(hessian: Tensor, x: Tensor) -> None:
     hessian.addmm_(x.t(), x)
 
 
-def run_block(block: TransformerBlock, model: Transformer, hidden: Tensor) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
-    """Of the hidden states [B, S, C], the rows of each batch, and a call that sends them through the block."""
+def run_half(block: TransformerBlock, half: str, model: Transformer, hidden: Tensor) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
+    """Of the hidden states [B, S, C], the rows of each batch, and a call that sends them through the block's attention or its feed-forward."""
     B, S, _ = hidden.shape
     rows = max(1, BATCH_TOKENS // S)
     pos = torch.arange(S, device=hidden.device)
+
+    def attention() -> Tensor:
+        return x + block.attention(block.attention_norm(x), cos, sin, logn, input_pos)
+
+    def feed_forward() -> Tensor:
+        return x + block.feed_forward(block.ffn_norm(x))
     for begin in range(0, B, rows):
         x = hidden[begin:begin + rows]
         input_pos = pos.expand(len(x), S)
         cos, sin = model.rope(input_pos)
         logn = model.logn_scale(input_pos) if model.args.logn else None
         block.attention.kv_cache = KVCache(len(x), model.args.n_local_heads, S, model.args.head_dim, x.dtype, x.device)
-        yield slice(begin, begin + len(x)), lambda: block(x, cos, sin, logn, input_pos)
+        yield slice(begin, begin + len(x)), attention if half == "attention" else feed_forward
     block.attention.kv_cache = None
 
 
-def hessian_of(block: TransformerBlock, name: str, model: Transformer, hidden: Tensor) -> Tensor:
-    """Sum of x x^T over the inputs x of one of the block's linears, fp32 [K, K]."""
-    linear = block.get_submodule(name)
+def hessian_of(block: TransformerBlock, half: str, part: str, model: Transformer, hidden: Tensor) -> Tensor:
+    """Sum of x x^T over the inputs x of one of the linears of a block's half, fp32 [K, K]."""
+    linear = block.get_submodule(f"{half}.{part}")
     hessian = torch.zeros(linear.in_features, linear.in_features, device=hidden.device)
 
     def collect(module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
         add_to_hessian(hessian, inputs[0])
         raise Reached
     with linear.register_forward_pre_hook(collect):
-        for _, forward in run_block(block, model, hidden):
+        for _, forward in run_half(block, half, model, hidden):
             with contextlib.suppress(Reached):
                 forward()
     return hessian
@@ -178,20 +185,21 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
     with tqdm(total=sum(cost.values()), desc="Quantizing", unit="weight", unit_scale=True, disable=not progress) as bar:
         for i, block in enumerate(model.layers):
             block.load_state_dict({key: value.to(device, torch.float32) for key, value in load(i).items()}, assign=True)
-            for part in LINEARS:
-                name = f"layers.{i}.{part}"
-                if name in targets:
-                    hessian = hessian_of(block, part, model, hidden)
+            for half, part in ((half, part) for half, parts in LINEARS.items() for part in (*parts, "")):
+                name = f"layers.{i}.{half}.{part}"
+                if not part:
+                    for rows, forward in run_half(block, half, model, hidden):
+                        hidden[rows] = forward()
+                elif name in targets:
+                    hessian = hessian_of(block, half, part, model, hidden)
                     if not hessian.isfinite().all():
-                        raise UserError(f"{name}: its inputs from the calibration text hold NaN or infinity: a damaged checkpoint cannot be quantized")
-                    linear = block.get_submodule(part)
+                        raise UserError(f"{name}: NaN or infinity among its inputs from the calibration text: a damaged checkpoint cannot be quantized")
+                    linear = block.get_submodule(f"{half}.{part}")
                     buffers, quantized = quantize_matrix(linear.weight, hessian, targets[name], options, name)
                     error = math.sqrt(energy(quantized - linear.weight, hessian) / max(energy(linear.weight, hessian), 1e-30))
                     linear.weight = torch.nn.Parameter(quantized, requires_grad=False)
                     yield name, {key: value.cpu() for key, value in buffers.items()}, error
                     bar.update(cost[name])
-            for rows, forward in run_block(block, model, hidden):
-                hidden[rows] = forward()
             block.to("meta")
 
 
@@ -231,8 +239,10 @@ def texts_of_tasks(names: list[str], include_path: Path | None = None) -> list[s
         docs = task.training_docs() if task.has_training_docs() else task.validation_docs() if task.has_validation_docs() else task.test_docs()
         for doc in itertools.islice(docs, MOST_DOCUMENTS):
             question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
-            if isinstance(answer, int):
-                question, answer = (question, task.doc_to_choice(doc)[answer]) if isinstance(question, str) else ("", task.doc_to_choice(doc)[question])
+            if isinstance(question, int):        # the choices are beginnings, of which this is the right one (winogrande)
+                question, answer = task.doc_to_choice(doc)[question], answer
+            elif isinstance(answer, int):
+                answer = task.doc_to_choice(doc)[answer]
             texts.append(" ".join(str(part) for part in (question, answer) if part))
     return texts
 
@@ -257,6 +267,6 @@ def calibration_tokens(tokenizer: Tokenizer, texts: list[str], limit: int, seq_l
         ids += tokenizer.encode(pieces[i])
     count = min(limit, len(ids) // seq_length)
     if count * seq_length < least:
-        raise UserError(f"too little to calibrate with: {count} sequences of {seq_length} tokens, and the widest linear has {least} inputs to learn about: "
+        raise UserError(f"too little to calibrate with: {count} sequences of {seq_length} tokens, and the widest linear has {least} inputs: "
                         "give more text (--calibration_file, --calibration_tasks), or raise --calibration_limit")
     return torch.tensor(ids[:count * seq_length]).view(count, seq_length)

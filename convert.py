@@ -199,12 +199,16 @@ def check(folder: Path, sources: dict[str, Source], wanted: dict[str, Slot]) -> 
                         + "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names))
 
 
+def read_one(source: Source) -> Tensor:
+    return next(read_shard(source.path, [source.name]))[1]
+
+
 def drop_tied_head(folder: Path, sources: dict[str, Source], embedding: str) -> None:
     """A tied checkpoint may carry its head all the same; one that differs from the embedding means config.json is wrong about it."""
     head, embed = sources.get("lm_head.weight"), sources.get(embedding)
     if head is None or embed is None:
         return
-    a, b = (next(read_shard(source.path, [source.name]))[1] for source in (head, embed))
+    a, b = read_one(head), read_one(embed)
     if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
         raise UserError(f"{folder}: config.json ties the head to the embedding, but {head.name} differs from {embed.name}")
     del sources["lm_head.weight"]
@@ -300,7 +304,8 @@ class Packing:
         """Of the tensors that stand for a weight [N, K]."""
         share, groups = 32 // self.bits, 1 if self.groupsize == -1 else -(-K // self.groupsize)
         qweight = (K // share, N) if self.method == "gptq" else (K, N // share)
-        return {"qweight": torch.Size(qweight), "qzeros": torch.Size((groups, N // share)), "scales": torch.Size((groups, N)), "g_idx": torch.Size((K,))}
+        shapes = {"qweight": qweight, "qzeros": (groups, N // share), "scales": (groups, N), "g_idx": (K,)}
+        return {key: torch.Size(shape) for key, shape in shapes.items()}
 
     @property
     def stored_groupsize(self) -> int:
@@ -317,7 +322,7 @@ class Packing:
         """The buffers of quantize.SourceLinear: order, of the columns as they are stored, only where it is another than the columns' own."""
         K = len(g_idx) if g_idx is not None else qweight.size(0) * (32 // self.bits if self.method == "gptq" else 1)
         ones = self.offset * sum(1 << shift for shift in range(0, 32, self.bits))
-        zeros = self.unpack(qzeros + ones).t() * (16 if self.bits == 4 else 1)                            # of a word past its largest, the rest is kept
+        zeros = self.unpack(qzeros + ones).t() * (16 if self.bits == 4 else 1)           # whole words are added, with carries, as gptqmodel does
         q = self.unpack(qweight.t()) if self.method == "gptq" else self.unpack(qweight).t()
         repeats = -(-K // self.stored_groupsize) if self.groupsize == -1 else 1
         buffers = {"scales": scales.t().repeat(1, repeats), "zeros": zeros.repeat(1, repeats)}
@@ -347,15 +352,8 @@ def packed_sources(packing: Packing, sources: dict[str, Source], wanted: dict[st
 def drop_zero_biases(sources: dict[str, Source], wanted: dict[str, Slot]) -> None:
     """Quantizers add biases of zeros to linears that have none."""
     for name in [name for name in sources if name.endswith(".bias") and name not in wanted and name.replace(".bias", ".qweight") in sources]:
-        if not next(read_shard(sources[name].path, [sources[name].name]))[1].any():
+        if not read_one(sources[name]).any():
             del sources[name]
-
-
-def read_packed(packing: Packing, sources: dict[str, Source], modules: dict[str, dict[str, Slot]]) -> Iterator[tuple[str, Slot, dict[str, Tensor]]]:
-    """(module, the place of its rows, its buffers), module by module."""
-    for module, slots in modules.items():
-        found = {key: next(read_shard(sources[f"{module}.{key}"].path, [sources[f"{module}.{key}"].name]))[1] for key in slots}
-        yield module, slots["qweight"], packing.decode(module, **found)
 
 
 def layout_of_packed(packing: Packing, sources: dict[str, Source], wanted: dict[str, Slot], modules: dict[str, dict[str, Slot]],
@@ -368,10 +366,11 @@ def layout_of_packed(packing: Packing, sources: dict[str, Source], wanted: dict[
         rows = max(slots["qweight"].row + rows, layout[f"{key}.weight"][0][0] if f"{key}.weight" in layout else 0)
         groups = -(-K // packing.stored_groupsize)
         layout |= {f"{key}.weight": (torch.Size((rows, K * packing.bits // 8)), torch.uint8),
-                   f"{key}.scales": (torch.Size((rows, groups)), sources[f"{module}.scales"].dtype), f"{key}.zeros": (torch.Size((rows, groups)), torch.uint8)}
+                   f"{key}.scales": (torch.Size((rows, groups)), sources[f"{module}.scales"].dtype),
+                   f"{key}.zeros": (torch.Size((rows, groups)), torch.uint8)}
         g_idx = None
         if "g_idx" in slots and packing.groupsize != -1:
-            g_idx = next(read_shard(sources[f"{module}.g_idx"].path, [sources[f"{module}.g_idx"].name]))[1].clone()
+            g_idx = read_one(sources[f"{module}.g_idx"]).clone()
             g_idx = None if torch.equal(g_idx.long(), torch.arange(K) // packing.groupsize) else g_idx
         other = reordered.setdefault(key, g_idx)
         if (g_idx is None) != (other is None) or (g_idx is not None and not torch.equal(g_idx, other)):
@@ -381,10 +380,12 @@ def layout_of_packed(packing: Packing, sources: dict[str, Source], wanted: dict[
     return layout, sorted(key for key, g_idx in reordered.items() if g_idx is not None)
 
 
-def tensors_of_packed(packing: Packing, sources: dict[str, Source], modules: dict[str, dict[str, Slot]]) -> Iterator[tuple[Slot, Tensor]]:
-    for _, place, buffers in read_packed(packing, sources, modules):
+def read_packed(packing: Packing, sources: dict[str, Source], modules: dict[str, dict[str, Slot]]) -> Iterator[tuple[Slot, Tensor]]:
+    """Every buffer that the packed tensors make, with its place, module by module."""
+    for module, found in modules.items():
+        buffers = packing.decode(module, **{key: read_one(sources[f"{module}.{key}"]) for key in found})
         for key, tensor in buffers.items():
-            yield Slot(f"{place.key}.{key}", 0 if key == "order" else place.row, tensor.shape), tensor
+            yield Slot(f"{found['qweight'].key}.{key}", 0 if key == "order" else found["qweight"].row, tensor.shape), tensor
 
 
 def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
@@ -406,14 +407,15 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
         layout |= packed
         linears = {slot.key.removesuffix(".weight") for name, slot in wanted.items() if name.endswith(".weight") and len(slot.shape) == 2}
         skipped = sorted(linears - {"tok_embeddings", "output"} - {slots["qweight"].key for slots in modules.values()})
-        quantization = dict(mode=f"int{packing.bits}-fp16", groupsize=packing.stored_groupsize, lm_head="none", skipped=skipped, source=packing.method,
-                            reordered=reordered)
+        quantization = dict(mode=f"int{packing.bits}-fp16", groupsize=packing.stored_groupsize, lm_head="none", skipped=skipped,
+                            source=packing.method, reordered=reordered)
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: not writable")
     if (folder / "qwen.tiktoken").exists() and not (folder / "tokenizer.json").exists():
         rebuild_tiktoken(folder)
     target = folder / "model.pth"
     with written_whole(target) as partial:
-        tensors = itertools.chain(read_plain(sources, plain), tensors_of_packed(packing, sources, modules))
-        fill(partial, tensors, lay_out(partial, layout, quantization), sum(shape.numel() * dtype.itemsize for shape, dtype in layout.values()), progress)
+        tensors = itertools.chain(read_plain(sources, plain), read_packed(packing, sources, modules))
+        total = sum(shape.numel() * dtype.itemsize for shape, dtype in layout.values())
+        fill(partial, tensors, lay_out(partial, layout, quantization), total, progress)
     return target

@@ -143,7 +143,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Any rows [n, K] of a weight -> the same rows of this module's buffers. fit, round_to and assemble are the same in steps, as in GPTQ.Target."""
+        """Any rows [n, K] of a weight -> the same rows of this module's buffers. fit, round_to, assemble: the same in steps (GPTQ.Target)."""
         raise NotImplementedError
 
     def dequantize(self, **buffers: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class Int4Linear(QuantizedLinear):
 class SourceLinear(Int4Linear):
     """What convert.Packing makes of a GPTQ or AWQ linear: 4 or 8 bits, scales as published (fp16), zeros uint8 (of 4 bits in sixteenths, as ever).
 
-    Models in bf16 round the scales to bf16, as all their weights, and run 4 bits like Int4Linear. Otherwise the weights are exact, and plain in memory.
+    Models in bf16 round the scales to bf16, as they do all weights, and run 4 bits like Int4Linear. 8 bits, and all else, become plain weights.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 128, bits: int = 4, reordered: bool = False):
@@ -465,12 +465,12 @@ def read_weights(path: Path, names: list[str]) -> Iterator[Tensor]:
 
 def round_linears(path: Path, linears: dict[str, QuantizedLinear], sources: dict[str, str], device: torch.device, measure: bool,
                   progress: bool) -> Iterator[tuple[str, dict[str, Tensor], float]]:
-    """(name, buffers, RMS of the weight's error over the RMS of the weight) of each linear, rounded to nearest. sources: the names of their weights."""
-    weights = read_weights(path, [sources[name] for name in linears])
-    with tqdm(total=sum(linear.weight.numel() for linear in linears.values()), unit="B", unit_scale=True, desc="Quantizing", disable=not progress) as bar:
-        for (name, linear), weight in zip(linears.items(), weights):
-            yield name, *quantize_weight(name, weight, linear, device, measure)
-            bar.update(linear.weight.numel())
+    """(name, buffers, RMS of the weight's error over the RMS of the weight) of each linear, rounded to nearest. sources: name -> its weight's."""
+    sizes = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+    with tqdm(total=sum(sizes.values()), unit="weight", unit_scale=True, desc="Rounding", disable=not progress) as bar:
+        for name, weight in zip(linears, read_weights(path, [sources[name] for name in linears])):
+            yield name, *quantize_weight(name, weight, linears[name], device, measure)
+            bar.update(sizes[name])
 
 
 def gptq_linears(path: Path, args: ModelArgs, linears: dict[str, QuantizedLinear], calibration: Calibration, device: torch.device,
@@ -556,7 +556,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lm_head", default="int8", help=f"format of the output head: {', '.join(LM_HEADS)} (as it is); default %(default)s")
     parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="linears that stay as they are, e.g. 'layers.0.*'; repeatable")
     parser.add_argument("--device", default="cpu", help="where to compute")
-    parser.add_argument("--report", action="store_true", help="print each linear's error (RMS of the error / RMS of the weights; of the outputs where GPTQ measured them) and size")
+    parser.add_argument("--report", action="store_true", help="print each linear's error (RMS of the error / RMS of the weights; with GPTQ, of the outputs) and size")
     gptq = parser.add_argument_group("GPTQ: what to calibrate with (the demo has a default), and how")
     gptq.add_argument("--calibration_tasks", nargs="+", default=[], metavar="TASK", help="documents of lm-eval's tasks, e.g. wikitext")
     gptq.add_argument("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")
@@ -577,7 +577,7 @@ def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
             raise UserError(f"--{flag} {getattr(args, flag)} must be {least} or more")
     seq_length = args.calibration_seq_length or min(model_args.max_position, 2048)
     if not 1 <= seq_length <= model_args.max_position:
-        raise UserError(f"--calibration_seq_length {seq_length} must be at least 1 and at most the model's context of {model_args.max_position} positions")
+        raise UserError(f"--calibration_seq_length {seq_length} must be at least 1 and at most the context of {model_args.max_position} positions")
     if args.calibration_tasks and args.calibration_file:
         raise UserError("--calibration_tasks and --calibration_file exclude each other")
     if args.calibration_tasks:
