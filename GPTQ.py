@@ -58,18 +58,20 @@ class Options:
 
 def inverse_factor(hessian: Tensor, percdamp: float, name: str = "") -> Tensor:
     """Upper triangular U with U^T U the inverse of the damped Hessian [K, K]. The damping is raised until that is positive definite."""
-    hessian = hessian.double()
-    diagonal = hessian.diagonal()
+    # with the order of the columns reversed, the lower factor of a matrix is the upper factor that U is the inverse of
+    hessian = hessian.double().flip(0, 1)
+    diagonal = hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1   # an input that never differs from 0 decides nothing: its weights are rounded to nearest
-    damping = percdamp * diagonal.mean()
+    mean = diagonal.mean().item()
+    damping = percdamp * mean
     for _ in range(8):
-        # with the order of the columns reversed, the lower factor L of a matrix is the upper factor that U is the inverse of
-        lower, failed = torch.linalg.cholesky_ex((hessian + damping * torch.eye(len(hessian), device=hessian.device)).flip(0, 1))
+        hessian.diagonal().copy_(diagonal + damping)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            upper = lower.flip(0, 1)
-            return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
-        damping = max(10 * damping, 1e-4 * diagonal.mean())
-        print(f"{name}: the Hessian is not positive definite; damping raised to {damping / diagonal.mean():.1%} of its diagonal", file=sys.stderr)
+            del hessian
+            return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=True)
+        damping = max(10 * damping, 1e-4 * mean)
+        print(f"{name}: the Hessian is not positive definite; damping raised to {damping / mean:.2%} of its diagonal", file=sys.stderr)
     raise UserError(f"{name}: the Hessian stays indefinite: the calibration's activations are too large for fp32")
 
 
@@ -172,9 +174,9 @@ def energy(weight: Tensor, hessian: Tensor) -> float:
 @torch.no_grad()
 def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load: Callable[[int], dict[str, Tensor]], targets: dict[str, Target],
                     options: Options = Options(), device: torch.device | str = "cpu",
-                    progress: bool = True) -> Iterator[tuple[str, dict[str, Tensor], float]]:
-    """Yields (name, buffers, RMS of the output's error over the RMS of the output) of each target in the layers of a model on the meta device, whose
-    weights `load` gives layer by layer.
+                    measure: bool = False, progress: bool = True) -> Iterator[tuple[str, dict[str, Tensor], float]]:
+    """Yields (name, buffers, RMS of the output's error over the RMS of the output if to be measured) of each target in the layers of a model on the
+    meta device, whose weights `load` gives layer by layer.
 
     tokens: int64 [B, S] to calibrate with; embedding: [V, C]. Errors: UserError if activations are NaN or infinite.
     """
@@ -196,7 +198,7 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
                         raise UserError(f"{name}: NaN or infinity among its inputs from the calibration text: a damaged checkpoint cannot be quantized")
                     linear = block.get_submodule(f"{half}.{part}")
                     buffers, quantized = quantize_matrix(linear.weight, hessian, targets[name], options, name)
-                    error = math.sqrt(energy(quantized - linear.weight, hessian) / max(energy(linear.weight, hessian), 1e-30))
+                    error = math.sqrt(energy(quantized - linear.weight, hessian) / max(energy(linear.weight, hessian), 1e-30)) if measure else 0.0
                     linear.weight = torch.nn.Parameter(quantized, requires_grad=False)
                     yield name, {key: value.cpu() for key, value in buffers.items()}, error
                     bar.update(cost[name])

@@ -474,7 +474,7 @@ def round_linears(path: Path, linears: dict[str, QuantizedLinear], sources: dict
 
 
 def gptq_linears(path: Path, args: ModelArgs, linears: dict[str, QuantizedLinear], calibration: Calibration, device: torch.device,
-                 progress: bool) -> Iterator[tuple[str, dict[str, Tensor], float]]:
+                 measure: bool, progress: bool) -> Iterator[tuple[str, dict[str, Tensor], float]]:
     """The same by GPTQ, for linears inside the layers; the error is that of the outputs."""
     with torch.device("meta"):
         model = Transformer(args)
@@ -483,7 +483,7 @@ def gptq_linears(path: Path, args: ModelArgs, linears: dict[str, QuantizedLinear
         names = [f"layers.{layer}.{name}" for name in model.layers[layer].state_dict()]
         return {name.split(".", 2)[2]: weight.to(device, torch.float32) for name, weight in zip(names, read_weights(path, names))}
     embedding = read_checkpoint(path)[0]["tok_embeddings.weight"]
-    return GPTQ.quantize_layers(model, calibration.tokens, embedding, load, linears, calibration.options, device, progress)
+    return GPTQ.quantize_layers(model, calibration.tokens, embedding, load, linears, calibration.options, device, measure, progress)
 
 
 def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str = "int8", skip: tuple[str, ...] = (),
@@ -507,8 +507,9 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
     if calibration:
         by_gptq = {name: rounded.pop(name) for name in linears if name.startswith("layers.")}
     lines = []
-    for name, buffers, error in itertools.chain(gptq_linears(path, args, by_gptq, calibration, device, progress) if calibration else (),
-                                                round_linears(path, rounded, sources, device, report, progress)):
+    for name, buffers, error in itertools.chain(
+            gptq_linears(path, args, by_gptq, calibration, device, report, progress) if calibration else (),
+            round_linears(path, rounded, sources, device, report, progress)):
         state |= {f"{name}.{key}": value for key, value in buffers.items()}
         lines.append((name, linears[name], error, sum(value.nbytes for value in buffers.values()), kept[sources[name]].nbytes))
     target = path.with_name(f"model_{mode}.pth" if format == "int8" else f"model_{mode}.g{groupsize}.pth")

@@ -10,6 +10,7 @@ from conftest import ROOT
 import cli
 import GPTQ
 import quantize
+from eval import compare
 from generate import load_model
 from quantize import Calibration, Int4Linear, Int8Linear, quantize_checkpoint
 
@@ -230,6 +231,48 @@ def test_command_with_a_text(folders, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "calibrating with 8 sequences of 100 tokens" in err and "model_int4-gptq.g64.pth" in out
     load_model(folder / "model_int4-gptq.g64.pth")
+
+
+# ---- quality on the demo
+
+def layer_errors(path, ids):
+    """Mean squared error of each linear's output, its inputs being those of the unquantized model."""
+    model, _ = load_model(DEMO / "model.pth", "cpu", torch.float32)
+    state, quantization = quantize.read_checkpoint(path)
+    errors = {}
+
+    def measure(name):
+        def hook(module, x, y):
+            linear = quantization.linear(name, module.in_features, module.out_features, False)
+            weight = linear.dequantize(**{key: state[f"{name}.{key}"] for key in ("weight", "scales", "zeros")})
+            errors[name] = (torch.nn.functional.linear(x[0], weight) - y).square().mean().item()
+        model.get_submodule(name).register_forward_hook(hook)
+    for name in quantize.linear_names(model)[:-1]:
+        measure(name)
+    with torch.inference_mode():
+        model.setup_caches(*ids.shape)
+        model(ids, torch.arange(ids.size(1)))
+    return errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groupsize", [32, 128])
+def test_much_of_what_rounding_loses_is_won_back(tmp_path, groupsize):
+    """On text that the calibration, the demo's default on a smaller scale, has not seen."""
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, tmp_path)
+    tokenizer = load_model(DEMO)[1]
+    shutil.copy(DEMO / "model.pth", tmp_path)
+    tokens = GPTQ.calibration_tokens(tokenizer, GPTQ.read_sources(GPTQ.source_files(heldout=False)), 128, 512, 768)
+    path = tmp_path / "model.pth"
+    files = [path, *(quantize_checkpoint(path, mode, groupsize, progress=False, calibration=Calibration(tokens) if "-" in mode else None)
+                     for mode in ("int4", "int4-gptq"))]
+    plain, nearest, gptq = compare(files, HELDOUT[:100_000], 512, 512, dtype=torch.float32)
+    assert gptq.kl < 0.6 * nearest.kl
+    assert gptq.score.perplexity - plain.score.perplexity < 0.6 * (nearest.score.perplexity - plain.score.perplexity)
+    ids = torch.tensor(tokenizer.encode(HELDOUT[:30_000])[:4096]).view(8, 512)
+    before, after = (layer_errors(file, ids) for file in files[1:])
+    assert len(before) == 28 and sum(after[name] < before[name] for name in before) >= 0.95 * 28
 
 
 # ---- published checkpoints
