@@ -493,6 +493,8 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
     quantized weights and a part of the others. calibration: for the modes of GPTQ, which leave the head to rounding."""
     if mode not in (*MODES, *GPTQ_MODES):
         raise UserError(f"--mode {mode!r} is not supported (supported: {', '.join((*MODES, *GPTQ_MODES))})")
+    if (mode in GPTQ_MODES) != (calibration is not None):
+        raise ValueError(f"{mode} {'needs a' if mode in GPTQ_MODES else 'takes no'} calibration")
     format, device = mode.removesuffix("-gptq"), torch.device(device)
     Quantization(format, groupsize, lm_head).check()
     kept, args = read_unquantized(path)
