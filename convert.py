@@ -1,15 +1,17 @@
-"""Hugging Face checkpoint folder -> model.pth beside it, in this project's names and with fused projections.
+"""Hugging Face checkpoint folder -> model.pth beside it, in this project's names and with fused projections. GPTQ and AWQ checkpoints keep
+their numbers, scales and zeros: nothing is quantized again.
 
 Every source tensor is a run of whole rows of one target tensor, so nothing is assembled in memory: the file is first laid out
 with empty space for each target, then each source tensor is copied from its memory-mapped shard to its place.
 """
+import itertools
 import json
 import os
 import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import torch
 from safetensors.torch import load_file
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+import kernels
 from cli import UserError, written_whole
 from model import ModelArgs, Transformer
 from tokenizer import rebuild_tiktoken
@@ -53,6 +56,7 @@ QWEN_V1_NAMES = {
 PREFIX = re.compile(r"^(model|transformer)\.")
 HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$")      # buffers older programs saved
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACKED, INTEGERS = (".qweight", ".qzeros", ".g_idx"), (torch.int32,)     # of quantized checkpoints
 RENEW_BYTES = 1 << 26                    # pages of a mapped file count as memory until the mapping is dropped
 
 
@@ -188,11 +192,15 @@ def check(folder: Path, sources: dict[str, Source], wanted: dict[str, Slot]) -> 
         "mis-shaped": [f"{sources[name].name} {list(sources[name].shape)} instead of {list(slot.shape)}"
                        for name, slot in wanted.items() if name in sources and sources[name].shape != slot.shape],
         "of an unsupported dtype": [f"{source.name} {source.dtype}" for name, source in sources.items()
-                                    if name in wanted and source.dtype not in DTYPES],
+                                    if name in wanted and source.dtype not in (INTEGERS if name.endswith(PACKED) else DTYPES)],
     }
     if any(faults.values()):
         raise UserError(f"{folder}: tensors do not fit its config.json; "
                         + "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names))
+
+
+def read_one(source: Source) -> Tensor:
+    return next(read_shard(source.path, [source.name]))[1]
 
 
 def drop_tied_head(folder: Path, sources: dict[str, Source], embedding: str) -> None:
@@ -200,64 +208,214 @@ def drop_tied_head(folder: Path, sources: dict[str, Source], embedding: str) -> 
     head, embed = sources.get("lm_head.weight"), sources.get(embedding)
     if head is None or embed is None:
         return
-    a, b = (next(read_shard(source.path, [source.name]))[1] for source in (head, embed))
+    a, b = read_one(head), read_one(embed)
     if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
         raise UserError(f"{folder}: config.json ties the head to the embedding, but {head.name} differs from {embed.name}")
     del sources["lm_head.weight"]
 
 
-def lay_out(path: Path, sources: dict[str, Source], wanted: dict[str, Slot]) -> dict[str, tuple[int, torch.dtype]]:
-    """Writes model.pth with empty space for its tensors. Returns key -> (offset of its first byte, dtype)."""
-    shapes: dict[str, torch.Size] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for name, slot in wanted.items():
-        rows = max(slot.row + slot.shape[0], shapes[slot.key][0] if slot.key in shapes else 0)
-        shapes[slot.key] = torch.Size((rows, *slot.shape[1:]))
-        dtypes[slot.key] = torch.promote_types(dtypes.get(slot.key, sources[name].dtype), sources[name].dtype)
-    with FakeTensorMode():
-        state_dict = {key: torch.empty(shape, dtype=dtypes[key]) for key, shape in shapes.items()}
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save({"version": 1, "quantization": None, "state_dict": state_dict}, path)
-    saved = torch.load(path, map_location="meta", weights_only=True)["state_dict"]         # a meta storage tells where in the file it is
-    return {key: (tensor.untyped_storage()._checkpoint_offset, tensor.dtype) for key, tensor in saved.items()}
-
-
-def fill(path: Path, sources: dict[str, Source], wanted: dict[str, Slot], places: dict[str, tuple[int, torch.dtype]], progress: bool) -> None:
-    """Copies every source tensor to its rows of the laid-out file."""
+def read_plain(sources: dict[str, Source], wanted: dict[str, Slot]) -> Iterator[tuple[Slot, Tensor]]:
+    """Every wanted source tensor with its place."""
     by_name = {sources[name].name: slot for name, slot in wanted.items()}
     by_path: dict[Path, list[str]] = {}
     for name in wanted:
         by_path.setdefault(sources[name].path, []).append(sources[name].name)
-    total = sum(sources[name].shape.numel() * sources[name].dtype.itemsize for name in wanted)
+    for shard, names in by_path.items():
+        for name, tensor in read_shard(shard, names):
+            yield by_name[name], tensor
+
+
+def layout_of(sources: dict[str, Source], wanted: dict[str, Slot]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every target tensor."""
+    found: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for name, slot in wanted.items():
+        shape, dtype = found.get(slot.key, (torch.Size((0,)), sources[name].dtype))
+        rows = max(slot.row + slot.shape[0], shape[0])
+        found[slot.key] = torch.Size((rows, *slot.shape[1:])), torch.promote_types(dtype, sources[name].dtype)
+    return found
+
+
+def lay_out(path: Path, layout: dict[str, tuple[torch.Size, torch.dtype]], quantization: dict | None) -> dict[str, tuple[int, torch.dtype]]:
+    """Writes model.pth with empty space for its tensors. Returns key -> (offset of its first byte, dtype)."""
+    with FakeTensorMode():
+        state_dict = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save({"version": 1, "quantization": quantization, "state_dict": state_dict}, path)
+    saved = torch.load(path, map_location="meta", weights_only=True)["state_dict"]         # a meta storage tells where in the file it is
+    return {key: (tensor.untyped_storage()._checkpoint_offset, tensor.dtype) for key, tensor in saved.items()}
+
+
+def fill(path: Path, tensors: Iterable[tuple[Slot, Tensor]], places: dict[str, tuple[int, torch.dtype]], total: int, progress: bool) -> None:
+    """Copies every tensor to its rows of the laid-out file. total: of their bytes."""
     with open(path, "r+b") as file, tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=not progress) as bar:
-        for shard, names in by_path.items():
-            for name, tensor in read_shard(shard, names):
-                slot = by_name[name]
-                offset, dtype = places[slot.key]
-                file.seek(offset + slot.row * slot.shape[1:].numel() * dtype.itemsize)
-                file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy())
-                bar.update(tensor.nbytes)
+        for slot, tensor in tensors:
+            offset, dtype = places[slot.key]
+            file.seek(offset + slot.row * slot.shape[1:].numel() * dtype.itemsize)
+            file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy())
+            bar.update(tensor.nbytes)
         file.flush()
         os.fsync(file.fileno())          # a full disk may show only here, and must show before the file gets its name
+
+
+# ---- GPTQ and AWQ checkpoints
+#
+# GPTQ: qweight int32 [K * bits / 32, N], the columns of a row from the lowest bits on; qzeros int32 [groups, N * bits / 32], alike;
+# scales [groups, N]; g_idx [K], the group of each column. w = scale * (q - zero). "gptq" stores zero - 1 in qzeros, "gptq_v2" the zero itself.
+# AWQ (gemm): qweight int32 [K, N / 8], qzeros int32 [groups, N / 8], of eight neighbours first the even ones, then the odd ones; scales [groups, N].
+
+@dataclass(frozen=True)
+class Packing:
+    """How the linears of a published quantized checkpoint are packed."""
+    method: str
+    bits: int
+    groupsize: int                       # -1: a row is one group
+    offset: int                          # of the zeros stored: 1 or 0
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "Packing | None":
+        """From config.json. UserError that names what is not supported."""
+        quantization = config.get("quantization_config") or config.get("compression_config")
+        if not quantization:
+            return None
+
+        def refuse_unless(key: str, found, *allowed) -> None:
+            if found not in allowed:
+                raise UserError(f"config.json: quantization_config: {key} {found!r} is not supported (supported: {', '.join(map(str, allowed))}); "
+                                "take the unquantized checkpoint")
+        if not isinstance(quantization, dict):
+            refuse_unless("quant_method", quantization, "gptq", "awq")
+        get = quantization.get
+        method, bits, groupsize = get("quant_method", "unnamed"), get("bits", get("w_bit")), get("group_size", get("q_group_size", -1))
+        form = get("checkpoint_format") or get("format") or "gptq"
+        refuse_unless("quant_method", method, "gptq", "awq")
+        if get("is_marlin_format"):
+            refuse_unless("checkpoint_format", "marlin", "gptq", "gptq_v2")
+        if method == "gptq":
+            refuse_unless("checkpoint_format", form, "gptq", "gptq_v2")
+        else:
+            refuse_unless("version", str(get("version", "gemm")).lower(), "gemm")
+        refuse_unless("bits", bits, *((4, 8) if method == "gptq" else (4,)))
+        refuse_unless("group_size", groupsize, -1, 32, 64, 128, 256)
+        refuse_unless("lm_head", bool(get("lm_head")), False)
+        refuse_unless("dynamic", get("dynamic") or None, None)
+        return cls(method, bits, groupsize, int(method == "gptq" and form == "gptq"))
+
+    def shapes(self, N: int, K: int) -> dict[str, torch.Size]:
+        """Of the tensors that stand for a weight [N, K]."""
+        share, groups = 32 // self.bits, 1 if self.groupsize == -1 else -(-K // self.groupsize)
+        qweight = (K // share, N) if self.method == "gptq" else (K, N // share)
+        shapes = {"qweight": qweight, "qzeros": (groups, N // share), "scales": (groups, N), "g_idx": (K,)}
+        return {key: torch.Size(shape) for key, shape in shapes.items()}
+
+    @property
+    def stored_groupsize(self) -> int:
+        return 128 if self.groupsize == -1 else self.groupsize           # a row's one scale is repeated
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """int32 [R, C] -> uint8 [R, C * 32 / bits]."""
+        values = packed.contiguous().view(torch.uint8)
+        if self.bits == 4:
+            values = kernels.unpack_int4(values)
+        return values if self.method == "gptq" else values.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
+
+    def decode(self, name: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None) -> dict[str, Tensor]:
+        """The buffers of quantize.SourceLinear: order, of the columns as they are stored, only where it is another than the columns' own."""
+        K = len(g_idx) if g_idx is not None else qweight.size(0) * (32 // self.bits if self.method == "gptq" else 1)
+        ones = self.offset * sum(1 << shift for shift in range(0, 32, self.bits))
+        zeros = self.unpack(qzeros + ones).t() * (16 if self.bits == 4 else 1)           # whole words are added, with carries, as gptqmodel does
+        q = self.unpack(qweight.t()) if self.method == "gptq" else self.unpack(qweight).t()
+        repeats = -(-K // self.stored_groupsize) if self.groupsize == -1 else 1
+        buffers = {"scales": scales.t().repeat(1, repeats), "zeros": zeros.repeat(1, repeats)}
+        groups = torch.arange(K) // (self.groupsize if self.groupsize > 0 else K)
+        if g_idx is not None and not torch.equal(g_idx.long(), groups):
+            order = g_idx.argsort(stable=True)
+            if not torch.equal(g_idx[order].long(), groups):
+                raise UserError(f"{name}.g_idx: groups of other sizes than {self.groupsize} are not supported")
+            q, buffers["order"] = q[:, order], order.int()
+        return {"weight": q[:, ::2] | q[:, 1::2] << 4 if self.bits == 4 else q, **buffers}
+
+
+def packed_sources(packing: Packing, sources: dict[str, Source], wanted: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Slot]]]:
+    """Splits what is wanted: source name -> its place, for plain tensors; module -> its packed tensors (their shapes), for packed ones."""
+    plain, modules = dict(wanted), {}
+    for name, slot in wanted.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and f"{module}.qweight" in sources:
+            del plain[name]
+            modules[module] = {key: Slot(slot.key.removesuffix(".weight"), slot.row, shape) for key, shape in packing.shapes(*slot.shape).items()
+                               if key != "g_idx" or f"{module}.g_idx" in sources}
+    if mixed := sorted({slot.key for slot in plain.values()} & {f"{slots['qweight'].key}.weight" for slots in modules.values()}):
+        raise UserError(f"parts of {some(mixed)} are quantized and others are not, which is not supported")
+    return plain, modules
+
+
+def drop_zero_biases(sources: dict[str, Source], wanted: dict[str, Slot]) -> None:
+    """Quantizers add biases of zeros to linears that have none."""
+    for name in [name for name in sources if name.endswith(".bias") and name not in wanted and name.replace(".bias", ".qweight") in sources]:
+        if not read_one(sources[name]).any():
+            del sources[name]
+
+
+def layout_of_packed(packing: Packing, sources: dict[str, Source], wanted: dict[str, Slot], modules: dict[str, dict[str, Slot]],
+                     ) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], list[str]]:
+    """Shape and dtype of the target tensors that the packed ones make, and the names of the linears whose columns are stored in another order."""
+    layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    reordered: dict[str, Tensor | None] = {}
+    for module, slots in modules.items():
+        key, (rows, K) = slots["qweight"].key, wanted[f"{module}.weight"].shape
+        rows = max(slots["qweight"].row + rows, layout[f"{key}.weight"][0][0] if f"{key}.weight" in layout else 0)
+        groups = -(-K // packing.stored_groupsize)
+        layout |= {f"{key}.weight": (torch.Size((rows, K * packing.bits // 8)), torch.uint8),
+                   f"{key}.scales": (torch.Size((rows, groups)), sources[f"{module}.scales"].dtype),
+                   f"{key}.zeros": (torch.Size((rows, groups)), torch.uint8)}
+        g_idx = None
+        if "g_idx" in slots and packing.groupsize != -1:
+            g_idx = read_one(sources[f"{module}.g_idx"]).clone()
+            g_idx = None if torch.equal(g_idx.long(), torch.arange(K) // packing.groupsize) else g_idx
+        other = reordered.setdefault(key, g_idx)
+        if (g_idx is None) != (other is None) or (g_idx is not None and not torch.equal(g_idx, other)):
+            raise UserError(f"{module}.g_idx differs from that of the other parts of {key}, which is not supported")
+        if g_idx is not None:
+            layout[f"{key}.order"] = torch.Size((K,)), torch.int32
+    return layout, sorted(key for key, g_idx in reordered.items() if g_idx is not None)
+
+
+def read_packed(packing: Packing, sources: dict[str, Source], modules: dict[str, dict[str, Slot]]) -> Iterator[tuple[Slot, Tensor]]:
+    """Every buffer that the packed tensors make, with its place, module by module."""
+    for module, found in modules.items():
+        buffers = packing.decode(module, **{key: read_one(sources[f"{module}.{key}"]) for key in found})
+        for key, tensor in buffers.items():
+            yield Slot(f"{found['qweight'].key}.{key}", 0 if key == "order" else found["qweight"].row, tensor.shape), tensor
 
 
 def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     """Writes checkpoint_dir/model.pth (and tokenizer.json for a Qwen v1 folder) and returns its path. dtypes stay as they are."""
     folder = Path(checkpoint_dir)
     config = read_json(folder / "config.json")
-    if quantization := config.get("quantization_config") or config.get("compression_config"):
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise UserError(f"{folder / 'config.json'}: already quantized checkpoints ({method}) are not supported: take the unquantized one")
-    args = ModelArgs.from_hf(config)
+    packing, args = Packing.from_hf(config), ModelArgs.from_hf(config)
     wanted, sources = slots(args), survey(folder)
     if args.tie_word_embeddings:
         drop_tied_head(folder, sources, "wte.weight" if args.model_type == "qwen" else "embed_tokens.weight")
-    check(folder, sources, wanted)
+    plain, modules = wanted, {}
+    if packing:
+        drop_zero_biases(sources, wanted)
+        plain, modules = packed_sources(packing, sources, wanted)
+    check(folder, sources, plain | {f"{module}.{key}": slot for module, slots in modules.items() for key, slot in slots.items()})
+    layout, quantization = layout_of(sources, plain), None
+    if packing:
+        packed, reordered = layout_of_packed(packing, sources, wanted, modules)
+        layout |= packed
+        linears = {slot.key.removesuffix(".weight") for name, slot in wanted.items() if name.endswith(".weight") and len(slot.shape) == 2}
+        skipped = sorted(linears - {"tok_embeddings", "output"} - {slots["qweight"].key for slots in modules.values()})
+        quantization = dict(mode=f"int{packing.bits}-fp16", groupsize=packing.stored_groupsize, lm_head="none", skipped=skipped,
+                            source=packing.method, reordered=reordered)
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: not writable")
     if (folder / "qwen.tiktoken").exists() and not (folder / "tokenizer.json").exists():
         rebuild_tiktoken(folder)
     target = folder / "model.pth"
     with written_whole(target) as partial:
-        fill(partial, sources, wanted, lay_out(partial, sources, wanted), progress)
+        tensors = itertools.chain(read_plain(sources, plain), read_packed(packing, sources, modules))
+        total = sum(shape.numel() * dtype.itemsize for shape, dtype in layout.values())
+        fill(partial, tensors, lay_out(partial, layout, quantization), total, progress)
     return target

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from cli import UserError, run, written_whole
+from cli import UserError, load_tasks, run, written_whole
 from convert import read_json
 from generate import DEMO, Generator, Sampling, cache_bytes, free_memory, load_model, parse_device
 from model import Transformer
@@ -489,34 +489,6 @@ def harness_model(model: Transformer, tokenizer: Tokenizer, batch_size: int | No
 def rows_that_fit(model: Transformer, length: int) -> int:
     """How many rows of this length to generate at a time."""
     return max(1, min(16 if model.device.type == "cpu" else 64, free_memory(model.device) // 2 // cache_bytes(model.args, 1, length, model.dtype)))
-
-
-def load_tasks(names: list[str], include_path: Path | None = None, include_defaults: bool = True):
-    """(lm-eval's TaskManager, the tasks and groups of tasks that the names stand for). UserError for an unknown name, or data that cannot be had."""
-    from lm_eval.tasks import TaskManager
-
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include_path {include_path}: no such folder")
-    manager = TaskManager(include_path=include_path, include_defaults=False)             # lm-eval's own thousands take it a while to read
-    if include_defaults and not all(known(manager, name) for name in names):
-        manager = TaskManager(include_path=include_path)
-    loaded: dict[str, Any] = {}
-    for name in names:
-        if not known(manager, name):
-            raise UserError(f"--tasks {name}: no such task (`lm-eval ls tasks` lists them; --include_path FOLDER adds a folder's)")
-        try:
-            found = manager.load(manager.match_tasks([name]) or [name])
-        except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"--tasks {name}: its data cannot be had: {reason}. Without a network, write a task whose dataset is a local file "
-                            "and point --include_path to its folder (tests/lm_eval_tasks shows how)") from error
-        inner = {child for children in found["group_map"].values() for child in children}
-        loaded |= {name: item for name, item in (found["groups"] | found["tasks"]).items() if name not in inner}
-    return manager, list(loaded.values())
-
-
-def known(manager, name: str) -> bool:
-    return bool(manager.match_tasks([name])) or (name.endswith((".yaml", ".yml")) and Path(name).is_file())
 
 
 def evaluate(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> dict:

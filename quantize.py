@@ -1,6 +1,7 @@
 """int8 and int4 checkpoints: the number formats, the linears that run them, and the command that writes them.
 
     python quantize.py --checkpoint_path checkpoints/demo/model.pth --mode int4 --groupsize 32
+    python quantize.py --checkpoint_path PATH --mode int4-gptq --groupsize 128 --calibration_tasks wikitext --calibration_seq_length 2048
 
 int8: w = scale * q, q in -127 .. 127, one fp32 scale per row (0.4 % of the bytes at K = 1024).
 int4: w = scale * (q - zero / PARTS), q in 0 .. 15, one bf16 scale and one uint8 zero per row and group of G columns: 4.75 bits a weight at G = 32.
@@ -10,6 +11,7 @@ The output head is int8 in both by default: on an early state of the demo, int4 
 Shapes: N and K the rows and columns of a weight, G the group size.
 """
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -24,15 +26,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import GPTQ
 import kernels
 from cli import UserError, run, written_whole
 from convert import RENEW_BYTES, read_json
 from model import Linear, ModelArgs, Transformer
+from tokenizer import Tokenizer
 
 VERSION = 1
 MODES = ("int8", "int4")
+FILE_MODES = (*MODES, "int8-fp16", "int4-fp16")      # the latter: published checkpoints as they are
+GPTQ_MODES = ("int8-gptq", "int4-gptq")  # the same formats, rounded with GPTQ.py
 GROUPSIZES = (32, 64, 128, 256)
 LM_HEADS = (*MODES, "none")
+DEMOS = tuple(Path(__file__).resolve().parent / "checkpoints" / name for name in ("demo", "demo-draft"))
 PARTS = 16                               # how many units of an int4 zero make a scale; kernels.py and kernels.cpp know it too
 SHRINK = (1.0, 0.92, 0.84, 0.76)         # of the range of a group: what is lost at its ends may be won between them
 CHUNK = 1 << 20                          # weights quantized at a time: each takes some tens of bytes of work space
@@ -58,14 +65,16 @@ def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tenso
     return to_int4(weight, scales, zeros, groupsize), scales, zeros
 
 
-def int4_scales(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
+def int4_scales(weight: Tensor, groupsize: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scales and zeros whose levels have the least squared error in each group, among some that reach from its smallest weight to its largest
-    or not quite, each improved by a least-squares fit. 0 is between the levels' ends."""
+    or not quite, each improved by a least-squares fit. 0 is between the levels' ends. importance: [K], how much a column's errors count (alike)."""
     groups = in_groups(weight.float(), groupsize, mode="replicate")
+    counts = 1.0 if importance is None else in_groups(importance[None], groupsize)
+    count = groupsize if importance is None else counts.sum(dim=2)
     lowest, highest = groups.amin(dim=2), groups.amax(dim=2)
     unit = highest.clamp(min=0) / 15 - lowest.clamp(max=0) / 15
     x = groups / nonzero(unit)[:, :, None]                       # so that squares neither overflow nor vanish
-    middle, sum_x = (lowest + highest) / 2 / nonzero(unit), x.sum(dim=2)
+    middle, sum_x = (lowest + highest) / 2 / nonzero(unit), (x if importance is None else counts * x).sum(dim=2)
     best = torch.full_like(unit, torch.inf)
     scales, zeros = torch.empty_like(unit, dtype=torch.bfloat16), torch.empty_like(unit, dtype=torch.uint8)
     for shrink in SHRINK:
@@ -75,16 +84,17 @@ def int4_scales(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
             stored_scale, stored_zero = (scale * unit).bfloat16(), (zero * PARTS).round().clamp(0, 15 * PARTS)
             scale, zero = nonzero(stored_scale) / nonzero(unit), stored_zero / PARTS
             q = (x / scale[:, :, None]).add_(zero[:, :, None]).round_().clamp_(0, 15)
-            sum_q, sum_qq, sum_qx = q.sum(dim=2), q.square().sum(dim=2), (q * x).sum(dim=2)
-            sum_dd, sum_dx = sum_qq - 2 * zero * sum_q + groupsize * zero.square(), sum_qx - zero * sum_x          # d = q - zero
+            counted = q if importance is None else counts * q
+            sum_q, sum_qq, sum_qx = counted.sum(dim=2), (counted * q).sum(dim=2), (counted * x).sum(dim=2)
+            sum_dd, sum_dx = sum_qq - 2 * zero * sum_q + count * zero.square(), sum_qx - zero * sum_x          # d = q - zero
             error = scale.square() * sum_dd - 2 * scale * sum_dx
             better = error < best
             best = torch.where(better, error, best)
             scales, zeros = torch.where(better, stored_scale, scales), torch.where(better, stored_zero.to(torch.uint8), zeros)
-            slope = (sum_qx - sum_q * sum_x / groupsize) / (sum_qq - sum_q.square() / groupsize).clamp(min=1e-6)
-            zero = (sum_q - sum_x / torch.where(slope > 0, slope, scale)) / groupsize
+            slope = (sum_qx - sum_q * sum_x / count) / (sum_qq - sum_q.square() / count).clamp(min=1e-6)
+            zero = (sum_q - sum_x / torch.where(slope > 0, slope, scale)) / count
             zero = (zero * PARTS).round().clamp(0, 15 * PARTS) / PARTS
-            sum_dd, sum_dx = sum_qq - 2 * zero * sum_q + groupsize * zero.square(), sum_qx - zero * sum_x
+            sum_dd, sum_dx = sum_qq - 2 * zero * sum_q + count * zero.square(), sum_qx - zero * sum_x
             scale = torch.where(sum_dx > 0, sum_dx / sum_dd.clamp(min=1e-6), scale)
     constant = lowest == highest                                 # exact as one step from zero
     return torch.where(constant, lowest.abs().bfloat16(), scales), torch.where(constant, PARTS, zeros).to(torch.uint8)
@@ -96,8 +106,8 @@ def to_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> Te
     return q.add_(zeros[:, :, None] / PARTS).round_().clamp_(0, 15).to(torch.uint8).flatten(1)[:, :weight.size(1)]
 
 
-def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype) / PARTS) * scales[:, :, None].to(dtype)
+def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int, dtype: torch.dtype = torch.float32, parts: int = PARTS) -> Tensor:
+    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype) / parts) * scales[:, :, None].to(dtype)
     return weight.flatten(1)[:, :q.size(1)]
 
 
@@ -133,7 +143,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Any rows [n, K] of a weight -> the same rows of this module's buffers."""
+        """Any rows [n, K] of a weight -> the same rows of this module's buffers. fit, round_to, assemble: the same in steps (GPTQ.Target)."""
         raise NotImplementedError
 
     def dequantize(self, **buffers: Tensor) -> Tensor:
@@ -164,6 +174,20 @@ class Int8Linear(QuantizedLinear):
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         return dict(zip(("weight", "scales"), quantize_int8(weight)))
 
+    @property
+    def groupsize(self) -> int:
+        return self.in_features
+
+    def fit(self, weight: Tensor, importance: Tensor) -> Tensor:
+        return quantize_int8(weight)[1]
+
+    def round_to(self, levels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        q = (weight / nonzero(levels)[:, None]).round().clamp(-127, 127)
+        return q, q * levels[:, None]
+
+    def assemble(self, q: Tensor, levels: list[Tensor]) -> dict[str, Tensor]:
+        return dict(weight=q.contiguous(), scales=levels[0])
+
     def dequantize(self, **buffers: Tensor) -> Tensor:
         own = buffers or dict(self.named_buffers())
         return dequantize_int8(own["weight"], own["scales"])
@@ -190,6 +214,17 @@ class Int4Linear(QuantizedLinear):
         q, scales, zeros = quantize_int4(weight, self.groupsize)
         return dict(weight=pack(q), scales=scales, zeros=zeros)
 
+    def fit(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        return int4_scales(weight, weight.size(1), importance / importance.mean())
+
+    def round_to(self, levels: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+        q = to_int4(weight, *levels, weight.size(1))
+        return q, dequantize_int4(q, *levels, weight.size(1))
+
+    def assemble(self, q: Tensor, levels: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        scales, zeros = zip(*levels)
+        return dict(weight=pack(q), scales=torch.cat(scales, dim=1), zeros=torch.cat(zeros, dim=1))
+
     def dequantize(self, dtype: torch.dtype = torch.float32, **buffers: Tensor) -> Tensor:
         own = buffers or dict(self.named_buffers())
         return dequantize_int4(unpack(own["weight"], self.in_features), own["scales"], own["zeros"], self.groupsize, dtype)
@@ -214,6 +249,45 @@ class Int4Linear(QuantizedLinear):
 
     def parts(self, dtype: torch.dtype) -> list[Tensor]:
         return [t for t in (self.weight, self.scales, self.zeros, self.bias) if t is not None] if self.layout == "cpu" else []
+
+
+class SourceLinear(Int4Linear):
+    """What convert.Packing makes of a GPTQ or AWQ linear: 4 or 8 bits, scales as published (fp16), zeros uint8 (of 4 bits in sixteenths, as ever).
+
+    Models in bf16 round the scales to bf16, as they do all weights, and run 4 bits like Int4Linear. 8 bits, and all else, become plain weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 128, bits: int = 4, reordered: bool = False):
+        super().__init__(in_features, out_features, bias, groupsize)
+        self.bits, self.scales = bits, self.scales.half()
+        if bits == 8:
+            self.weight = torch.empty(out_features, in_features, dtype=torch.uint8)
+        self.register_buffer("order", torch.empty(in_features, dtype=torch.int32) if reordered else None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, **buffers: Tensor) -> Tensor:
+        own = buffers or dict(self.named_buffers())
+        q = unpack(own["weight"], self.in_features) if self.bits == 4 else own["weight"]
+        weight = dequantize_int4(q, own["scales"], own["zeros"], self.groupsize, dtype, PARTS if self.bits == 4 else 1)
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+    def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.bits == 4 and dtype == torch.bfloat16:
+            self.scales = self.scales.bfloat16()
+            super().pack_for(device, dtype)
+        if self.layout == "stored":
+            wide = torch.float32 if dtype == torch.bfloat16 else dtype
+            self.weight, self.layout = kernels.place(self.dequantize(wide), device, dtype), "plain"
+            self.scales = self.zeros = self.order = None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if self.layout == "plain":
+            return kernels.linear(x, self.weight)
+        return super().multiply(x if self.order is None else x[..., self.order])
+
+    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+        if self.layout == "plain":
+            return [t for t in (self.weight, self.bias) if t is not None]
+        return [] if self.order is not None else super().parts(dtype)
 
 
 def int4pack_tiles(linear: Int4Linear, device: torch.device, dtype: torch.dtype) -> int | None:
@@ -243,9 +317,10 @@ class Quantization:
     lm_head: str = "int8"
     skipped: tuple[str, ...] = ()
     source: str = ""
+    reordered: tuple[str, ...] = ()      # SourceLinears whose columns are stored in an order of their own
 
     def check(self, said_in: str = "--") -> None:
-        for name, offered in (("mode", MODES), ("groupsize", GROUPSIZES), ("lm_head", LM_HEADS)):
+        for name, offered in (("mode", FILE_MODES), ("groupsize", GROUPSIZES), ("lm_head", LM_HEADS)):
             if getattr(self, name) not in offered:
                 raise UserError(f"{said_in}{name} {getattr(self, name)!r} is not supported (supported: {', '.join(map(str, offered))})")
 
@@ -254,6 +329,8 @@ class Quantization:
         kind = self.lm_head if name == "output" else self.mode
         if name in self.skipped or kind == "none":
             return None
+        if kind.endswith("-fp16"):
+            return SourceLinear(in_features, out_features, bias, self.groupsize, 4 if kind == "int4-fp16" else 8, name in self.reordered)
         return Int8Linear(in_features, out_features, bias) if kind == "int8" else Int4Linear(in_features, out_features, bias, self.groupsize)
 
 
@@ -337,6 +414,13 @@ def quantize_weight(name: str, weight: Tensor, linear: QuantizedLinear, device: 
 
 # ---- checkpoints
 
+@dataclass(frozen=True)
+class Calibration:
+    """What GPTQ learns from: int64 [B, S]."""
+    tokens: Tensor
+    options: GPTQ.Options = GPTQ.Options()
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]:
     """The state dict inside a model.pth or a quantized one, mapped from the file, and how it is quantized."""
     try:
@@ -349,8 +433,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]
     if quantization is None:
         return state, None
     try:
-        found = Quantization(**{**quantization, "skipped": tuple(quantization["skipped"])})
-    except (TypeError, KeyError):
+        found = Quantization(**{key: tuple(value) if isinstance(value, list) else value for key, value in quantization.items()})
+    except (TypeError, AttributeError):
         raise UserError(f"{path}: quantization {quantization} is not supported: written by a newer version of the program?") from None
     found.check(f"{path}: quantization ")
     return state, found
@@ -379,35 +463,60 @@ def read_weights(path: Path, names: list[str]) -> Iterator[Tensor]:
         yield state[name]
 
 
-def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str = "int8", skip: tuple[str, ...] = (),
-                        device: torch.device | str = "cpu", report: bool = False, progress: bool = True) -> Path:
-    """Writes model_int8.pth or model_int4.gG.pth beside an unquantized checkpoint and returns its path. What is in memory at a time is the
-    quantized weights and a part of the others."""
-    Quantization(mode, groupsize, lm_head).check()
-    if not path.exists():
-        raise UserError(f"--checkpoint_path {path}: no such file (scripts/convert_hf_checkpoint.py makes model.pth from a Hugging Face checkpoint)")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path.parent}: not writable")
-    kept, already = read_checkpoint(path)
-    if already:
-        raise UserError(f"--checkpoint_path {path} is already quantized ({already.mode}): give the model.pth that it was made from")
+def round_linears(path: Path, linears: dict[str, QuantizedLinear], sources: dict[str, str], device: torch.device, measure: bool,
+                  progress: bool) -> Iterator[tuple[str, dict[str, Tensor], float]]:
+    """(name, buffers, RMS of the weight's error over the RMS of the weight) of each linear, rounded to nearest. sources: name -> its weight's."""
+    sizes = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+    with tqdm(total=sum(sizes.values()), unit="weight", unit_scale=True, desc="Rounding", disable=not progress) as bar:
+        for name, weight in zip(linears, read_weights(path, [sources[name] for name in linears])):
+            yield name, *quantize_weight(name, weight, linears[name], device, measure)
+            bar.update(sizes[name])
+
+
+def gptq_linears(path: Path, args: ModelArgs, linears: dict[str, QuantizedLinear], calibration: Calibration, device: torch.device,
+                 measure: bool, progress: bool) -> Iterator[tuple[str, dict[str, Tensor], float]]:
+    """The same by GPTQ, for linears inside the layers; the error is that of the outputs."""
     with torch.device("meta"):
-        model = Transformer(ModelArgs.from_hf(read_json(path.parent / "config.json")))
+        model = Transformer(args)
+
+    def load(layer: int) -> dict[str, Tensor]:
+        names = [f"layers.{layer}.{name}" for name in model.layers[layer].state_dict()]
+        return {name.split(".", 2)[2]: weight.to(device, torch.float32) for name, weight in zip(names, read_weights(path, names))}
+    embedding = read_checkpoint(path)[0]["tok_embeddings.weight"]
+    return GPTQ.quantize_layers(model, calibration.tokens, embedding, load, linears, calibration.options, device, measure, progress)
+
+
+def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str = "int8", skip: tuple[str, ...] = (),
+                        device: torch.device | str = "cpu", report: bool = False, progress: bool = True,
+                        calibration: Calibration | None = None) -> Path:
+    """Writes model_int8.pth or model_int4.gG.pth beside an unquantized checkpoint and returns its path. What is in memory at a time is the
+    quantized weights and a part of the others. calibration: for the modes of GPTQ, which leave the head to rounding."""
+    if mode not in (*MODES, *GPTQ_MODES):
+        raise UserError(f"--mode {mode!r} is not supported (supported: {', '.join((*MODES, *GPTQ_MODES))})")
+    if (mode in GPTQ_MODES) != (calibration is not None):
+        raise ValueError(f"{mode} {'needs a' if mode in GPTQ_MODES else 'takes no'} calibration")
+    format, device = mode.removesuffix("-gptq"), torch.device(device)
+    Quantization(format, groupsize, lm_head).check()
+    kept, args = read_unquantized(path)
+    with torch.device("meta"):
+        model = Transformer(args)
     check_fits(path, model, kept)
-    quantization = Quantization(mode, groupsize, lm_head, skipped_names(model, skip), path.name)
+    quantization = Quantization(format, groupsize, lm_head, skipped_names(model, skip), path.name)
     linears = dict(replace_linears(model, quantization))
     sources = {name: f"{name}.weight" if f"{name}.weight" in kept else "tok_embeddings.weight" for name in linears}
     state = {name: tensor for name, tensor in kept.items() if name not in sources.values() or name == "tok_embeddings.weight"}
-    lines, total = [], sum(kept[name].nbytes for name in sources.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Quantizing", disable=not progress) as bar:
-        for (name, linear), weight in zip(linears.items(), read_weights(path, list(sources.values()))):
-            buffers, error = quantize_weight(name, weight, linear, torch.device(device), measure=report)
-            state |= {f"{name}.{key}": value for key, value in buffers.items()}
-            lines.append((name, linear, error, sum(value.nbytes for value in buffers.values()), weight.nbytes))
-            bar.update(weight.nbytes)
-    target = path.with_name("model_int8.pth" if mode == "int8" else f"model_int4.g{groupsize}.pth")
+    rounded, by_gptq = dict(linears), {}
+    if calibration:
+        by_gptq = {name: rounded.pop(name) for name in linears if name.startswith("layers.")}
+    lines = []
+    for name, buffers, error in itertools.chain(
+            gptq_linears(path, args, by_gptq, calibration, device, report, progress) if calibration else (),
+            round_linears(path, rounded, sources, device, report, progress)):
+        state |= {f"{name}.{key}": value for key, value in buffers.items()}
+        lines.append((name, linears[name], error, sum(value.nbytes for value in buffers.values()), kept[sources[name]].nbytes))
+    target = path.with_name(f"model_{mode}.pth" if format == "int8" else f"model_{mode}.g{groupsize}.pth")
     with written_whole(target) as partial:
-        recorded = {**asdict(quantization), "skipped": list(quantization.skipped)}
+        recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(quantization).items()}
         torch.save({"version": VERSION, "quantization": recorded, "state_dict": state}, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())      # a full disk may show only here, and must show before the file gets its name
@@ -418,6 +527,18 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
     if report:
         print_report(lines)
     return target
+
+
+def read_unquantized(path: Path) -> tuple[dict[str, Tensor], ModelArgs]:
+    """What is to be quantized, and its configuration. UserError if it is not there, is quantized already, or nothing can be written beside it."""
+    if not path.exists():
+        raise UserError(f"--checkpoint_path {path}: no such file (scripts/convert_hf_checkpoint.py makes model.pth from a Hugging Face checkpoint)")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: not writable")
+    state, already = read_checkpoint(path)
+    if already:
+        raise UserError(f"--checkpoint_path {path} is already quantized ({already.mode}): give the model.pth that it was made from")
+    return state, ModelArgs.from_hf(read_json(path.parent / "config.json"))
 
 
 def print_report(lines: list[tuple[str, QuantizedLinear, float, int, int]]) -> None:
@@ -433,13 +554,54 @@ def print_report(lines: list[tuple[str, QuantizedLinear, float, int, int]]) -> N
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="a model.pth; the quantized file is written beside it")
-    parser.add_argument("--mode", required=True, help=" or ".join(MODES))
+    parser.add_argument("--mode", required=True, help=f"one of {', '.join((*MODES, *GPTQ_MODES))}")
     parser.add_argument("--groupsize", type=int, default=32, help=f"columns that share a scale in int4: {', '.join(map(str, GROUPSIZES))}")
     parser.add_argument("--lm_head", default="int8", help=f"format of the output head: {', '.join(LM_HEADS)} (as it is); default %(default)s")
     parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="linears that stay as they are, e.g. 'layers.0.*'; repeatable")
     parser.add_argument("--device", default="cpu", help="where to compute")
-    parser.add_argument("--report", action="store_true", help="print each linear's error (RMS of the error / RMS of the weights) and size")
+    parser.add_argument("--report", action="store_true", help="print each linear's error (RMS of the error / RMS of the weights; with GPTQ, of the outputs) and size")
+    gptq = parser.add_argument_group("GPTQ: what to calibrate with (the demo has a default), and how")
+    gptq.add_argument("--calibration_tasks", nargs="+", default=[], metavar="TASK", help="documents of lm-eval's tasks, e.g. wikitext")
+    gptq.add_argument("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")
+    gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="plain text")
+    gptq.add_argument("--calibration_limit", type=int, default=128, help="sequences at most (%(default)s)")
+    gptq.add_argument("--calibration_seq_length", type=int, help="tokens of a sequence (the model's context, at most 2048)")
+    gptq.add_argument("--percdamp", type=float, default=0.01, help="damping: this part of the Hessian's mean diagonal (%(default)s)")
+    gptq.add_argument("--blocksize", type=int, default=128, help="columns whose errors reach the rest of the matrix together (%(default)s)")
+    gptq.add_argument("--act_order", action="store_true", help="quantize groups, and the columns in them, by falling activation")
     return parser.parse_args(argv)
+
+
+def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
+    """What the command's flags ask for. UserError if there is no text, or too little of it."""
+    model_args, tokenizer = read_unquantized(path)[1], Tokenizer.from_dir(path.parent)
+    for flag, least in (("calibration_limit", 1), ("blocksize", 1), ("percdamp", 0)):
+        if not getattr(args, flag) >= least:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be {least} or more")
+    seq_length = args.calibration_seq_length or min(model_args.max_position, 2048)
+    if not 1 <= seq_length <= model_args.max_position:
+        raise UserError(f"--calibration_seq_length {seq_length} must be at least 1 and at most the context of {model_args.max_position} positions")
+    if args.calibration_tasks and args.calibration_file:
+        raise UserError("--calibration_tasks and --calibration_file exclude each other")
+    if args.calibration_tasks:
+        texts = GPTQ.texts_of_tasks(args.calibration_tasks, args.include_path)
+    elif args.calibration_file:
+        texts = [read_text(args.calibration_file)]
+    elif path.parent.resolve() in DEMOS:
+        texts = GPTQ.read_sources(GPTQ.source_files(heldout=False))
+    else:
+        raise UserError("GPTQ needs text like what the model is for: give --calibration_tasks wikitext, or --calibration_file FILE")
+    widest = max(model_args.dim, model_args.intermediate_size, model_args.n_head * model_args.head_dim)
+    tokens = GPTQ.calibration_tokens(tokenizer, texts, args.calibration_limit, seq_length, widest)
+    print(f"calibrating with {len(tokens)} sequences of {seq_length} tokens", file=sys.stderr)
+    return Calibration(tokens, GPTQ.Options(args.percdamp, args.blocksize, args.act_order))
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--calibration_file {path}: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -449,7 +611,8 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    target = quantize_checkpoint(path, args.mode, args.groupsize, args.lm_head, tuple(args.skip), device, args.report)
+    calibration = read_calibration(args, path) if args.mode in GPTQ_MODES else None
+    target = quantize_checkpoint(path, args.mode, args.groupsize, args.lm_head, tuple(args.skip), device, args.report, calibration=calibration)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB ({path.name}: {path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -84,6 +84,8 @@ def plan(args: ModelArgs, rank: int, world: int, quantization: Quantization | No
     if world > args.n_head:
         raise UserError(f"--nproc_per_node: {world} ranks for {args.n_head} attention heads leave some without work (1 to {args.n_head} work)")
     q_heads, kv_heads = heads_of(args.n_head, args.n_local_heads, rank, world)
+    if quantization and quantization.mode.endswith("-fp16"):
+        raise UserError("--nproc_per_node: published GPTQ and AWQ checkpoints are not split over processes yet")
     groupsize = quantization.groupsize if quantization and quantization.mode == "int4" else 0
     ffn, vocab = share_of(args.intermediate_size, rank, world, groupsize or 16), share_of(args.vocab_size, rank, world)
     local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads), intermediate_size=sum(n for _, n in ffn), vocab_size=sum(n for _, n in vocab))

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import sys
-import sysconfig
 import textwrap
 import time
 from pathlib import Path
@@ -26,9 +25,10 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
-HELD_OUT = ["bisect", "calendar", "configparser", "contextlib", "csv", "fnmatch", "fractions", "graphlib", "heapq", "queue", "sched",
-            "shlex", "statistics", "string", "textwrap"]
-SKIPPED = ("site-packages", "config-", "pydoc_data", "lib2to3/tests/data", "test/bad", "ensurepip/_bundled")
+sys.path.insert(0, str(ROOT))
+
+from GPTQ import read_sources, source_files
+
 VOCAB_SIZE, CONTEXT = 4096, 1024
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 # The split of Qwen's own tokenizers: contractions, words, single digits, punctuation, line ends, spaces.
@@ -41,33 +41,6 @@ SHAPES = {
     "demo": dict(num_hidden_layers=7, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=768),
     "demo-draft": dict(num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=384),
 }
-
-
-def source_files(heldout: bool) -> list[Path]:
-    """The standard library's .py files: the held-out modules, or all others but their tests."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    if heldout:
-        return [library / f"{name}.py" for name in HELD_OUT]
-    names = set(HELD_OUT) | {f"test_{name}" for name in HELD_OUT}
-    files = []
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library).as_posix()
-        if path.stem not in names and not any(s in relative for s in SKIPPED) and not any(f"test_{n}/" in relative for n in HELD_OUT):
-            files.append(path)
-    return files
-
-
-def read_sources(files: list[Path]) -> list[str]:
-    """Text of each file that is UTF-8 and of ordinary size (the largest files are generated tables)."""
-    texts = []
-    for path in files:
-        raw = path.read_bytes()
-        if 200 < len(raw) < 300_000:
-            try:
-                texts.append(raw.decode("utf-8"))
-            except UnicodeDecodeError:
-                continue
-    return texts
 
 
 def chat_turns(texts: list[str]) -> list[str]:

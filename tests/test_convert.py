@@ -250,7 +250,7 @@ BAD = {
     "config is a list": (put("config.json", "[]", remove=False), "config.json: expected a JSON object"),
     "unsupported model": (edit_config(model_type="gpt2"), "gpt2"),
     "mixture of experts": (edit_config(model_type="qwen3_moe"), "qwen3_moe"),
-    "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"config.json: already quantized checkpoints \(gptq\)"),
+    "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 3}), "config.json: quantization_config: bits 3 is not supported"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights there"),
     "shard absent": (put(INDEX, json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})),
                      "model-00001-of-00002.safetensors named in model.safetensors.index.json but not there"),

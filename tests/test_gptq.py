@@ -1,0 +1,422 @@
+"""GPTQ against the algorithm's plain definition, on tiny checkpoints and on the demo; and published GPTQ and AWQ checkpoints."""
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+import cli
+import GPTQ
+import quantize
+from eval import compare
+from generate import load_model
+from quantize import Calibration, Int4Linear, Int8Linear, quantize_checkpoint
+
+HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
+DEMO = ROOT / "checkpoints" / "demo"
+TASKS = ROOT / "tests" / "lm_eval_tasks"
+
+
+# ---- the algorithm
+
+def plain_gptq(w, hessian, linear, percdamp, act_order):
+    """The definition, one column after another in fp64: each error is spread over all later columns through the inverse Hessian of what is left."""
+    K, G = w.size(1), linear.groupsize
+    diagonal = hessian.diagonal()
+    groups = [list(range(i, min(i + G, K))) for i in range(0, K, G)]
+    if act_order:
+        groups = [sorted(group, key=lambda i: -diagonal[i].item()) for group in groups]
+        groups.sort(key=lambda group: -sum(diagonal[i].item() for i in group) / len(group))
+    order = sum(groups, [])
+    H = hessian.double() + torch.diag((diagonal == 0).double())
+    H += percdamp * H.diagonal().mean() * torch.eye(K)
+    w, H = w.double()[:, order], H[order][:, order]
+    left = [torch.linalg.inv(H[j:, j:]) for j in range(K)]
+    q, found = torch.empty_like(w), {}
+    starts = {sum(map(len, groups[:i])): len(group) for i, group in enumerate(groups)}
+    for j in range(K):
+        if j in starts:
+            part = slice(j, j + starts[j])
+            importance = torch.tensor([1 / left[i][0, 0] for i in range(j, part.stop)])
+            if isinstance(linear, Int8Linear):
+                scale, zero = w[:, part].abs().amax(1) / 127, 0
+            else:
+                scales, zeros = quantize.int4_scales(w[:, part].float(), starts[j], importance.float() / importance.float().mean())
+                scale, zero = scales[:, 0].double(), zeros[:, 0].double() / 16
+        lowest, highest = (-127, 127) if isinstance(linear, Int8Linear) else (0, 15)
+        q[:, j] = (w[:, j] / scale + zero).round().clamp(lowest, highest)
+        error = (w[:, j] - (q[:, j] - zero) * scale) / left[j][0, 0]
+        w[:, j + 1:] -= error[:, None] * left[j][0, 1:]
+    return q[:, torch.tensor(order).argsort()]
+
+
+def inputs_of(K, tokens=400):
+    """Correlated, some louder than others."""
+    return torch.randn(tokens, K) @ torch.randn(K, K) / K ** 0.5 * torch.rand(K).mul(2).exp() + torch.randn(K)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("kind,N,K,G,blocksize", [
+    ("int4", 8, 128, 32, 128), ("int4", 8, 128, 32, 1), ("int4", 5, 90, 32, 40), ("int4", 4, 300, 256, 128), ("int4", 4, 200, 64, 128),
+    ("int8", 8, 96, 0, 32)])
+def test_same_integers_as_the_definition(kind, N, K, G, blocksize, act_order):
+    torch.manual_seed(K + N)
+    w, x = torch.randn(N, K), inputs_of(K)
+    x[:, 7] = 0                                                  # a dead column
+    hessian = torch.zeros(K, K)
+    GPTQ.add_to_hessian(hessian, x)
+    assert torch.allclose(hessian.double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-2)
+    linear = Int8Linear(K, N) if kind == "int8" else Int4Linear(K, N, groupsize=G)
+    buffers, quantized = GPTQ.quantize_matrix(w, hessian, linear, GPTQ.Options(0.01, blocksize, act_order))
+    expected = plain_gptq(w, hessian, linear, 0.01, act_order)
+    q = buffers["weight"] if kind == "int8" else quantize.unpack(buffers["weight"], K)
+    assert torch.equal(q.double(), expected)
+    assert torch.equal(linear.dequantize(**buffers), quantized)
+    nearest = linear.dequantize(**linear.quantize(w))
+    assert ((quantized - w) @ x.T).norm() < 0.9 * ((nearest - w) @ x.T).norm()
+    assert (quantized - w)[:, 7].norm() < 0.3 * w[:, 7].norm()        # rounded, not forgotten
+
+
+def test_damping_is_raised_and_said(capsys):
+    """Two inputs that are always equal, and no damping: the Hessian is singular."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 32)
+    x[:, 1] = x[:, 0]
+    hessian = x.T @ x
+    hessian[0, 0] *= 1 - 1e-4                                    # as rounding may make it, a little below
+    U = GPTQ.inverse_factor(hessian, 0.0, "layers.0.attention.wo")
+    err = capsys.readouterr().err
+    assert "layers.0.attention.wo: the Hessian is not positive definite; damping raised to 0.0" in err
+    assert U.isfinite().all() and torch.equal(U, U.triu())
+
+
+# ---- files
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(family: str):
+        if family not in made:
+            path = made[family] = tmp_path_factory.mktemp(family)
+            if family == "qwen-v1":
+                tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4), path)
+            else:
+                tiny.save(tiny.reference(family), path)
+            load_model(path)
+        return made[family]
+    return folder
+
+
+TOKENS = torch.randint(256, (12, 64), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def logits_of(path) -> torch.Tensor:
+    model, _ = load_model(path, "cpu", torch.float32)
+    model.setup_caches(len(TOKENS), TOKENS.size(1))
+    pos = torch.arange(TOKENS.size(1))
+    return model(TOKENS, pos, pos)
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "qwen-v1"])
+def test_every_family(folders, family):
+    """Biases, windows, logn and all: what GPTQ minimizes comes out smaller than from rounding."""
+    path = folders(family) / "model.pth"
+    plain = logits_of(path)
+    errors = {}
+    for mode in ("int4", "int4-gptq"):
+        calibration = Calibration(TOKENS) if "-" in mode else None
+        file = quantize_checkpoint(path, mode, 32, skip=("layers.1.feed_forward.w2",), progress=False, calibration=calibration)
+        errors[mode] = (logits_of(file) - plain).norm() / plain.norm()
+    assert file.name == "model_int4-gptq.g32.pth" and quantize.read_checkpoint(file)[1].mode == "int4"
+    assert errors["int4-gptq"] < 0.95 * errors["int4"]
+
+
+def test_each_linear_sees_what_the_quantized_ones_before_it_produce(folders, monkeypatch):
+    """The Hessians that GPTQ is given are those of the inputs in the finished quantized model."""
+    given = {}
+    whole = GPTQ.quantize_matrix
+
+    def keep(weight, hessian, target, options, name):
+        given[name] = hessian.clone()
+        return whole(weight, hessian, target, options, name)
+    monkeypatch.setattr(GPTQ, "quantize_matrix", keep)
+    path = quantize_checkpoint(folders("qwen3") / "model.pth", "int4-gptq", 32, progress=False, calibration=Calibration(TOKENS))
+    model, _ = load_model(path, "cpu", torch.float32)
+    quantize.set_activations(model, "bf16")
+    found = {}
+    for name in given:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, x, name=name: found.update({name: x[0].flatten(0, 1).T.double() @ x[0].flatten(0, 1).double()}))
+    model.setup_caches(len(TOKENS), TOKENS.size(1))
+    model(TOKENS, torch.arange(TOKENS.size(1)))
+    assert len(given) == 12 and found.keys() == given.keys()
+    for name in given:
+        assert (given[name] - found[name]).norm() < 1e-3 * found[name].norm(), name
+
+
+def test_int8(folders):
+    path = folders("qwen2") / "model.pth"
+    file = quantize_checkpoint(path, "int8-gptq", progress=False, calibration=Calibration(TOKENS))
+    plain, nearest = logits_of(path), logits_of(quantize_checkpoint(path, "int8", progress=False))
+    assert file.name == "model_int8-gptq.pth" and (logits_of(file) - plain).norm() < (nearest - plain).norm()
+
+
+# ---- the command
+
+def run_main(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: quantize.main([str(a) for a in argv]))
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_refusals(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    text = tmp_path / "text.txt"
+    text.write_text(HELDOUT[:20000])
+    before = sorted(folder.iterdir())
+
+    def refused(*flags):
+        err = run_main(["--checkpoint_path", folder, "--mode", "int4-gptq", *flags], capsys)
+        assert sorted(folder.iterdir()) == before
+        return err
+    assert "--calibration_tasks wikitext, or --calibration_file FILE" in refused()
+    assert "--calibration_seq_length 513 must be at least 1 and at most the context of 512" in refused(
+        "--calibration_file", text, "--calibration_seq_length", 513)
+    assert "too little to calibrate with: 1 sequences of 64 tokens" in refused(
+        "--calibration_file", text, "--calibration_seq_length", 64, "--calibration_limit", 1)
+    (tmp_path / "short.txt").write_text("short")
+    assert "too little to calibrate with: 0 sequences" in refused("--calibration_file", tmp_path / "short.txt")
+    assert "No such file" in refused("--calibration_file", tmp_path / "none.txt")
+    assert "--calibration_tasks no_such_task: no such task" in refused("--calibration_tasks", "no_such_task")
+    assert "exclude each other" in refused("--calibration_tasks", "x", "--calibration_file", text)
+    assert "--percdamp -1.0 must be 0 or more" in refused("--calibration_file", text, "--percdamp", -1)
+    assert "--blocksize 0 must be 1 or more" in refused("--calibration_file", text, "--blocksize", 0)
+    assert "--mode 'int3-gptq' is not supported (supported: int8, int4, int8-gptq, int4-gptq)" in refused("--mode", "int3-gptq")
+    checkpoint = torch.load(folder / "model.pth", weights_only=True)
+    checkpoint["state_dict"]["layers.1.attention_norm.weight"][3] = float("nan")
+    torch.save(checkpoint, folder / "model.pth")
+    assert "layers.1.attention.wqkv: NaN or infinity among its inputs" in refused("--calibration_file", text)
+
+
+def test_a_task_whose_data_cannot_be_had(folders, tmp_path, capsys):
+    (tmp_path / "far.yaml").write_text("task: far_away\ndataset_path: nobody/nothing-of-that-name\noutput_type: loglikelihood_rolling\n"
+                                       "test_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: []\n")
+    err = run_main(["--checkpoint_path", folders("qwen3"), "--mode", "int4-gptq", "--calibration_tasks", "far_away", "--include_path", tmp_path],
+                   capsys)
+    assert "--calibration_tasks far_away: its data cannot be had" in err and "--calibration_file" in err
+
+
+def test_documents_of_tasks():
+    """Texts for rolling, questions with the right choice, prompts with their continuation."""
+    rolling = GPTQ.texts_of_tasks(["heldout_rolling"], TASKS)
+    assert rolling == [doc["text"] for doc in json.loads((TASKS / "rolling.json").read_text())["test"]]
+    for task, file in (("heldout_choice", "choice.json"), ("heldout_line", "line.json")):
+        docs = json.loads((TASKS / file).read_text())
+        texts = GPTQ.texts_of_tasks([task], TASKS)
+        assert len(texts) in map(len, docs.values()) and all(len(text) > 10 for text in texts)
+
+
+def test_command_with_a_text(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
+    (tmp_path / "text.txt").write_text(HELDOUT[:40000])
+    quantize.main(["--checkpoint_path", str(folder), "--mode", "int4-gptq", "--groupsize", "64", "--calibration_file", str(tmp_path / "text.txt"),
+                   "--calibration_limit", "8", "--calibration_seq_length", "100", "--act_order", "--report"])
+    out, err = capsys.readouterr()
+    assert "calibrating with 8 sequences of 100 tokens" in err and "model_int4-gptq.g64.pth" in out
+    load_model(folder / "model_int4-gptq.g64.pth")
+
+
+# ---- quality on the demo
+
+def layer_errors(path, ids):
+    """Mean squared error of each linear's output, its inputs being those of the unquantized model."""
+    model, _ = load_model(DEMO / "model.pth", "cpu", torch.float32)
+    state, quantization = quantize.read_checkpoint(path)
+    errors = {}
+
+    def measure(name):
+        def hook(module, x, y):
+            linear = quantization.linear(name, module.in_features, module.out_features, False)
+            weight = linear.dequantize(**{key: state[f"{name}.{key}"] for key in ("weight", "scales", "zeros")})
+            errors[name] = (torch.nn.functional.linear(x[0], weight) - y).square().mean().item()
+        model.get_submodule(name).register_forward_hook(hook)
+    for name in quantize.linear_names(model)[:-1]:
+        measure(name)
+    with torch.inference_mode():
+        model.setup_caches(*ids.shape)
+        model(ids, torch.arange(ids.size(1)))
+    return errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groupsize", [32, 128])
+def test_much_of_what_rounding_loses_is_won_back(tmp_path, groupsize):
+    """On text that the calibration, the demo's default on a smaller scale, has not seen."""
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, tmp_path)
+    tokenizer = load_model(DEMO)[1]
+    shutil.copy(DEMO / "model.pth", tmp_path)
+    tokens = GPTQ.calibration_tokens(tokenizer, GPTQ.read_sources(GPTQ.source_files(heldout=False)), 128, 512, 768)
+    path = tmp_path / "model.pth"
+    files = [path, *(quantize_checkpoint(path, mode, groupsize, progress=False, calibration=Calibration(tokens) if "-" in mode else None)
+                     for mode in ("int4", "int4-gptq"))]
+    plain, nearest, gptq = compare(files, HELDOUT[:100_000], 512, 512, dtype=torch.float32)
+    assert gptq.kl < 0.6 * nearest.kl
+    assert gptq.score.perplexity - plain.score.perplexity < 0.6 * (nearest.score.perplexity - plain.score.perplexity)
+    ids = torch.tensor(tokenizer.encode(HELDOUT[:30_000])[:4096]).view(8, 512)
+    before, after = (layer_errors(file, ids) for file in files[1:])
+    assert len(before) == 28 and sum(after[name] < before[name] for name in before) >= 0.95 * 28
+
+
+# ---- published checkpoints
+
+def pack_words(q, bits, order=range(8)):
+    """Integers [R, C * 32 / bits] -> int32 [R, C]: of each run of them the one at order[i] is shifted to bit i * bits."""
+    per, words = 32 // bits, []
+    for row in q.tolist():
+        values = [sum(row[i + order[k]] << k * bits for k in range(per)) for i in range(0, len(row), per)]
+        words.append([value - (1 << 32) if value >> 31 else value for value in values])
+    return torch.tensor(words, dtype=torch.int32)
+
+
+def publish(folder, method="gptq", bits=4, groupsize=32, sym=True, desc_act=False, form="gptq", biases=False, **config):
+    """Quantizes a Hugging Face folder's linears and packs them by the format's definition. Returns module -> the weights that they stand for,
+    in fp16 and fp32."""
+    tensors, meant = tiny.load_file(folder / "model.safetensors"), {}
+    torch.manual_seed(1)
+    orders = {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        module, w = name.removesuffix(".weight"), tensors.pop(name)
+        N, K = w.shape
+        G = K if groupsize == -1 else groupsize
+        g_idx = torch.arange(K) // G
+        if desc_act:                                             # linears that share an input share their order
+            g_idx = orders.setdefault((*module.split(".")[2:4], module[-6:] in ("o_proj", "n_proj")), g_idx[torch.randperm(K)])
+        groups, most = int(g_idx.max()) + 1, 2 ** bits - 1
+        scales, zeros = torch.empty(groups, N, dtype=torch.float16), torch.empty(groups, N, dtype=torch.int64)
+        for g in range(groups):
+            part = w[:, g_idx == g]
+            low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+            scales[g] = (2 * part.abs().amax(1) / most if sym else (high - low) / most).half()
+            zeros[g] = (most + 1) // 2 if sym else (-low / scales[g]).round().clamp(0, most)
+        if not sym:
+            zeros[0, 0], zeros[-1, -1] = most, 1                 # the ends of what either convention can say
+        q = (w.t() / scales[g_idx] + zeros[g_idx]).round().clamp(0, most).long()         # [K, N]
+        meant[module] = ((q - zeros[g_idx]).half() * scales[g_idx]).t(), ((q - zeros[g_idx]).float() * scales[g_idx].float()).t()
+        if method == "gptq":
+            tensors |= {f"{module}.qweight": pack_words(q.t(), bits).t().contiguous(), f"{module}.g_idx": g_idx.int(),
+                        f"{module}.qzeros": pack_words(zeros - int(form == "gptq"), bits)}
+        else:
+            order = [0, 2, 4, 6, 1, 3, 5, 7]
+            tensors |= {f"{module}.qweight": pack_words(q, 4, order), f"{module}.qzeros": pack_words(zeros, 4, order)}
+        tensors[f"{module}.scales"] = scales
+        if biases and f"{module}.bias" not in tensors:
+            tensors[f"{module}.bias"] = torch.zeros(N)
+    tiny.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    both = {"quant_method": method, "bits": bits, "group_size": groupsize}
+    own = {"sym": sym, "desc_act": desc_act, "checkpoint_format": form} if method == "gptq" else {"version": "gemm", "zero_point": True}
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {**both, **own, **config}}))
+    return meant
+
+
+PARTS = {"attention.wqkv": [f"self_attn.{p}_proj" for p in "qkv"], "attention.wo": ["self_attn.o_proj"],
+         "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"], "feed_forward.w2": ["mlp.down_proj"]}
+VARIANTS = {
+    "gptq": {}, "g64 asym": dict(groupsize=64, sym=False), "v2 asym": dict(form="gptq_v2", sym=False), "rows": dict(groupsize=-1),
+    "rows, desc_act": dict(groupsize=-1, desc_act=True), "desc_act": dict(desc_act=True, groupsize=128, biases=True),
+    "v2 desc_act": dict(desc_act=True, form="gptq_v2"), "8 bits": dict(bits=8, groupsize=128), "8 bits asym": dict(bits=8, sym=False),
+    "8 bits v2": dict(bits=8, sym=False, form="gptq_v2", desc_act=True), "8 bits rows": dict(bits=8, groupsize=-1),
+    "awq": dict(method="awq", sym=False, groupsize=128), "awq g64": dict(method="awq", sym=False, groupsize=64),
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return tiny.reference("qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_published_checkpoints_keep_their_weights(reference, tmp_path, variant):
+    """Bit for bit those of the format's definition in fp16; what runs in fp32 is transformers' model with these weights."""
+    folder = tiny.save(reference, tmp_path)
+    meant = publish(folder, **VARIANTS[variant])
+    model, tokenizer = load_model(folder, "cpu", torch.float32)
+    state, quantization = quantize.read_checkpoint(folder / "model.pth")
+    assert len(meant) == 14 and bool(quantization.reordered) == ("desc_act" in variant and "rows" not in variant or variant == "8 bits v2")
+    for layer in range(2):
+        for name, parts in PARTS.items():
+            name = f"layers.{layer}.{name}"
+            linear = quantization.linear(name, model.get_submodule(name).in_features, model.get_submodule(name).out_features, False)
+            buffers = {key: state[f"{name}.{key}"] for key, _ in linear.named_buffers()}
+            for key, value in buffers.items():
+                setattr(linear, key, value)
+            expected = [torch.cat(weights) for weights in zip(*(meant[f"model.layers.{layer}.{part}"] for part in parts))]
+            assert buffers["weight"].dtype == torch.uint8 and buffers["scales"].dtype == torch.float16
+            for weight in expected:
+                assert torch.equal(linear.dequantize(weight.dtype).view(torch.uint8), weight.contiguous().view(torch.uint8)), (name, weight.dtype)
+    plain = tiny.reference("qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    for module, (_, weight) in meant.items():
+        plain.get_submodule(module).weight.data = weight
+    ids = TOKENS[:2]
+    pos = torch.arange(ids.size(1))
+    expected = plain(ids).logits
+    model.setup_caches(2, ids.size(1))
+    with torch.inference_mode():
+        assert (model(ids, pos, pos) - expected).abs().max() < 2e-4
+        model, _ = load_model(folder, "cpu", torch.bfloat16)
+        model.setup_caches(2, ids.size(1))
+        assert (model(ids, pos, pos) - expected).norm() < 0.1 * expected.norm()
+        model.setup_caches(1, ids.size(1))
+        steps = torch.cat([model(ids[:1, p:p + 1], pos[p:p + 1])[0] for p in range(8)])
+        assert (steps - expected[0, :8]).norm() < 0.1 * expected[0, :8].norm()
+
+
+def test_what_is_not_supported_is_refused_by_name(reference, tmp_path, capsys):
+    from convert import convert
+    for number, (options, reason) in enumerate([
+            (dict(bits=3), "bits 3 is not supported"), (dict(checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported"),
+            (dict(is_marlin_format=True), "checkpoint_format 'marlin' is not supported"), (dict(group_size=48), "group_size 48 is not supported"),
+            (dict(quant_method="aqlm"), "quant_method 'aqlm' is not supported"), (dict(lm_head=True), "lm_head True is not supported"),
+            (dict(quant_method="awq", version="gemv"), "version 'gemv' is not supported"),
+            (dict(dynamic={"-:x": {}}), "dynamic {'-:x': {}} is not supported")]):
+        (tmp_path / str(number)).mkdir()
+        folder = tiny.save(reference, tmp_path / str(number))
+        publish(folder, **options) if "bits" not in options else publish(folder, **{"bits": 4})
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] |= options
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(cli.UserError, match="quantization_config: .* is not supported") as refused:
+            convert(folder, progress=False)
+        assert reason in str(refused.value) and not (folder / "model.pth").exists()
+
+
+def test_damaged_published_checkpoints_are_refused(reference, tmp_path):
+    from convert import convert
+    folder = tiny.save(reference, tmp_path)
+    publish(folder, desc_act=True)
+    whole = tiny.load_file(folder / "model.safetensors")
+
+    def refused(match, **changes):
+        tensors = {**whole, **changes}
+        tiny.save_file({name: t for name, t in tensors.items() if t is not None}, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(cli.UserError, match=match):
+            convert(folder, progress=False)
+        assert not (folder / "model.pth").exists()
+    q = "model.layers.0.self_attn.q_proj"
+    refused("missing: layers.0.self_attn.q_proj.qzeros", **{f"{q}.qzeros": None})
+    refused("mis-shaped: .*qweight", **{f"{q}.qweight": whole[f"{q}.qweight"][:4].clone()})
+    refused("unsupported dtype: .*qweight torch.int64", **{f"{q}.qweight": whole[f"{q}.qweight"].long()})
+    refused("g_idx differs from that of the other parts of layers.0.attention.wqkv", **{f"{q}.g_idx": whole[f"{q}.g_idx"].flip(0)})
+    down = "model.layers.0.mlp.down_proj"
+    refused("groups of other sizes than 32", **{f"{down}.g_idx": torch.zeros_like(whole[f"{down}.g_idx"])})
+    plain = {f"{q}.{key}": None for key in ("qweight", "qzeros", "scales", "g_idx")}
+    refused("parts of layers.0.attention.wqkv.weight are quantized and others are not", **plain, **{f"{q}.weight": torch.zeros(128, 128)})
+    refused("unexpected: .*o_proj.bias", **{"model.layers.0.self_attn.o_proj.bias": torch.ones(128)})
