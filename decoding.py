@@ -19,6 +19,7 @@ PREFILL_CHUNK = 1024
 
 class Generator:
     """A model with its compiled functions and the state of the KV cache."""
+    warm_up_tokens = 3               # whatever a request runs has run by then
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool = False, compile_prefill: bool = False):
         self.model, self.tokenizer = model, tokenizer
@@ -31,6 +32,10 @@ class Generator:
             self.decode = torch.compile(self.decode_step, fullgraph=True, **compile_settings(model, compile_prefill))
         if compile_prefill:
             self.prefill = torch.compile(model.forward, fullgraph=True)
+
+    def run_eagerly(self) -> None:
+        """Instead of compiled, where no compiler works."""
+        self.decode, self.prefill = self.decode_step, self.model.forward
 
     def decode_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
         """Next ids [B, 1] after idx [B, 1] at input_pos [B, 1]."""

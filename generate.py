@@ -18,10 +18,11 @@ import quantize
 import tp
 from chat import chat
 from cli import UserError, run
-from decoding import Generator, cache_bytes, check_request, reserve_cache
-from loading import default_dtype, free_memory, load_model, parse_device
+from decoding import Generator
+from loading import load_model, parse_device
 from model import Transformer
 from sampling import Sampling, sample
+from speculate import Speculator, Statistics, summary
 from tokenizer import StreamDecoder, Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo" / "model.pth"
@@ -86,11 +87,11 @@ def stream(generator: Generator, tokenizer: Tokenizer, prompts, show: bool, **re
     return out, Timing(sum(map(len, out)), steps, total, first or total)
 
 
-def report(timing: Timing, number: int, weights: int, device: torch.device) -> float:
+def report(timing: Timing, number: int, bytes_read: int) -> float:
     rate = timing.tokens / timing.total
     print(f"Time for inference {number}: {timing.total:.02f} sec total, {rate:.02f} tokens/sec")
     print(f"Time to first token: {1000 * timing.first:.1f} ms, decode: {timing.decode_rate:.02f} tokens/sec")
-    print(f"Bandwidth achieved: {weights * timing.steps / timing.total / 1e9:.02f} GB/s")
+    print(f"Bandwidth achieved: {bytes_read / timing.total / 1e9:.02f} GB/s")
     return rate
 
 
@@ -98,13 +99,13 @@ def warm_up(generator: Generator, prompts: list[list[int]], request: dict) -> fl
     """Compiles what the request will run; returns seconds. Without a working compiler it says so and goes on eagerly."""
     start = time.perf_counter()
     try:
-        for _ in generator.generate(prompts, **{**request, "max_new_tokens": min(3, request["max_new_tokens"]), "stop_ids": frozenset()}):
+        for _ in generator.generate(prompts, **{**request, "max_new_tokens": min(generator.warm_up_tokens, request["max_new_tokens"]), "stop_ids": frozenset()}):
             pass
     except Exception as error:
         if not any(word in f"{type(error).__name__} {error}" for word in ("InvalidCxxCompiler", "CppCompileError", "No working C++ compiler")):
             raise
         print("--compile: no working C++ compiler was found, so the model runs eagerly", file=sys.stderr)
-        generator.decode, generator.prefill = generator.decode_step, generator.model.forward
+        generator.run_eagerly()
     return time.perf_counter() - start
 
 
@@ -128,6 +129,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_seq_length", type=int, default=0, help="capacity of the KV cache (default: what the request needs)")
     parser.add_argument("--compile", action="store_true", help="compile decoding")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
+    parser.add_argument("--draft_checkpoint_path", type=Path, help="a smaller model of the same tokenizer, for speculative decoding")
+    parser.add_argument("--draft", choices=["ngram"], help="speculative decoding without a model: what followed the last words where they stood before")
+    parser.add_argument("--speculate_k", help="how many tokens to draft at a time, or auto: as many, or none, as is fastest (default)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
@@ -173,26 +177,67 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, {str(model.dtype)[6:]}, {device}, {kernels.describe(device)})")
     if args.max_seq_length > model.args.max_position:
         raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {model.args.max_position} positions")
-    generator = Generator(model, tokenizer, args.compile, args.compile_prefill)
+    generator = make_generator(args, model, tokenizer, ranks)
     capacity = args.max_seq_length or (min(model.args.max_position, 4096) if args.interactive else 0)
     request = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, max_seq_length=capacity, seed=args.seed,
                    stop_ids=frozenset() if args.ignore_eos else None)
     prompts = [tokenizer.encode("def")] if args.interactive else [read_prompt(args, tokenizer, generator.vocab)] * args.batch_size
-    check_request(model.args, prompts, 1 if args.interactive else args.max_new_tokens)
+    generator.check(prompts, 1 if args.interactive else args.max_new_tokens)
     if not args.interactive and args.max_seq_length and len(prompts[0]) + args.max_new_tokens > args.max_seq_length:
         raise UserError(f"--max_seq_length {args.max_seq_length} is less than the prompt's {len(prompts[0])} tokens and --max_new_tokens {args.max_new_tokens}")
-    reserve_cache(model, len(prompts), capacity or len(prompts[0]) + args.max_new_tokens)
+    generator.reserve(len(prompts), capacity or len(prompts[0]) + args.max_new_tokens)
     if ranks:                               # what can fail on one rank alone is behind us
         prompts = ranks.from_first(prompts)
         args.profile = args.profile if ranks.first else None
-    if args.compile or args.compile_prefill:
-        print(f"Compilation time: {warm_up(generator, prompts, request):.2f} seconds")
+    if args.compile or args.compile_prefill or isinstance(generator, Speculator):
+        seconds = warm_up(generator, prompts, request)
+        print(f"{'Compilation' if args.compile or args.compile_prefill else 'Warm-up'} time: {seconds:.2f} seconds")
     if args.interactive:
         return chat(generator, tokenizer, args, request)
+    run_samples(args, generator, prompts, request)
 
-    weights, rates = bytes_read_per_token(model), []
+
+def make_generator(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, ranks: tp.Ranks | None) -> Generator:
+    if not args.draft_checkpoint_path and not args.draft:
+        if args.speculate_k is not None:
+            raise UserError(f"--speculate_k {args.speculate_k} needs --draft_checkpoint_path or --draft ngram")
+        return Generator(model, tokenizer, args.compile, args.compile_prefill)
+    if args.draft_checkpoint_path and args.draft:
+        raise UserError("--draft_checkpoint_path and --draft are two ways to draft: give one")
+    draft = None
+    if args.draft_checkpoint_path:
+        try:
+            draft_model, draft_tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks)
+        except UserError as error:
+            raise UserError(str(error).replace("--checkpoint_path", "--draft_checkpoint_path")) from None
+        quantize.set_activations(draft_model, args.activations)
+        draft = Generator(draft_model, draft_tokenizer, compile_prefill=args.compile_prefill)
+    speculator = Speculator(model, tokenizer, draft, parse_speculate_k(args.speculate_k), args.compile, args.compile_prefill)
+    speculator.measures = True
+    return speculator
+
+
+def parse_speculate_k(text: str | None) -> int | None:
+    """None for auto."""
+    if text is None or text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--speculate_k {text!r} is neither a number nor auto") from None
+
+
+def run_samples(args: argparse.Namespace, generator: Generator, prompts: list[list[int]], request: dict) -> None:
+    tokenizer, speculates, plain_rate = generator.tokenizer, isinstance(generator, Speculator), 0.0
+    if speculates:
+        generator.enabled = False
+        plain_rate = stream(generator, tokenizer, prompts, show=False,
+                            **{**request, "max_new_tokens": min(64, args.max_new_tokens), "stop_ids": frozenset()})[1].decode_rate
+        generator.enabled, generator.statistics = True, Statistics([])
+    weights, rates, decode_rates = bytes_read_per_token(generator.model), [], []
     for number in range(1, args.num_samples + 1):
         request["seed"] = None if args.seed is None else args.seed + number - 1
+        passed = generator.statistics.passes if speculates else 0
         profiler = torch.profiler.profile() if args.profile and number == args.num_samples else None
         if not args.chat and not args.prompt.isdigit():
             print(tokenizer.decode(prompts[0], skip_special=True), end="", flush=True)
@@ -200,12 +245,16 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
             rows, timing = stream(generator, tokenizer, prompts, show=True, **request)
         for row in rows[1:]:
             print(f"---\n{tokenizer.decode(row if args.chat else prompts[0] + row, skip_special=True)}")
-        rates.append(report(timing, number, weights, device))
+        passes = 1 + generator.statistics.passes - passed if speculates else timing.steps
+        rates.append(report(timing, number, weights * passes))
+        decode_rates.append(timing.decode_rate)
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
     print("==========")
     print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}")
-    print(f"Memory used: {memory_used(device):.02f} GB")
+    if speculates:
+        print(summary(generator, plain_rate, sum(decode_rates) / len(decode_rates)))
+    print(f"Memory used: {memory_used(generator.model.device):.02f} GB")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
+import kernels
 from cli import UserError
 from decoding import Generator, check_request, compile_settings
+from model import Transformer
 from sampling import Sampling, exponential, shortlist
-from tokenizer import same_tokenizer
+from tokenizer import Tokenizer, same_tokenizer
 
-AUTO = 0                             # as speculate_k: chosen while running
-MAX_AUTO_K = 8
+AUTO_K = range(1, 9)                 # what may be chosen
+AUTO_K_CUDA = (1, 2, 4, 8)           # where each is compiled apart
 LOOKUP = (4, 3, 2)                   # how many of the last tokens prompt lookup tries to find again
 
 
@@ -56,7 +58,7 @@ def accept(logits: Tensor, drafted: Tensor, sampling: Sampling, probs: Tensor, i
     p_drafted = p[:-1].masked_fill(at[:-1] != drafted[:, None], 0).sum(-1)
     q_drafted = probs.masked_fill(ids != drafted[:, None], 0).sum(-1)
     n = (uniform * q_drafted < p_drafted).long().cumprod(0).sum()[None]
-    q = torch.zeros(V, dtype=p.dtype, device=p.device).scatter_(0, ids[n.clamp(max=k - 1)][0], probs[n.clamp(max=k - 1)][0])
+    q = torch.zeros(V, dtype=p.dtype, device=p.device).scatter(0, ids[n.clamp(max=k - 1)][0], probs[n.clamp(max=k - 1)][0])
     p, at = p[n], at[n]                                                # [1, n], of the first token that was not accepted
     rest = (p - q[at] * (n < k)).clamp(min=0)
     rest = torch.where(rest.sum() > 0, rest, p)
@@ -82,7 +84,9 @@ class ModelDraft:
         self.generator, self.vocab = generator, vocab
         self.text: list[int] = []        # the whole text, shared with whoever extends it
         self.fed = 0                     # how many of its tokens are in the cache
-        self.step = torch.compile(self.draft_step, fullgraph=True, **compile_settings(generator.model, False)) if compile else self.draft_step
+        self.step = self.draft_step
+        if compile and not one_operator(generator.model):
+            self.step = torch.compile(self.draft_step, fullgraph=True, **compile_settings(generator.model, False))
 
     def draft_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, noise: Tensor) -> tuple[Tensor, ...]:
         """The token [1, 1] after idx [1, S], and unless greedy its distribution [1, m] with ids."""
@@ -179,6 +183,10 @@ class Costs:
         """Of late; without evidence, a guess in favour of trying."""
         return (self.hits + 0.7) / (self.tests + 1)
 
+    def predicted(self, a: float) -> tuple[float, int]:
+        """What the formula promises at best, and with which k; (1, 0) where plain decoding is best."""
+        return max([(predicted_speedup(a, k, self.draft / self.plain, v / self.plain), k) for k, v in self.verify.items()] + [(1.0, 0)])
+
     def gain(self, k: int, a: float) -> float:
         """Tokens/s in plain decoding's."""
         return expected_tokens(a, k) * self.rounds[0] / self.rounds[k]
@@ -243,6 +251,11 @@ class Statistics:
         return sum(self.counts)
 
     @property
+    def passes(self) -> int:
+        """Of the model."""
+        return self.rounds + self.plain
+
+    @property
     def mean_accepted(self) -> float:
         return sum(n * count for n, count in enumerate(self.counts)) / self.rounds if self.rounds else 0.0
 
@@ -255,22 +268,34 @@ class Statistics:
 class Speculator(Generator):
     """A Generator, batch 1 only, whose rounds of drafting and checking yield one token or several.
 
-    draft: the draft model's Generator, or None for prompt lookup.  k: drafted tokens a round, or AUTO.  Errors: UserError.
-    With AUTO the timing decides where a round ends, so that a seed does not fix the text unless the temperature is 0.
+    draft: the draft model's Generator, or None for prompt lookup.  k: drafted tokens a round, or None: chosen while running, so that timing decides
+    where a round ends and a seed fixes the text at temperature 0 only.  Errors: UserError.
     """
+    warm_up_tokens = 32              # so that the first choice of k rests on something
 
-    def __init__(self, model, tokenizer=None, draft: Generator | None = None, k: int = AUTO, compile: bool = False, compile_prefill: bool = False):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, draft: Generator | None = None, k: int | None = None,
+                 compile: bool = False, compile_prefill: bool = False):
         super().__init__(model, tokenizer, compile, compile_prefill)
         check_k(k, model.args.max_position)
         if draft:
             self.check_draft(draft, tokenizer)
         self.k, self.draft_generator = k, draft
         self.draft = ModelDraft(draft, self.vocab, compile) if draft else Lookup(model.device)
-        self.verify = torch.compile(self.verify_step, fullgraph=True, **verify_settings(self, compile_prefill)) if compile else self.verify_step
+        self.verify = self.verify_step
+        if compile and not one_operator(model):
+            self.verify = torch.compile(self.verify_step, fullgraph=True, **verify_settings(model, compile_prefill))
+        self.enabled, self.measures = True, k is None    # measures: whether the first request finds out the costs
         self.costs: Costs | None = None
         self.statistics = Statistics([])
 
-    def check_draft(self, draft: Generator, tokenizer) -> None:
+    def run_eagerly(self) -> None:
+        super().run_eagerly()
+        self.verify = self.verify_step
+        if self.draft_generator:
+            self.draft_generator.run_eagerly()
+            self.draft.step = self.draft.draft_step
+
+    def check_draft(self, draft: Generator, tokenizer: Tokenizer | None) -> None:
         if tokenizer and draft.tokenizer:
             difference = same_tokenizer(tokenizer, draft.tokenizer)
             if difference:
@@ -280,7 +305,8 @@ class Speculator(Generator):
         if draft.model.device != self.model.device:
             raise UserError(f"--draft_checkpoint_path: the draft is on {draft.model.device}, the model on {self.model.device}")
 
-    def verify_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, probs: Tensor | None, ids: Tensor | None, uniform: Tensor, noise: Tensor) -> Tensor:
+    def verify_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, probs: Tensor | None, ids: Tensor | None,
+                    uniform: Tensor, noise: Tensor) -> Tensor:
         """idx [1, k + 1], the last token and the drafted ones, at input_pos [1, k + 1]: int64 [k + 2] as accept returns it."""
         logits = self.model(idx, input_pos, torch.arange(idx.size(1), device=idx.device))[0, :, :self.vocab]
         drafted = idx[0, 1:]
@@ -301,7 +327,7 @@ class Speculator(Generator):
                 raise UserError(str(error).replace("the model's context", "the draft's context")) from None
 
     def reserve(self, batch: int, max_seq_length: int) -> None:
-        more = max_seq_length + (self.k or MAX_AUTO_K)           # a round may look past the end
+        more = max_seq_length + (self.k or AUTO_K[-1])           # a round may look past the end
         super().reserve(batch, more)
         if self.draft_generator:
             kept = self.draft_generator.model.max_seq_length
@@ -310,9 +336,12 @@ class Speculator(Generator):
                 self.draft.fed = 0
 
     def steps(self, idx: Tensor, input_pos: Tensor, count: int, sampling: Sampling, source: torch.Generator) -> Iterator[list[int]]:
+        if not self.enabled:
+            yield from super().steps(idx, input_pos, count, sampling, source)
+            return
         text = [*self.cached, int(idx)]
         yield [text[-1]]
-        if self.k == AUTO and self.costs is None:
+        if self.measures and self.costs is None:
             self.costs = self.measure(sampling, source)
         self.draft.begin(text, self.kept > 0)
         if self.costs:
@@ -328,8 +357,8 @@ class Speculator(Generator):
         """Extends the text by one token or several, and the caches by all but the last."""
         start = time.perf_counter()
         before, missing = len(text), self.draft.missing()
-        k = self.costs.choose(left, missing) if self.costs else self.k
-        if self.costs and self.model.ranks:
+        k = self.k or self.costs.choose(left, missing)
+        if self.model.ranks and not self.k:
             k = self.model.ranks.from_first(k)
         if left == 1 or self.model.device.type == "cpu":         # on a GPU the shapes are those that were captured
             k = min(k, left - 1)
@@ -349,8 +378,8 @@ class Speculator(Generator):
 
     def place(self, tokens: list[int], position: int) -> tuple[Tensor, Tensor]:
         """Tokens and positions [1, S] from `position` on, on the device."""
-        both = torch.tensor([tokens, range(position, position + len(tokens))], device=self.model.device)
-        return both[:1], both[1:]
+        device = self.model.device
+        return torch.tensor([tokens], device=device), torch.arange(position, position + len(tokens), device=device)[None]
 
     def check_round(self, text: list[int], draft: Draft, sampling: Sampling, source: torch.Generator) -> Tensor:
         k, device = draft.tokens.size(1), self.model.device
@@ -377,7 +406,8 @@ class Speculator(Generator):
             self.draft.fed = len(text)
             step = seconds_of(lambda: self.draft.propose(4, sampling, source), device, 5) / 4
         verify: dict[int, float] = {}
-        for k in range(1, MAX_AUTO_K + 1) if device.type == "cpu" else (1, 2, 4, 7):     # on a GPU each is captured apart
+        choices = [self.k] if self.k else AUTO_K if device.type == "cpu" else AUTO_K_CUDA
+        for k in choices:
             draft = self.draft.propose(k, sampling, source) if self.draft_generator else Draft(torch.zeros(1, k, dtype=torch.int64, device=device))
             verify[k] = seconds_of(lambda: self.check_round(text, draft, sampling, source), device, 3)
             rates = [(k + 1) / (v + k * step) for k, v in verify.items()]                # if all were accepted
@@ -387,14 +417,35 @@ class Speculator(Generator):
         return Costs(plain, step, verify, reading)
 
 
-def check_k(k: int, max_position: int) -> None:
-    if k != AUTO and k < 1:
+def check_k(k: int | None, max_position: int) -> None:
+    if k is not None and k < 1:
         raise UserError(f"--speculate_k {k} must be 1 or more, or auto")
-    if k >= max_position:
+    if k is not None and k >= max_position:
         raise UserError(f"--speculate_k {k} exceeds the model's context of {max_position} positions")
 
 
-def verify_settings(generator: Generator, prefill_too: bool) -> dict:
+def one_operator(model: Transformer) -> bool:
+    """Whether all layers are one call already: compiling around it would save less than a compiled function's own call costs."""
+    return model.device.type == "cpu" and kernels.ready() and not model.ranks
+
+
+def verify_settings(model: Transformer, prefill_too: bool) -> dict:
     """What torch.compile is told for checking: as for decoding, but on a CPU one graph for every k."""
-    settings = compile_settings(generator.model, prefill_too)
-    return settings if generator.model.device.type == "cuda" else {**settings, "dynamic": None}
+    settings = compile_settings(model, prefill_too)
+    return settings if model.device.type == "cuda" else {**settings, "dynamic": None}
+
+
+def summary(speculator: Speculator, plain_rate: float, rate: float) -> str:
+    """The lines that a run ends with. plain_rate, rate: tokens/s of decoding without and with drafts."""
+    found, costs = speculator.statistics, speculator.costs
+    probs = [count / found.rounds if found.rounds else 0.0 for count in found.counts]
+    lines = [f"Acceptance probs: {[round(p, 4) for p in probs]}", f"Mean Accepted: {found.mean_accepted:.4f}",
+             f"Speed-up over plain decoding: {rate / plain_rate:.2f} x ({rate:.2f} against {plain_rate:.2f} tokens/sec), {found.rounds} rounds with drafts and "
+             f"{found.plain} plain steps"]
+    if costs and found.tested:
+        a, c = found.acceptance, costs.draft / costs.plain
+        best, k = costs.predicted(a)
+        k = speculator.k or k
+        says = f"{predicted_speedup(a, k, c, costs.verify[k] / costs.plain):.2f} x at k = {k} (v = {costs.verify[k] / costs.plain:.2f})" if k else "plain decoding is best"
+        lines.append(f"The formula says: {says}, with a = {a:.3f} and c = {c:.3f}")
+    return "\n".join(lines)
