@@ -75,10 +75,10 @@ PROMPT = list(range(40, 70)) + list(range(40, 52))
 def test_greedy_equals_plain_decoding(tiny_pair, compile, kind):
     (target, tokenizer), draft = tiny_pair
     expected = tokens(Generator(target, tokenizer), PROMPT, 64)
-    for k in (1, 2, 4, 8):
-        speculator = Speculator(target, tokenizer, draft_of(kind, draft, None), k, compile)
-        assert tokens(speculator, PROMPT, 64) == expected
-        assert speculator.statistics.rounds > 0
+    speculator = Speculator(target, tokenizer, draft_of(kind, draft, None), 1, compile)
+    for speculator.k in (1, 2, 4, 8):
+        assert tokens(speculator, PROMPT, 64, max_seq_length=160) == expected
+        assert len(speculator.statistics.counts) == speculator.k + 1
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 8, None])
@@ -314,3 +314,180 @@ def exact_probabilities(target, prompt, sampling):
         text = torch.tensor([[*prompt, *more]])
         return target(text, torch.arange(text.size(1)))[0, -1]
     return continuations(logits_after, sampling)
+
+
+# ---- prompt lookup
+
+def drafted(text, k):
+    lookup = Lookup(torch.device("cpu"))
+    lookup.begin(text, False)
+    draft = lookup.propose(k, GREEDY, None)
+    return draft and draft.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("text, k, expected", [
+    ([1, 2, 3, 4, 5, 9, 1, 2], 3, [3, 4, 5]), ([1, 2, 3, 4], 2, None), ([7, 1, 2, 8, 7, 1, 2, 9, 7, 1, 2], 2, [9, 7]),
+    ([5, 1, 2, 3, 8, 6, 1, 2, 4, 8, 5, 1, 2], 1, [3]), ([4, 6, 6, 6], 4, [6, 6, 6, 6]), ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]), ([3], 2, None)])
+def test_lookup(text, k, expected):
+    """The last occurrence of the longest of the last four, three or two tokens; a match that reaches the end goes round."""
+    assert drafted(text, k) == expected
+
+
+def test_lookup_sees_what_is_added():
+    lookup, text = Lookup(torch.device("cpu")), [1, 2, 3]
+    lookup.begin(text, False)
+    assert lookup.propose(2, GREEDY, None) is None
+    text += [8, 1, 2]
+    assert lookup.propose(2, GREEDY, None).tokens.tolist() == [[3, 8]]
+
+
+# ---- the choice of k
+
+def simulated(costs, acceptance, plain, rounds, tokens=2000, seed=0):
+    """Seconds of a run, and the k that were chosen, for true costs of rounds and an acceptance that is a function of the position."""
+    source, seconds, done, chosen = torch.Generator().manual_seed(seed), 0.0, 0, []
+    costs.begin()
+    while done < tokens:
+        k = costs.choose(tokens - done, 0)
+        accepted = 0
+        while accepted < k and torch.rand((), generator=source) < acceptance(done):
+            accepted += 1
+        took = (rounds[k] if k else plain) * (1 + 0.05 * torch.randn((), generator=source).item())
+        costs.record(k, accepted, took)
+        seconds, done = seconds + took, done + accepted + 1
+        chosen.append(k)
+    return seconds, chosen
+
+
+def costs_of(c, v):
+    verify = {k: 1.0 + v * k for k in range(1, 9)}
+    return Costs(1.0, c, verify), {k: t + k * c for k, t in verify.items()}
+
+
+@pytest.mark.parametrize("a", [0.3, 0.6, 0.8, 0.95])
+def test_auto_comes_near_the_best_fixed_k(a):
+    costs, rounds = costs_of(0.05, 0.05)
+    seconds, chosen = simulated(costs, lambda at: a, 1.0, rounds)
+    best = max(predicted_speedup(a, k, 0.05, 1 + 0.05 * k) for k in rounds)
+    assert 2000 / seconds > 0.9 * best
+
+
+@pytest.mark.parametrize("c, v, a", [(1.0, 0.02, 0.95), (0.5, 0.3, 0.9), (0.05, 0.1, 0.0), (0.02, 0.02, 0.02), (0.3, 0.1, 0.3)])
+def test_auto_costs_next_to_nothing_where_drafts_do_not_pay(c, v, a):
+    for tokens in (100, 400, 2000):
+        costs, rounds = costs_of(c, v)
+        seconds, _ = simulated(costs, lambda at: a, 1.0, rounds, tokens)
+        assert seconds < 1.03 * tokens
+
+
+def test_auto_corrects_what_was_measured_wrongly():
+    costs, _ = costs_of(0.05, 0.02)
+    _, rounds = costs_of(0.6, 0.4)
+    assert simulated(costs, lambda at: 0.5, 1.0, rounds)[0] < 1.03 * 2000
+
+
+def test_auto_follows_the_text():
+    """The first half cannot be guessed, the second is guessed at once; and the other way round."""
+    for good in (lambda at: at >= 1000, lambda at: at < 1000):
+        costs, rounds = costs_of(0.02, 0.05)
+        seconds, chosen = simulated(costs, lambda at: 0.9 if good(at) else 0.0, 1.0, rounds)
+        assert seconds < 1000 * 1.03 + 1000 / (0.75 * predicted_speedup(0.9, 8, 0.02, 1.4))
+
+
+def test_a_draft_that_must_read_a_long_prompt_first_is_not_begun_for_a_few_tokens():
+    costs, _ = costs_of(0.3, 0.05)
+    costs.reading, costs.hits, costs.tests = 0.05, 90, 100
+    assert costs.choose(10, 1000) == 0 and costs.choose(10, 0) > 0 and costs.choose(1000, 1000) > 0
+
+
+def test_statistics_are_those_of_the_rounds():
+    found = Statistics([])
+    for k, accepted in ((4, 4), (4, 0), (4, 2), (0, 0), (2, 2)):
+        found.add(k, accepted)
+    assert found.counts == [1, 0, 2, 0, 1] and found.plain == 1 and found.mean_accepted == 2 and found.acceptance == 8 / 10 and found.passes == 5
+
+
+# ---- the command
+
+def run_main(capsys, *argv):
+    generate.main(["--device", "cpu", "--num_samples", "2", *map(str, argv)])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k", 5],
+                                     ["--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft"], ["--draft", "ngram", "--speculate_k", "auto"],
+                                     ["--draft", "ngram", "--temperature", 0, "--compile"]])
+def test_report(capsys, options):
+    out = run_main(capsys, "--prompt", "def f(a, b):", "--max_new_tokens", 40, *options)
+    for label in ("Acceptance probs: [", "Mean Accepted: ", "Speed-up over plain decoding: ", "Average tokens/sec: ", "Bandwidth achieved: "):
+        assert label in out
+    if 5 in options:
+        probs = json.loads(out.split("Acceptance probs: ")[1].splitlines()[0])
+        assert len(probs) == 6 and sum(probs) == pytest.approx(1, abs=1e-3)
+        assert "The formula says: " in out
+
+
+def test_conversation(capsys, monkeypatch):
+    lines = iter(["Write the function push.", "Again.", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    common = ["--interactive", "--chat", "--temperature", 0, "--max_new_tokens", 24, "--dtype", "fp32"]
+    quick = run_main(capsys, *common, "--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k", 3)
+    lines = iter(["Write the function push.", "Again.", ""])
+    plain = run_main(capsys, *common)
+    assert quick.split("begins anew.")[1] == plain.split("begins anew.")[1]
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("argv, named", [
+    (["--draft", "ngram", "--speculate_k", "0"], "--speculate_k 0 must be 1 or more"), (["--draft", "ngram", "--speculate_k", "-2"], "--speculate_k -2"),
+    (["--draft", "ngram", "--speculate_k", "many"], "'many' is neither a number nor auto"), (["--speculate_k", "5"], "needs --draft_checkpoint_path"),
+    (["--draft", "ngram", "--speculate_k", "1024"], "--speculate_k 1024 exceeds the model's context of 1024"),
+    (["--draft", "ngram", "--batch_size", "2"], "--batch_size 2: speculative decoding takes one sequence"),
+    (["--draft", "ngram", "--draft_checkpoint_path", "x"], "give one"), (["--draft_checkpoint_path", "/nowhere"], "--draft_checkpoint_path /nowhere")])
+def test_bad_input_is_refused_in_a_line(argv, named):
+    with pytest.raises(UserError) as refused:
+        generate.main(["--device", "cpu", *argv])
+    assert named in str(refused.value)
+
+
+def test_a_draft_of_another_tokenizer_is_refused_and_the_difference_named(demo, tiny_pair, tmp_path):
+    with pytest.raises(UserError, match="--draft_checkpoint_path: the draft's tokenizer is not the model's: .* has 4096 tokens and .* has 257"):
+        Speculator(*demo, Generator(*tiny_pair[1]))
+    text = (tiny_pair[1][1].folder / "tokenizer.json").read_text()
+    swapped = json.loads(text)
+    vocab = swapped["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    for file in tiny_pair[1][1].folder.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(swapped))
+    with pytest.raises(UserError, match=rf"token {vocab['b']} is b'a' in .* and b'b' in "):
+        Speculator(*tiny_pair[0], Generator(tiny_pair[1][0], Tokenizer.from_dir(tmp_path)))
+
+
+def test_a_draft_of_a_shorter_context_is_refused(demo):
+    folder = demo[1].folder
+    draft = load_demo("demo-draft")
+    import dataclasses
+    draft[0].args = dataclasses.replace(draft[0].args, max_position=64)
+    with pytest.raises(UserError, match="--prompt of 60 tokens and --max_new_tokens 20 exceed the draft's context of 64 positions"):
+        next(Speculator(*demo, Generator(*draft)).generate([5] * 60, 20))
+
+
+# ---- a large model that behaves like the demo
+
+def test_the_inflated_model_computes_what_the_demo_does(demo, tmp_path):
+    inflate_demo.main(["--out", str(tmp_path), "--layers", "9", "--width", "1024"])
+    (inflated, _), ids = load_model(tmp_path, "cpu", FP32), torch.tensor([demo[1].encode(HELDOUT[:1500])])
+    logits = []
+    with torch.inference_mode():
+        for model in (inflated, demo[0]):
+            model.setup_caches(1, 1024)
+            logits.append(model(ids, torch.arange(ids.size(1)), torch.arange(ids.size(1))))
+    assert torch.allclose(*logits, rtol=1e-5, atol=1e-4)
+    assert sum(p.numel() for p in inflated.parameters()) > 1.4 * sum(p.numel() for p in demo[0].parameters())
+
+
+def test_inflating_to_less_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--layers 3 and --width 16384 must be at least"):
+        inflate_demo.main(["--out", str(tmp_path), "--layers", "3"])
