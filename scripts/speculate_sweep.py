@@ -52,6 +52,7 @@ PROMPTS = {
     "copying": [f"# Edit this function: rename it to read_all.\n\n{FUNCTION}\n\n# The same function again:\n\n{FUNCTION}\n\n# The same function again:\n\ndef",
                 f"{FUNCTION}\n\n{FUNCTION.replace('read_items', 'read_names')}\n\n{FUNCTION.replace('read_items', 'read_words')}\n\ndef read_all("],
 }
+HELDOUT = [ROOT / "tests" / "data" / "heldout.txt", (20_000, 60_000, 100_000, 140_000), 600]     # a file, where prompts begin in it, characters
 COLUMNS = {"number": "", "draft_model": "DRAFT_MODEL", "draft_quantization": "draft quantization", "speculate_k": "speculate_k", "model": "MODEL",
            "model_quantization": "model quantization", "device": "device", "nproc_per_node": "nproc_per_node", "compile": "compile", "prompt": "prompt",
            "compile_prefill": "compile_prefill", "rate": "average tokens/sec", "memory": "memory used GB", "bandwidth": "bandwidth GB/s",
@@ -86,7 +87,7 @@ def measure(experiment: Experiment, ranks: tp.Ranks | None) -> dict:
         draft = Generator(*load_model(experiment.draft_checkpoint_path, device, model.dtype, ranks), compile_prefill=experiment.compile_prefill)
     speculator = Speculator(model, tokenizer, draft, None, experiment.compile, experiment.compile_prefill)
     sampling, rounds = Sampling(experiment.temperature), []
-    for text in PROMPTS[experiment.prompt]:
+    for text in texts_of(experiment.prompt):
         request = dict(max_new_tokens=experiment.max_new_tokens, sampling=sampling, stop_ids=frozenset())
         prompts, speculator.k = [tokenizer.encode(text)], None
         warm_up(speculator, prompts, request)                    # measures the costs of every k
@@ -100,12 +101,20 @@ def measure(experiment: Experiment, ranks: tp.Ranks | None) -> dict:
                 seconds[enabled] = stream(speculator, tokenizer, prompts, show=False, **request, seed=sample)[1].total
                 if not enabled:
                     speculator.statistics = before
-            rounds.append(dict(plain=seconds[False], seconds=seconds[True], counts=speculator.statistics.counts, tested=speculator.statistics.tested,
+            rounds.append(dict(plain=seconds[False], seconds=seconds[True], counts=list(speculator.statistics.counts), tested=speculator.statistics.tested,
                                passes=speculator.statistics.passes + 1))
         speculator.enabled = True
     costs = speculator.costs
     return dict(rounds=rounds, plain=costs.plain, draft=costs.draft, verify=list(costs.verify.items()), weights=bytes_read_per_token(model),
                 memory=memory_used(device))
+
+
+def texts_of(kind: str) -> list[str]:
+    if kind != "held out":
+        return PROMPTS[kind]
+    path, starts, length = HELDOUT
+    text = path.read_text("utf-8")
+    return [text[start:start + length] for start in starts]
 
 
 def worker(path: Path) -> None:
@@ -234,7 +243,7 @@ def experiments_from(args: argparse.Namespace) -> list[Experiment]:
         found = [Experiment(draft_checkpoint_path=draft, speculate_k=k if k == "auto" else number(k), prompt=prompt, temperature=temperature, **shared)
                  for draft in args.draft_checkpoint_path for prompt in args.prompts for temperature in args.temperature for k in args.speculate_k]
     for one in found:
-        if one.prompt not in PROMPTS:
+        if one.prompt not in (*PROMPTS, "held out"):
             raise UserError(f"prompt {one.prompt!r} is not known (known: {', '.join(PROMPTS)})")
     return found
 
@@ -251,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint_path", default=str(DEMO))
     parser.add_argument("--draft_checkpoint_path", nargs="+", default=[NGRAM], help=f"checkpoints, or {NGRAM}")
     parser.add_argument("--speculate_k", nargs="+", default=["auto"])
-    parser.add_argument("--prompts", nargs="+", choices=list(PROMPTS), default=list(PROMPTS))
+    parser.add_argument("--prompts", nargs="+", choices=[*PROMPTS, "held out"], default=list(PROMPTS))
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0])
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--num_samples", type=int, default=3, help="for each of a kind's prompts")

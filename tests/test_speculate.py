@@ -1,7 +1,9 @@
 """Speculative decoding: the model's own text and its own distribution, whatever the draft; the choice of k; bad input."""
 import json
 import math
+import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -21,6 +23,7 @@ from tokenizer import Tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import inflate_demo
+import speculate_sweep
 
 GREEDY = Sampling(temperature=0)
 HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
@@ -491,3 +494,65 @@ def test_the_inflated_model_computes_what_the_demo_does(demo, tmp_path):
 def test_inflating_to_less_is_refused(tmp_path):
     with pytest.raises(UserError, match="--layers 3 and --width 16384 must be at least"):
         inflate_demo.main(["--out", str(tmp_path), "--layers", "3"])
+
+
+# ---- several processes, scripts
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", ["3", "auto"])
+def test_two_ranks_write_what_one_process_writes(capsys, k):
+    options = ["--temperature", "0", "--dtype", "fp32", "--max_new_tokens", "40", "--prompt", "def f(a, b):", "--device", "cpu", "--num_samples", "1"]
+    generate.main(options)
+    plain = capsys.readouterr().out
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "generate.py", *options,
+                           "--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k", k], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert plain[plain.index("def f("):plain.index("Time for")] in done.stdout
+
+
+@pytest.mark.parametrize("script, model", [("speculate_7B_int4.sh", "Qwen3-8B"), ("speculate_34B_bf16.sh", "Qwen3-32B"), ("speculate_70B_int4.sh", "Qwen2.5-72B"),
+                                           ("speculate_tp_70B_bf16.sh", "Qwen2.5-72B")])
+def test_examples_call_what_exists(script, model, tmp_path):
+    """With an interpreter that writes down its arguments: the model's name, and flags that generate.py takes."""
+    for folder in ("scripts", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")
+    (tmp_path / "scripts" / "prepare.sh").write_text(":")
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\n")
+    python.chmod(0o755)
+    subprocess.run(["bash", tmp_path / "scripts" / script], env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"}, check=True)
+    last = (tmp_path / "calls").read_text().splitlines()[-1]
+    args = generate.parse_args(shlex.split(last.split("generate.py ")[1].replace("def quicksort(arr):", "text")))
+    assert model in str(args.checkpoint_path) and args.draft_checkpoint_path and args.speculate_k == "auto" and args.compile
+    assert ("int4" in script) == ("int4" in args.checkpoint_path.name) and ("_tp_" in script) == ("--nproc_per_node=8" in last)
+
+
+def test_sweep(tmp_path, capsys):
+    """Two experiments, one that needs no draft model; the table has the self-test's columns, the plot and the files are there."""
+    experiments = [dict(prompt="copying", speculate_k=2), dict(draft_checkpoint_path=str(ROOT / "checkpoints" / "demo-draft"), prompt="prose", temperature=0.8)]
+    (tmp_path / "experiments.json").write_text(json.dumps([dict(compile=False, max_new_tokens=24, num_samples=1, **one) for one in experiments]))
+    speculate_sweep.main(["--configs", str(tmp_path / "experiments.json"), "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().out.splitlines()
+    for column in ("DRAFT_MODEL", "draft quantization", "speculate_k", "MODEL", "model quantization", "device", "nproc_per_node", "compile", "prompt",
+                   "compile_prefill", "average tokens/sec", "memory used GB", "bandwidth GB/s", "Mean Accepted", "max_new_tokens", "num_samples",
+                   "temperature", "torch version", "speed-up", "formula", "predicted best k"):
+        assert f"| {column} |" in lines[0]
+    assert len(lines) == 5 and lines[4].startswith(("pays: ", "does not pay: "))
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+    assert [row["draft_model"] for row in rows] == ["ngram", "demo-draft"] and all(0 <= row["acceptance"] <= 1 for row in rows)
+    assert (tmp_path / "out" / "sweep.csv").read_text().count("\n") == 3 and (tmp_path / "out" / "sweep.png").stat().st_size > 5000
+
+
+def test_verdicts():
+    row = dict(speculate_k=2, draft_model="d", model="m", prompt="code", best_k=2, verify_cost={1: 1.1, 2: 1.2}, acceptance=0.5, draft_cost=0.55, speedup=0.8)
+    assert speculate_sweep.verdict([row, {**row, "speedup": 1.9}]) == "pays: 1.90x at k=2 (d for m, code)"
+    assert speculate_sweep.verdict([row]) == "does not pay: the draft costs 0.55 of a target step; it would have to cost less than 0.40"
+    assert "too few for any draft" in speculate_sweep.verdict([{**row, "acceptance": 0.05}])
+
+
+@pytest.mark.parametrize("content, named", [("nothing", "--configs"), ("[]", "not a list"), ('[{"k": 1}]', "unknown field 'k'"), ('[{"prompt": "song"}]', "'song'")])
+def test_bad_experiments_are_refused(tmp_path, content, named):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(UserError, match=named):
+        speculate_sweep.main(["--configs", str(tmp_path / "bad.json")])
