@@ -22,7 +22,9 @@ from torch import Tensor
 import kernels
 from cli import UserError, load_tasks, run, written_whole
 from convert import read_json
-from generate import DEMO, Generator, Sampling, cache_bytes, free_memory, load_model, parse_device
+from decoding import Generator, cache_bytes
+from generate import DEMO
+from loading import free_memory, load_model, parse_device
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer, same_tokenizer
 

@@ -25,7 +25,7 @@ import torch
 import quantize
 from cli import UserError, run
 from convert import read_json
-from generate import parse_device
+from loading import parse_device
 from model import PUBLISHED, ModelArgs
 
 WORKER = Path(__file__).resolve().with_name("benchmark_worker.py")

@@ -25,7 +25,9 @@ from torch import Tensor
 import kernels
 import quantize
 from cli import written_whole
-from generate import DEMO, Generator, Sampling, bytes_read_per_token, load_model, reserve_cache, warm_up
+from decoding import Generator, reserve_cache
+from generate import DEMO, bytes_read_per_token, warm_up
+from loading import load_model
 from model import ModelArgs, Transformer, rope_frequencies, rotate
 
 

@@ -9,7 +9,9 @@ import torch
 from conftest import ROOT
 
 import cli
+import decoding
 import generate
+import loading
 from cli import UserError
 from generate import Generator, Sampling, load_model, main, sample
 from tokenizer import Tokenizer
@@ -93,7 +95,7 @@ def test_few_new_tokens(loaded, n):
 def test_prefill_in_chunks_equals_one_pass(loaded, monkeypatch):
     generator, prompts = Generator(*loaded), [list(range(100)), list(range(40, 70))]
     expected = list(generator.generate(prompts, 8, GREEDY, stop_ids=frozenset()))
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
     assert list(generator.generate(prompts, 8, GREEDY, stop_ids=frozenset())) == expected
 
 
@@ -301,7 +303,7 @@ def test_checkpoint_of_another_shape_or_without_config(tmp_path):
 
 
 def test_out_of_memory_says_what_was_needed(folder, loaded, monkeypatch):
-    monkeypatch.setattr(generate, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match="out of memory: the weights of .* take .* GB, and .* GB are free"):
         load_model(folder / "model.pth")
     with pytest.raises(UserError, match="out of memory: keys and values of 7 x 500 positions"):
@@ -327,8 +329,8 @@ def test_the_command_exits_with_2_and_one_line(folder):
 def test_default_dtype_never_picks_fp16_on_a_cpu(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(generate.kernels, "cpu_has_bf16", lambda: has)
-        assert generate.default_dtype(cpu) == expected
+        monkeypatch.setattr(loading.kernels, "cpu_has_bf16", lambda: has)
+        assert loading.default_dtype(cpu) == expected
     for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert generate.default_dtype(cuda) == expected
+        assert loading.default_dtype(cuda) == expected

@@ -1,0 +1,94 @@
+"""From a checkpoint's file to a model in memory: devices, memory, weights."""
+import sys
+from pathlib import Path
+
+import torch
+
+import kernels
+import quantize
+import tp
+from cli import UserError
+from convert import convert, read_json
+from model import ModelArgs, Transformer
+from tokenizer import Tokenizer
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it; else fp16 on a GPU, fp32 on a CPU (fp16 products there are emulated, and 400 times slower)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if device.type != "cpu" or kernels.cpu_has_bf16() else torch.float32
+
+
+def parse_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is not a device (cpu, cuda, cuda:1)") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not supported (cpu, cuda, cuda:1)")
+    return device
+
+
+def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+               ranks: tp.Ranks | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model and its tokenizer, quantized if the file says so. A folder that holds a Hugging Face checkpoint but no model.pth yet is converted first.
+
+    dtype: of the computation and of the weights that are not quantized; by default what the device computes best.
+    ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own share. Errors: UserError.
+    """
+    path, device = Path(checkpoint_path), torch.device(device)
+    if path.is_dir():
+        path = path / "model.pth"
+    if ranks and ranks.local_rank:
+        ranks.gather(None)                  # the first rank of each machine converts and builds for the others
+    if not path.exists():
+        if path.name != "model.pth" or not (path.parent / "config.json").exists():
+            raise UserError(f"--checkpoint_path {path}: no such file, and no Hugging Face checkpoint in its folder to convert")
+        print(f"{path} is missing: converting the Hugging Face checkpoint beside it", file=sys.stderr)
+        convert(path.parent)
+    kernels.describe(device)
+    if ranks and not ranks.local_rank:
+        ranks.gather(None)
+    args = ModelArgs.from_hf(read_json(path.parent / "config.json"))
+    tokenizer = Tokenizer.from_dir(path.parent)
+    state, quantization = quantize.read_checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(args)
+    if quantization:
+        quantize.replace_linears(model, quantization)
+    quantize.check_fits(path, model, state)
+    part = None
+    if ranks:
+        ranks.check_same(f"{path} ({path.stat().st_size} bytes)", (path.stat().st_size, args, [(n, t.shape, t.dtype) for n, t in state.items()]))
+        part = tp.plan(args, ranks.rank, ranks.world, quantization)
+        model = tp.build(part, ranks)
+    dtype = dtype or default_dtype(device)
+    dtypes = {name: quantize.loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}
+    needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
+    check_memory(device, needed * (ranks.local_world if ranks and device.type == "cpu" else 1), f"the weights of {path}")
+    weights = zip(dtypes, quantize.read_weights(path, list(dtypes)))
+    parts = weights if part is None else ((name, part.cut(name, tensor)) for name, tensor in weights)
+    model.load_state_dict({name: kernels.place(tensor, device, dtypes[name]) for name, tensor in parts}, assign=True)
+    quantize.pack_for(model, device)
+    return model.eval(), tokenizer
+
+
+def check_memory(device: torch.device, needed: int, what: str) -> None:
+    free = free_memory(device)
+    if needed > free:
+        raise UserError(f"out of memory: {what} take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {device}")
+
+
+def free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return sys.maxsize                  # not Linux: let the allocation itself fail
