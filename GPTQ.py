@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import UserError, load_tasks
+from cli import UserError
 from model import KVCache, Transformer, TransformerBlock, rope_frequencies
 from tokenizer import Tokenizer
 
@@ -236,6 +236,7 @@ def read_sources(files: list[Path]) -> list[str]:
 
 def texts_of_tasks(names: list[str], include_path: Path | None = None) -> list[str]:
     """The documents of lm-eval's tasks, each with its answer: those for training where there are such, else those for validation or the test."""
+    from tasks import load_tasks             # lm_eval takes seconds to import
     texts = []
     for task in tasks_in(load_tasks(names, include_path, flag="--calibration_tasks", advice=", or give a text: --calibration_file FILE")[1]):
         docs = task.training_docs() if task.has_training_docs() else task.validation_docs() if task.has_validation_docs() else task.test_docs()

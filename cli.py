@@ -1,4 +1,4 @@
-"""What commands share: a user's mistake as one line, files that appear whole or not at all, and lm-eval's tasks by name."""
+"""What every command shares: a user's mistake as one line, and files that appear whole or not at all."""
 import contextlib
 import errno
 import glob
@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Callable, Iterator
 
 
 class UserError(Exception):
@@ -62,32 +62,3 @@ def _is_running(pid: str) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def load_tasks(names: list[str], include_path: Path | None = None, include_defaults: bool = True, flag: str = "--tasks",
-               advice: str = ""):
-    """(lm-eval's TaskManager, the tasks and groups of tasks that the names stand for). UserError for an unknown name, or data that cannot be had."""
-    from lm_eval.tasks import TaskManager
-
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include_path {include_path}: no such folder")
-    manager = TaskManager(include_path=include_path, include_defaults=False)             # lm-eval's own thousands take it a while to read
-    if include_defaults and not all(known(manager, name) for name in names):
-        manager = TaskManager(include_path=include_path)
-    loaded: dict[str, Any] = {}
-    for name in names:
-        if not known(manager, name):
-            raise UserError(f"{flag} {name}: no such task (`lm-eval ls tasks` lists them; --include_path FOLDER adds a folder's)")
-        try:
-            found = manager.load(manager.match_tasks([name]) or [name])
-        except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{flag} {name}: its data cannot be had: {reason}. Without a network, write a task whose dataset is a local file "
-                            f"and point --include_path to its folder (tests/lm_eval_tasks shows how){advice}") from error
-        inner = {child for children in found["group_map"].values() for child in children}
-        loaded |= {name: item for name, item in (found["groups"] | found["tasks"]).items() if name not in inner}
-    return manager, list(loaded.values())
-
-
-def known(manager, name: str) -> bool:
-    return bool(manager.match_tasks([name])) or (name.endswith((".yaml", ".yml")) and Path(name).is_file())

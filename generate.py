@@ -19,7 +19,7 @@ import tp
 from chat import chat
 from cli import UserError, run
 from decoding import Generator
-from loading import load_model, parse_device
+from loading import load_model, parse_device, parse_dtype
 from model import Transformer
 from sampling import Sampling, sample
 from speculate import Speculator, Statistics, summary
@@ -167,9 +167,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     sampling.check()
     device = parse_device(args.device)
     device = ranks.take_device(device) if ranks else device
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[args.dtype]
-    if device.type == "cpu" and dtype == torch.float16:
-        raise UserError("--dtype fp16 is not for CPUs, which emulate it hundreds of times slower: use bf16 or fp32")
+    dtype = parse_dtype(args.dtype, device)
 
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks)

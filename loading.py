@@ -34,6 +34,12 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+def parse_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    if device.type == "cpu" and name == "fp16":
+        raise UserError("--dtype fp16 is not for CPUs, which emulate it hundreds of times slower: use bf16 or fp32")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[name]
+
+
 def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
                ranks: tp.Ranks | None = None) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, quantized if the file says so. A folder that holds a Hugging Face checkpoint but no model.pth yet is converted first.

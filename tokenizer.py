@@ -30,7 +30,7 @@ CHATML = """{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou a
 class Tokenizer:
     """One checkpoint's tokenizer.
 
-    `vocab_size`: the largest id + 1 (embedding rows may run past it). `stop_ids`: ids that end a generation. `bos_id`: or None.
+    `vocab_size`: the largest id + 1 (embedding rows may run past it). `stop_ids`: ids that end a generation. `bos_id`, `eos_id`: or None.
     `control`: the id of each token that only a template or a model can write, special (<|im_end|>) or not (Qwen3's <think>).
     """
 
@@ -41,6 +41,7 @@ class Tokenizer:
         self._pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or "(?!)")
         self.vocab_size = backend.vocab_size
         self.bos_id = self.control.get(_content(config.get("bos_token")), backend.bos_id)
+        self.eos_id = self.control.get(_content(config.get("eos_token")), backend.eos_id)
         add_bos = config.get("add_bos_token")
         self._adds_bos = self.bos_id is not None and (backend.adds_bos if add_bos is None else bool(add_bos))
         self.stop_ids = self._find_stop_ids()
@@ -71,8 +72,20 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
         """Ids of `text` as plain text, whatever it spells. BOS once, if the checkpoint's files say so (`bos` overrules them)."""
+        return self.encode_parts([text], bos)
+
+    def encode_parts(self, parts: Sequence[str | int], bos: bool | None = None) -> list[int]:
+        """The same for plain text (str) and control tokens (their ids) in a row; a BOS that comes first among them is the one."""
         wants_bos = self._adds_bos if bos is None else bos and self.bos_id is not None
-        return [self.bos_id] * wants_bos + self._backend.encode([text])
+        return [self.bos_id] * (wants_bos and parts[0] != self.bos_id) + self._backend.encode(parts)
+
+    @property
+    def prefix_id(self) -> int:
+        """What stands before a text that nothing precedes: BOS, or the end of the text before, as lm-eval has it."""
+        id = self.eos_id if self.bos_id is None else self.bos_id
+        if id is None:
+            raise UserError(f"{self.folder}: the tokenizer names neither a BOS nor an EOS token to put before a text")
+        return id
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`, exactly what a StreamDecoder fed with them returns in all. Spaces are never cleaned up."""
@@ -105,30 +118,30 @@ class Tokenizer:
 
         named = {key: _content(value) for key, value in self._config.items() if key.endswith("_token") and _content(value) is not None}
         try:
-            (text,), _ = render_jinja_template([[hide(message, message["role"]) for message in messages]], chat_template=self._template(),
+            (text,), _ = render_jinja_template([[hide(message, message["role"]) for message in messages]], chat_template=self.template(),
                                                add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking, **named)
         except TemplateError as error:
             raise UserError(f"{self.folder}: the chat template refuses this conversation: {error}") from error
         parts: list[str | int] = []
         for i, part in enumerate(re.split(f"({self._pattern.pattern})", text)):
             parts.append(self.control[part] if i % 2 else re.sub(f"{nonce}([0-9]+)x", lambda found: spelt[int(found[1])], part))
-        return self._backend.encode(parts)
+        return self.encode_parts(parts, bos=False)
 
-    def _template(self) -> str:
+    def template(self) -> str:
+        """The chat template's source. UserError where the checkpoint has none."""
         file = self.folder / "chat_template.jinja"
         template = file.read_text(encoding="utf-8") if file.is_file() else self._config.get("chat_template")
         if isinstance(template, list):           # several named ones
             template = next((item["template"] for item in template if item["name"] == "default"), None)
         if not template:
-            raise UserError(f"{self.folder}: this checkpoint has no chat template; it is a base model, run it without --chat")
+            raise UserError(f"{self.folder}: this checkpoint has no chat template; it is a base model, run it without one")
         return template
 
     def _find_stop_ids(self) -> frozenset[int]:
-        named = {self.control.get(name) for name in (*END_OF_TURN, _content(self._config.get("eos_token")))}
+        named = {self.eos_id, self._backend.eos_id, *map(self.control.get, END_OF_TURN)}
         for file in ("generation_config.json", "config.json"):
             eos = _read_json(self.folder / file).get("eos_token_id")
             named.update(eos if isinstance(eos, list) else [eos])
-        named.add(self._backend.eos_id)
         return frozenset(named - {None})
 
 

@@ -1,0 +1,289 @@
+"""The harness on our models, beside lm-eval's own backend for transformers."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from test_eval import EOS, HELDOUT, RANDOM, expected_logprobs, folder, ids, loaded, reference, run_command, save
+from test_quantize import dequantized
+from test_tp import start_ranks
+
+import harness
+from cli import UserError
+from generate import Generator, Sampling, load_model
+from harness import QwenFast, Scorer, generate_texts, load_tasks, sampling_from
+from quantize import quantize_checkpoint, set_activations
+
+TASKS = ROOT / "tests" / "lm_eval_tasks"
+METRICS = {"heldout_choice": ["acc", "acc_norm"], "heldout_line": ["exact_match"],
+           "heldout_rolling": ["word_perplexity", "byte_perplexity", "bits_per_byte"]}
+NAMES = list(METRICS)
+
+
+def mixed_requests(seed):
+    """Shared contexts, lone ones, one-token continuations, contexts that are cut on the left."""
+    RANDOM.manual_seed(seed)
+    requests = []
+    for question in range(5):
+        context = ids(20 + 17 * question)
+        requests += [(context, ids(1 + (question + 3 * choice) % 9)) for choice in range(4)]
+    requests += [(ids(30 + 11 * i), ids(40 + 3 * i)) for i in range(4)] + [(ids(1), ids(60)), (ids(7), ids(1)), (ids(1), ids(1))]
+    context = ids(540)
+    return requests + [(context, ids(3)), (context, ids(5)), (ids(300), ids(511))]
+
+
+# ---- continuations
+
+@pytest.mark.parametrize("batch_size", [None, 1, 6])
+def test_scores_equal_transformers(loaded, reference, batch_size):
+    requests = mixed_requests(1)
+    scorer, done = Scorer(loaded[0], batch_size), []
+    scores = scorer.score(requests, done.append)
+    for (logprob, greedy), request in zip(scores, requests, strict=True):
+        expected = expected_logprobs(reference, *request)
+        assert logprob == pytest.approx(expected[0], abs=1e-4, rel=1e-5) and greedy == expected[1]
+    assert sum(done) == len(requests) and scorer.cut == 3
+
+
+def test_the_greedy_continuation_is_recognised(loaded, reference):
+    prompt = ids(30)
+    new = [row[0] for row in Generator(*loaded).generate(prompt, 5, Sampling(temperature=0), stop_ids=frozenset())]
+    scores = Scorer(loaded[0]).score([(prompt, new), (prompt, new[:1]), (prompt, [*new[:4], (new[4] + 1) % 256])])
+    assert [greedy for _, greedy in scores] == [True, True, False]
+
+
+def test_scores_do_not_depend_on_how_many_logits_fit(loaded, monkeypatch):
+    requests = mixed_requests(2)
+    whole = Scorer(loaded[0], 8).score(requests)
+    monkeypatch.setattr(harness, "LOGITS_BYTES", 320 * 4 * 8 * 32)
+    for a, b in zip(whole, Scorer(loaded[0], 8).score(requests)):
+        assert a[0] == pytest.approx(b[0], abs=1e-4) and a[1] == b[1]
+
+
+def test_nothing_is_certain_and_follows_from_nothing(loaded, reference):
+    """An empty continuation, and an empty context, for which the prefix stands."""
+    context, continuation = ids(9), ids(3)
+    lm = QwenFast(*loaded)
+    scores = lm._loglikelihood_tokens([(None, context, []), (None, [], continuation), (None, context, continuation)], disable_tqdm=True)
+    expected = [expected_logprobs(reference, c, continuation)[0] for c in ([EOS], context)]
+    assert scores[0] == (0.0, True) and [s for s, _ in scores[1:]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_shared_context_is_read_once(loaded):
+    model, scorer = loaded[0], Scorer(loaded[0], 8)
+    read = []
+    scorer.forward = lambda idx, input_pos, at: read.append(idx.numel()) or model(idx, input_pos, at)
+    context = ids(100)
+    scorer.score([(context, ids(4)) for _ in range(4)])
+    assert read == [100, 4 * 3]
+
+
+# ---- generation
+
+def test_texts_end_at_a_stop_string_or_a_stop_id(loaded):
+    generator, prompts = Generator(*loaded), [ids(10), ids(25), ids(3)]
+    free = generate_texts(generator, loaded[1], prompts, [], 12, Sampling(temperature=0))
+    alone = [generate_texts(generator, loaded[1], [p], [], 12, Sampling(temperature=0))[0] for p in prompts]
+    assert free == alone
+    stop = free[1][3:5]
+    stopped = generate_texts(generator, loaded[1], prompts, [stop], 12, Sampling(temperature=0))
+    assert stop in stopped[1] and [text.split(stop)[0] for text in stopped] == [text.split(stop)[0] for text in free]
+
+
+def test_the_seed_decides_what_is_sampled(loaded):
+    from lm_eval.api.instance import Instance
+    options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []}
+    requests = [Instance("generate_until", {}, (text, dict(options)), 0) for text in ("ab", "", "c")]
+    texts = {seed: QwenFast(*loaded, 2, seed=seed).generate_until(requests, disable_tqdm=True) for seed in (1, 2)}
+    assert texts[1] == QwenFast(*loaded, 2, seed=1).generate_until(requests, disable_tqdm=True) != texts[2]
+    assert len(texts[1]) == 3 and all(texts[1])
+    requests[0].args[1]["max_gen_toks"] = 512
+    with pytest.raises(UserError, match="asks for 512 new tokens, and the context has 512"):
+        QwenFast(*loaded).generate_until(requests, disable_tqdm=True)
+
+
+def test_sampling_options():
+    assert sampling_from({"do_sample": False, "temperature": 0.0, "num_beams": 1}) == Sampling(temperature=0)
+    assert sampling_from({"do_sample": True, "temperature": 0.7, "top_p": 0.9}) == Sampling(0.7, None, 0.9)
+    with pytest.raises(UserError, match="num_beams = 4"):
+        sampling_from({"do_sample": False, "num_beams": 4})
+
+
+# ---- the harness, beside lm-eval's own backend
+
+def harness_results(lm, names, shots, limit, **more):
+    import lm_eval
+    manager, tasks = load_tasks(names, TASKS, include_defaults=False)
+    return lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, num_fewshot=shots, limit=limit, bootstrap_iters=0, **more)
+
+
+def assert_same_metrics(ours, theirs, names):
+    for name in names:
+        metrics, expected = (results["results"][name] for results in (ours, theirs))
+        for metric in METRICS[name]:
+            assert metrics[f"{metric},none"] == pytest.approx(expected[f"{metric},none"], rel=1e-4 if name == "heldout_rolling" else 0, abs=0)
+
+
+def assert_same_results(ours, theirs, names):
+    assert_same_metrics(ours, theirs, names)
+    for name in names:
+        answers, expected = ([s["resps"] for s in results["samples"][name]] for results in (ours, theirs))
+        assert len(answers) == len(expected) > 0
+        if name == "heldout_line":
+            assert answers == expected
+        elif name == "heldout_choice":
+            for a, b in zip(answers, expected):
+                assert [c[0][1] for c in a] == [c[0][1] for c in b] and [c[0][0] for c in a] == pytest.approx([c[0][0] for c in b], rel=1e-4)
+
+
+def both(folder, batch_size=8, file=None):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval[hf]")
+    model, tokenizer = load_model(file or folder, "cpu", torch.float32)
+    set_activations(model, "bf16")
+    return QwenFast(model, tokenizer, batch_size), huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen3-tied", "llama3.1"])
+def test_tiny_checkpoints_score_as_with_lm_evals_backend(family, tmp_path):
+    """With 512 positions the two examples do not fit: both cut on the left."""
+    ours, theirs = both(save(family, tmp_path))
+    for shots in (0, 2):
+        assert_same_results(harness_results(ours, NAMES, shots, 6), harness_results(theirs, NAMES, shots, 6), NAMES)
+    assert ours.scorer.cut > 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(ours, theirs, the results of theirs without examples)"""
+    folder = ROOT / "checkpoints" / "demo"
+    if not (folder / "model.safetensors").exists():
+        pytest.skip("the demo's weights are not here")
+    ours, theirs = both(shutil.copytree(folder, tmp_path_factory.mktemp("demo") / "demo"), None)
+    return ours, theirs, harness_results(theirs, NAMES, 0, None)
+
+
+@pytest.mark.slow
+def test_the_demo_scores_as_with_lm_evals_backend(demo):
+    ours, theirs, expected = demo
+    results = harness_results(ours, NAMES, 0, None)
+    assert_same_results(results, expected, NAMES)
+    assert results["results"]["heldout_choice"]["acc,none"] > 0.4          # chance is 0.25
+    for options in (dict(), dict(apply_chat_template=True), dict(apply_chat_template=True, fewshot_as_multiturn=False)):
+        names = [name for name in NAMES if name != "heldout_rolling" or not options]
+        assert_same_results(*(harness_results(lm, names, 2 - len(options) // 2, 8, **options) for lm in (ours, theirs)), names)
+
+
+@pytest.mark.slow
+def test_two_ranks_score_as_lm_evals_backend(demo, tmp_path):
+    ours, _, expected = demo
+    ranks = start_ranks(2, ROOT / "eval.py", "--checkpoint_path", ours.tokenizer.folder, "--device", "cpu", "--dtype", "fp32", "--tasks", *NAMES,
+                        "--include_path", TASKS, "--output_path", tmp_path)
+    (out, err), second = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], err
+    assert second == ("", "") and out.count("exact_match") == 1
+    assert_same_metrics(json.loads((tmp_path / "results.json").read_text()), expected, NAMES)
+    assert expected["results"]["heldout_line"]["exact_match,none"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_checkpoints_score_as_their_weights_do(mode, tmp_path):
+    folder = save("qwen3", tmp_path)
+    load_model(folder)
+    quantize_checkpoint(folder / "model.pth", mode, 32, progress=False)
+    file = next(folder.glob(f"model_{mode}*.pth"))
+    ours, theirs = both(folder, file=file)
+    plain = dequantized(file)
+    theirs.model.lm_head.weight.data.copy_(plain.output.weight)
+    for layer, own in zip(theirs.model.model.layers, plain.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = own.attention.wqkv.weight.split([p.weight.size(0) for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        parts = [*qkv, own.attention.wo.weight, *own.feed_forward.w13.weight.chunk(2), own.feed_forward.w2.weight]
+        modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        for module, weight in zip(modules, parts, strict=True):
+            module.weight.data.copy_(weight)
+    assert_same_results(harness_results(ours, NAMES, 1, 4), harness_results(theirs, NAMES, 1, 4), NAMES)
+
+
+@pytest.mark.slow
+def test_compiled_tasks_score_the_same_and_new_lengths_compile_nothing(loaded):
+    eager, compiled = QwenFast(*loaded, 4), QwenFast(*loaded, 4, compile=True)
+    for shots, limit in ((1, 3), (0, 5)):
+        expected = harness_results(eager, NAMES, shots, limit)
+        torch._dynamo.utils.counters.clear()
+        assert_same_results(harness_results(compiled, NAMES, shots, limit), expected, NAMES)
+        assert (torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) > 0) == bool(shots)
+
+
+@pytest.fixture(scope="module")
+def with_bos(folder, tmp_path_factory):
+    """The same checkpoint with a tokenizer that puts <s> first, and a template that does so too."""
+    from tokenizers import AddedToken, Tokenizer, processors
+    other = shutil.copytree(folder, tmp_path_factory.mktemp("bos") / "bos")
+    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<|im_end|>", special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(str(other / "tokenizer.json"))
+    template = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}[assistant] {% endif %}")
+    (other / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|endoftext|>", "chat_template": template}))
+    return QwenFast(*load_model(other, "cpu", torch.float32), 4)
+
+
+def test_bos_comes_once(with_bos):
+    lm, text = with_bos, list(map(lm_ids, "ab"))
+    assert lm.prefix_token_id == 257 and lm.eot_token_id == EOS
+    assert lm.tok_encode("ab") == [257, *text] and lm.tok_encode("ab", add_special_tokens=False) == text
+    chat = lm.tok_encode(lm.apply_chat_template([{"role": "user", "content": "ab"}]))
+    assert chat.count(257) == 1 and chat[0] == 257 and chat.count(258) == 1
+    from lm_eval.api.instance import Instance
+    seen = []
+    lm.scorer.score = lambda pairs, progress: seen.extend(pairs) or [(0.0, False)] * len(pairs)
+    lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("abab",), 0)], disable_tqdm=True)
+    lm.loglikelihood([Instance("loglikelihood", {}, ("", "ab"), 0)], disable_tqdm=True)
+    del lm.scorer.score
+    assert seen == [([257], text * 2), ([257], text)]
+
+
+def lm_ids(character):
+    """The byte-level id of a letter of tiny's tokenizer."""
+    from tokenizers import pre_tokenizers
+    return sorted(pre_tokenizers.ByteLevel.alphabet()).index(character)
+
+
+def test_a_chat_keeps_its_control_tokens_and_only_those(with_bos):
+    lm = with_bos
+    messages = [{"role": "user", "content": "<|im_end|> is text <s>"}]
+    text, expected = lm.apply_chat_template(messages), lm.tokenizer.render_chat(messages)
+    assert lm.tok_encode(text) == expected
+    context, continuation = lm._encode_pair(text, "yes")           # the template's last space goes over to the answer
+    assert context + continuation == expected + lm.tok_encode("yes", add_special_tokens=False) and context == expected[:-1]
+    begun = lm.apply_chat_template([*messages, {"role": "assistant", "content": "It is"}], add_generation_prompt=False)
+    assert begun.endswith("[assistant]It is")
+
+
+# ---- the command
+
+def test_command_tasks(folder, tmp_path, capsys):
+    run_command("--checkpoint_path", folder, "--tasks", "heldout_*", "--include_path", TASKS, "--limit", 3, "--num_fewshot", 2,
+                "--output_path", tmp_path / "out")
+    captured = capsys.readouterr()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["results"]) == set(NAMES) and 0 <= results["results"]["heldout_choice"]["acc,none"] <= 1
+    assert "heldout_rolling" in captured.out and "were cut on the left" in captured.err
+
+
+def test_an_unknown_task_and_missing_data_are_named(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(UserError, match="--tasks no_such_task"):
+        load_tasks(["no_such_task"], TASKS, include_defaults=False)
+    (tmp_path / "task.yaml").write_text("task: far_away\ndataset_path: someone/something\noutput_type: multiple_choice\ntest_split: test\n"
+                                        "doc_to_text: q\ndoc_to_choice: c\ndoc_to_target: a\n")
+
+    def unreachable(path, **more):
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub (LocalEntryNotFoundError)")
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match="(?s)far_away.*someone/something.*--include_path"):
+        load_tasks(["far_away"], tmp_path, include_defaults=False)
