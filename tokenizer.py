@@ -4,7 +4,6 @@ tokenizer.json runs on the `tokenizers` library, tokenizer.model on `sentencepie
 whitespace rules), qwen.tiktoken is rebuilt into the former. transformers, 1.5 s to import, is needed for chat templates only.
 """
 import base64
-import binascii
 import codecs
 import json
 import re

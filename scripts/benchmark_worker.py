@@ -29,6 +29,7 @@ from decoding import Generator, reserve_cache
 from generate import DEMO, bytes_read_per_token, warm_up
 from loading import load_model
 from model import ModelArgs, Transformer, rope_frequencies, rotate
+from sampling import Sampling
 
 
 def reset_peak_memory() -> None:

@@ -8,7 +8,6 @@ import torch
 from conftest import ROOT
 
 import cli
-from cli import UserError
 from eval import compare, main, perplexity, token_logits, windows
 from generate import load_model
 

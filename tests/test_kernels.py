@@ -5,7 +5,6 @@ differ by their order: 3e-6. Where activations are rounded to int8 the twin roun
 fall to either side; one step is 1/127 of the group's largest value in one of K_in terms: 2e-3 covers a few of them at the sizes used here.
 """
 import functools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
