@@ -173,7 +173,8 @@ class Costs:
     lost: float = 0.0                                            # seconds that drafting has cost more than it gained, since it last gained
     spoken: int = 0                                              # tokens of this request
     since_plain: int = 0
-    FORGET, MARGIN, ALLOWANCE, RECHECK = 0.98, 1.03, 0.012, 64
+    age: dict[int, int] = field(default_factory=dict)            # rounds since one with this k
+    FORGET, MARGIN, ALLOWANCE, RECHECK = 0.98, 1.03, 0.012, 24
 
     def __post_init__(self) -> None:
         self.rounds = {0: self.plain} | {k: v + k * self.draft for k, v in self.verify.items()}
@@ -211,10 +212,22 @@ class Costs:
         self.spoken += accepted + 1
         self.since_plain = self.since_plain + 1 if k else 0
         if not catching_up:
-            known = self.rounds.get(k, seconds)
-            self.rounds[k] = known + 0.1 * (min(max(seconds, known / 2), 2 * known) - known)
+            self.learn(k, seconds)
             if k:
                 self.lost = max(0.0, self.lost + seconds - (accepted + 1) * self.rounds[0])
+
+
+    def learn(self, k: int, seconds: float) -> None:
+        """Moves the estimate of a round towards what it took, the more the older it is; a stall of the machine counts for little. When plain steps
+        have become faster or slower, so has whatever was not tried of late."""
+        known = self.rounds.setdefault(k, seconds)
+        weight = min(0.5, 1 - 0.9 ** (1 + self.age.get(k, 0)))
+        self.rounds[k] = known + weight * (min(max(seconds, known / 2), 1.25 * known) - known)
+        if k == 0:
+            for other in self.rounds:
+                if other and self.age.get(other, self.RECHECK + 1) > self.RECHECK:
+                    self.rounds[other] *= self.rounds[0] / known
+        self.age = {other: self.age.get(other, self.RECHECK) + 1 for other in self.rounds} | {k: 0}
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, times: int) -> float:

@@ -389,6 +389,16 @@ def test_auto_corrects_what_was_measured_wrongly():
     assert simulated(costs, lambda at: 0.5, 1.0, rounds)[0] < 1.03 * 2000
 
 
+@pytest.mark.parametrize("faster", [3.0, 1 / 3])
+def test_auto_is_not_misled_by_a_machine_that_changes_its_speed(faster):
+    """Everything was measured when the machine was slower, or faster: the same choice, and no loss where drafts do not pay."""
+    costs, rounds = costs_of(0.05, 0.05)
+    seconds, chosen = simulated(costs, lambda at: 0.7, 1 / faster, {k: t / faster for k, t in rounds.items()})
+    assert 2000 / seconds / faster > 0.85 * max(predicted_speedup(0.7, k, 0.05, 1 + 0.05 * k) for k in rounds)
+    costs, rounds = costs_of(0.3, 0.1)
+    assert simulated(costs, lambda at: 0.3, 1 / faster, {k: t / faster for k, t in rounds.items()})[0] < 1.04 * 2000 / faster
+
+
 def test_auto_follows_the_text():
     """The first half cannot be guessed, the second is guessed at once; and the other way round."""
     for good in (lambda at: at >= 1000, lambda at: at < 1000):
