@@ -152,6 +152,7 @@ def test_each_linear_sees_what_the_quantized_ones_before_it_produce(folders, mon
         model.get_submodule(name).register_forward_pre_hook(
             lambda module, x, name=name: found.update({name: x[0].flatten(0, 1).T.double() @ x[0].flatten(0, 1).double()}))
     model.setup_caches(len(TOKENS), TOKENS.size(1))
+    model.stack = None                                           # the linears are to be called one by one
     model(TOKENS, torch.arange(TOKENS.size(1)))
     assert len(given) == 12 and found.keys() == given.keys()
     for name in given:
@@ -251,6 +252,7 @@ def layer_errors(path, ids):
         measure(name)
     with torch.inference_mode():
         model.setup_caches(*ids.shape)
+        model.stack = None                                       # the linears are to be called one by one
         model(ids, torch.arange(ids.size(1)))
     return errors
 
