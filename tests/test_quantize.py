@@ -340,7 +340,7 @@ def refusal(argv: list, capsys) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         cli.run(lambda: quantize.main([str(a) for a in argv]))
-    err = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Quantizing")]
+    err = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Rounding")]
     assert exit.value.code == 2 and len(err) == 1
     return err[0]
 
