@@ -135,9 +135,17 @@ def compile_settings(model: Transformer, prefill_too: bool) -> dict:
         settings["mode"] = "reduce-overhead"
     elif kernels.ready() and not model.ranks:
         settings["options"] = {"guard_filter_fn": needed_guards}
-        if not prefill_too:              # little is left for the compiler's own vector code, and it would try for ten seconds which instructions work
-            settings["options"]["cpp.vec_isa_ok"] = False
+        if not prefill_too:
+            without_vector_code()
     return settings
+
+
+def without_vector_code() -> None:
+    """Where all layers are one operator little is left for the compiler's own vector code, and it would try for ten seconds which instructions
+    work here. For the whole process, and only before it has tried: what is compiled later must agree with what it knows then."""
+    from torch._inductor import config, cpu_vec_isa
+    if cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0:
+        config.cpp.vec_isa_ok = False
 
 
 def needed_guards(guards: Sequence) -> list[bool]:
