@@ -8,6 +8,7 @@ turns. The table and a verdict go to stdout, sweep.csv, sweep.json and sweep.png
 """
 import argparse
 import csv
+import importlib.util
 import itertools
 import json
 import statistics
@@ -201,7 +202,10 @@ def write(rows: list[dict], out: Path) -> None:
         lines.writerow(COLUMNS.values())
         lines.writerows([row[key] for key in COLUMNS] for row in rows)
     (out / "sweep.json").write_text(json.dumps(dict(rows=rows, verdict=verdict(rows)), indent=1))
-    plot(rows, out / "sweep.png")
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, out / "sweep.png")
+    else:
+        print("skipped: the plot: matplotlib is not installed (pip install -r requirements-bench.txt)", file=sys.stderr)
 
 
 def plot(rows: list[dict], path: Path) -> None:

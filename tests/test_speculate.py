@@ -539,7 +539,7 @@ def test_examples_call_what_exists(script, model, tmp_path):
 
 
 def test_sweep(tmp_path, capsys):
-    """Two experiments, one that needs no draft model; the table has the self-test's columns, the plot and the files are there."""
+    """Two experiments, one that needs no draft model; the table has the self-test's columns and the files are there."""
     experiments = [dict(prompt="copying", speculate_k=2), dict(draft_checkpoint_path=str(ROOT / "checkpoints" / "demo-draft"), prompt="prose", temperature=0.8)]
     (tmp_path / "experiments.json").write_text(json.dumps([dict(compile=False, max_new_tokens=24, num_samples=1, **one) for one in experiments]))
     speculate_sweep.main(["--configs", str(tmp_path / "experiments.json"), "--out", str(tmp_path / "out")])
@@ -551,7 +551,14 @@ def test_sweep(tmp_path, capsys):
     assert len(lines) == 5 and lines[4].startswith(("pays: ", "does not pay: "))
     rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
     assert [row["draft_model"] for row in rows] == ["ngram", "demo-draft"] and all(0 <= row["acceptance"] <= 1 for row in rows)
-    assert (tmp_path / "out" / "sweep.csv").read_text().count("\n") == 3 and (tmp_path / "out" / "sweep.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "sweep.csv").read_text().count("\n") == 3
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = dict(model="m", model_quantization="none", draft_model="d", draft_quantization="none", prompt="code", temperature=0, plain_rate=10)
+    speculate_sweep.plot([row | dict(speculate_k=k, rate=12) for k in (2, 4, "auto")], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_verdicts():
