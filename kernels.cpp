@@ -49,6 +49,26 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 
+#ifdef __AVX512F__
+// Lane i of the result is the sum of v[i]'s lanes.
+INLINE f32x16 sums16(f32x16 v[16]) {
+    const auto lanes = [](f32x16 a, f32x16 b) {            // 128-bit lanes 0 1 of both + lanes 2 3 of both
+        return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44), _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xEE));
+    };
+    __m512 w[8], u[4], t[2];
+    UNROLL for (int i = 0; i < 8; i++) w[i] = lanes(v[i + (i & 4)], v[i + (i & 4) + 4]);
+    UNROLL for (int i = 0; i < 4; i++) u[i] = _mm512_add_ps(_mm512_shuffle_f32x4(w[i], w[i + 4], 0x88), _mm512_shuffle_f32x4(w[i], w[i + 4], 0xDD));
+    UNROLL for (int i = 0; i < 4; i += 2) t[i / 2] = _mm512_add_ps(_mm512_shuffle_ps(u[i], u[i + 1], 0x44), _mm512_shuffle_ps(u[i], u[i + 1], 0xEE));
+    return (f32x16)_mm512_add_ps(_mm512_shuffle_ps(t[0], t[1], 0x88), _mm512_shuffle_ps(t[0], t[1], 0xDD));
+}
+#else
+INLINE f32x16 sums16(f32x16 v[16]) {
+    f32x16 out;
+    for (int i = 0; i < 16; i++) out[i] = sum(v[i]);
+    return out;
+}
+#endif
+
 INLINE f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
 INLINE float highest(f32x16 v) {
@@ -152,23 +172,23 @@ struct Lanes<BFloat16> {
 
 // ---- linear: y[m, n] = sum_k x[m, k] w[n, k]
 
-// R rows of w against M tokens. U independent sums per product hide the latency of the multiply-add.
+// R rows of w against M tokens. U independent sums per product hide the latency of the multiply-add. next: how far ahead to prefetch, or 0.
 template <typename T, int R, int M>
-INLINE void dot_rows(const T* w, const T* x, float* y, int64_t K, int64_t N) {
+INLINE void dot_rows(const T* w, const T* x, float* y, int64_t K, int64_t N, int64_t next = 0) {
     using L = Lanes<T>;
     constexpr int U = R * M >= 4 ? 1 : 4 / (R * M);
-    f32x16 acc[R][M][U] = {};
+    f32x16 acc[U][16] = {};                                // [u][r * M + m]
     int64_t k = 0;
     for (; k + U * L::N <= K; k += U * L::N)
         UNROLL for (int u = 0; u < U; u++) {
             typename L::Reg wv[R];
             UNROLL for (int r = 0; r < R; r++) {
-                if (R > 1) __builtin_prefetch(w + R * (K + k) + r * L::N);     // the next rows, in the order of their addresses
+                if (R > 1 && next) __builtin_prefetch(w + next + R * k + r * L::N, 0, 2);      // in the order of the addresses, into the second cache
                 wv[r] = L::load(w + r * K + k + u * L::N);
             }
             UNROLL for (int m = 0; m < M; m++) {
                 const auto xv = L::load(x + m * K + k + u * L::N);
-                UNROLL for (int r = 0; r < R; r++) acc[r][m][u] = L::dot(acc[r][m][u], wv[r], xv);
+                UNROLL for (int r = 0; r < R; r++) acc[u][r * M + m] = L::dot(acc[u][r * M + m], wv[r], xv);
             }
         }
     for (; k < K; k += L::N) {
@@ -176,47 +196,41 @@ INLINE void dot_rows(const T* w, const T* x, float* y, int64_t K, int64_t N) {
         UNROLL for (int r = 0; r < R; r++) {
             const auto wv = n == L::N ? L::load(w + r * K + k) : L::load_first(w + r * K + k, n);
             UNROLL for (int m = 0; m < M; m++)
-                acc[r][m][0] = L::dot(acc[r][m][0], wv, n == L::N ? L::load(x + m * K + k) : L::load_first(x + m * K + k, n));
+                acc[0][r * M + m] = L::dot(acc[0][r * M + m], wv, n == L::N ? L::load(x + m * K + k) : L::load_first(x + m * K + k, n));
         }
     }
+    UNROLL for (int u = 1; u < U; u++)
+        UNROLL for (int i = 0; i < R * M; i++) acc[0][i] += acc[u][i];
+    float sums[16];
+    if (R > 1) store16(sums, sums16(acc[0]));
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int m = 0; m < M; m++) {
-            UNROLL for (int u = 1; u < U; u++) acc[r][m][0] += acc[r][m][u];
-            y[m * N + r] = sum(acc[r][m][0]);
-        }
+        UNROLL for (int m = 0; m < M; m++) y[m * N + r] = R > 1 ? sums[r * M + m] : sum(acc[0][r * M + m]);
 }
 
-// Rows begin .. end, one after the other: the hardware's prefetcher follows one stream best (two rows at once ran at half the speed, and
-// prefetching by hand took a tenth off). Only with many tokens, where loading x is what takes the time, two rows share those loads.
-template <typename T, int M>
-void linear_range(const T* w, const T* x, float* y, int64_t begin, int64_t end, int64_t K, int64_t N) {
-    constexpr int R = M < 5 ? 1 : 2;
-    int64_t n = begin;
-    for (; n + R <= end; n += R) dot_rows<T, R, M>(w + n * K, x, y + n, K, N);
-    for (; n < end; n++) dot_rows<T, 1, M>(w + n * K, x, y + n, K, N);
+template <typename T, int R>
+void dot_tokens(const T* w, const T* x, float* y, int64_t M, int64_t K, int64_t N) {
+    for (int64_t m = 0; m < M; m += 4) {
+        const int64_t next = m ? 0 : std::max<int64_t>(R * K, 4096);      // the rows are in the cache for the later ones
+        const T* from = x + m * K;
+        float* to = y + m * N;
+        if (M - m == 1) dot_rows<T, R, 1>(w, from, to, K, N, next);
+        else if (M - m == 2) dot_rows<T, R, 2>(w, from, to, K, N, next);
+        else if (M - m == 3) dot_rows<T, R, 3>(w, from, to, K, N, next);
+        else dot_rows<T, R, 4>(w, from, to, K, N, next);
+    }
 }
 
-template <typename T>
-using LinearRange = void (*)(const T*, const T*, float*, int64_t, int64_t, int64_t, int64_t);
-
-template <typename T>
-constexpr LinearRange<T> linear_ranges[] = {nullptr, linear_range<T, 1>, linear_range<T, 2>, linear_range<T, 3>, linear_range<T, 4>,
-                                            linear_range<T, 5>, linear_range<T, 6>, linear_range<T, 7>, linear_range<T, 8>};
-
-// w [N, K], x [M, K] -> y [M, N], at most 16 tokens
+// w [N, K], x [M, K] -> y [M, N], at most 16 tokens. While x is small one row follows the other: the hardware's prefetcher follows one stream best
+// (two rows at once ran at half the speed, and prefetching by hand took a tenth off). Otherwise loading x would take longer than loading w: four rows
+// share those loads, four tokens at a time, and stay in the cache for the next four.
 template <typename T>
 void linear_decode(const T* w, const T* x, float* y, int64_t M, int64_t N, int64_t K) {
-    // More than 8 tokens do not fit the registers: they go in two turns over rows that the cache still holds.
-    const int64_t first = M > 8 ? (M + 1) / 2 : M, block = M > 8 ? 2 : N;
 #pragma omp parallel num_threads(at::get_num_threads())
     {
-        const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
-        const int64_t begin = N * id / threads, end = N * (id + 1) / threads;
-        for (int64_t n = begin; n < end; n += block) {
-            const int64_t stop = std::min(end, n + block);
-            linear_ranges<T>[first](w, x, y, n, stop, K, N);
-            if (first < M) linear_ranges<T>[M - first](w, x + first * K, y + first * N, n, stop, K, N);
-        }
+        const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads(), end = N * (id + 1) / threads;
+        int64_t n = N * id / threads;
+        for (; (M > 2 || M * K > 4096) && n + 4 <= end; n += 4) dot_tokens<T, 4>(w + n * K, x, y + n, M, K, N);
+        for (; n < end; n++) dot_tokens<T, 1>(w + n * K, x, y + n, M, K, N);
     }
 }
 
@@ -256,26 +270,6 @@ struct Partial {
     static int64_t size(int64_t R, int64_t D) { return R * (D + 2); }
     Partial(float* p, int64_t R) : max(p), total(p + R), acc(p + 2 * R) {}
 };
-
-#ifdef __AVX512F__
-// Lane i of the result is the sum of v[i]'s lanes.
-INLINE f32x16 sums16(f32x16 v[16]) {
-    const auto lanes = [](f32x16 a, f32x16 b) {            // 128-bit lanes 0 1 of both + lanes 2 3 of both
-        return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44), _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xEE));
-    };
-    __m512 w[8], u[4], t[2];
-    UNROLL for (int i = 0; i < 8; i++) w[i] = lanes(v[i + (i & 4)], v[i + (i & 4) + 4]);
-    UNROLL for (int i = 0; i < 4; i++) u[i] = _mm512_add_ps(_mm512_shuffle_f32x4(w[i], w[i + 4], 0x88), _mm512_shuffle_f32x4(w[i], w[i + 4], 0xDD));
-    UNROLL for (int i = 0; i < 4; i += 2) t[i / 2] = _mm512_add_ps(_mm512_shuffle_ps(u[i], u[i + 1], 0x44), _mm512_shuffle_ps(u[i], u[i + 1], 0xEE));
-    return (f32x16)_mm512_add_ps(_mm512_shuffle_ps(t[0], t[1], 0x88), _mm512_shuffle_ps(t[0], t[1], 0xDD));
-}
-#else
-INLINE f32x16 sums16(f32x16 v[16]) {
-    f32x16 out;
-    for (int i = 0; i < 16; i++) out[i] = sum(v[i]);
-    return out;
-}
-#endif
 
 // out[r, i] = scale * q[r] . k[i] for NR queries and sixteen keys, each D long. The keys are read in the order of their addresses.
 template <typename T, int NR>

@@ -1,7 +1,7 @@
 """Makes checkpoints/demo and checkpoints/demo-draft: two small Qwen3 models of Python source code, trained from scratch.
 
     python scripts/train_demo.py --name demo                  # the target: more than an hour on two CPU cores
-    python scripts/train_demo.py --name demo-draft --steps 800      # the draft: ten minutes
+    python scripts/train_demo.py --name demo-draft --teacher checkpoints/demo       # the draft: the target is its teacher
     python scripts/train_demo.py --dump_heldout FILE          # the text that neither has seen
 
 The text is the Python standard library of the interpreter that runs this script, its tests included. The modules in
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}")
 SHAPES = {
     "demo": dict(num_hidden_layers=7, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=768),
-    "demo-draft": dict(num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=384),
+    "demo-draft": dict(num_hidden_layers=3, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=384),
 }
 
 
@@ -158,7 +158,13 @@ def build_model(name: str):
     return model
 
 
-def train(name: str, steps: int, batch_tokens: int, muon_lr: float, adam_lr: float, seed: int, state_file: Path) -> None:
+def distribution_loss(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) per token, both [tokens, V]: the acceptance of speculative sampling depends on how near the two are."""
+    return F.kl_div(logits.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+def train(name: str, steps: int, batch_tokens: int, muon_lr: float, adam_lr: float, seed: int, state_file: Path, teacher_folder: Path | None) -> None:
+    from transformers import AutoModelForCausalLM
     torch.manual_seed(seed)
     folder = ROOT / "checkpoints" / name
     tokenizer_file = ROOT / "checkpoints" / "demo" / "tokenizer.json"
@@ -174,10 +180,12 @@ def train(name: str, steps: int, batch_tokens: int, muon_lr: float, adam_lr: flo
                   torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
     peak = [muon_lr, adam_lr]
 
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval().requires_grad_(False) if teacher_folder else None
+
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, ids[:, 1:].flatten())
+            logits, taught = (one and one(input_ids=ids[:, :-1], use_cache=False).logits.float().flatten(0, 1) for one in (model, teacher))
+        return F.cross_entropy(logits, ids[:, 1:].flatten()) if taught is None else distribution_loss(logits, taught)
 
     compiled = torch.compile(loss_of, dynamic=False)
     first = 0
@@ -223,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adam_lr", type=float, default=0.004)
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="learn this model's distribution instead of the text alone")
     parser.add_argument("--state", type=Path, help="where training can resume from (default: checkpoints/NAME/training.pt)")
     parser.add_argument("--dump_heldout", type=Path, metavar="FILE", help="write the held-out text and stop")
     args = parser.parse_args(argv)
@@ -230,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         args.dump_heldout.write_text("\n".join(read_sources(source_files(heldout=True))), "utf-8")
         return
     train(args.name, args.steps, args.batch_tokens, args.muon_lr, args.adam_lr, args.seed,
-          args.state or ROOT / "checkpoints" / args.name / "training.pt")
+          args.state or ROOT / "checkpoints" / args.name / "training.pt", args.teacher)
 
 
 if __name__ == "__main__":
