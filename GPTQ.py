@@ -192,7 +192,7 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
                     options: Options = Options(), device: torch.device | str = "cpu",
                     measure: bool = False, progress: bool = True) -> Iterator[tuple[str, dict[str, Tensor], float]]:
     """Yields (name, buffers, RMS of the output's error over the RMS of the output if to be measured) of each target in the layers of a model on the
-    meta device, whose weights `load` gives layer by layer.
+    meta device, whose weights `load` gives layer by layer, in fp32 and on the device.
 
     tokens: int64 [B, S] to calibrate with; embedding: [V, C]. Errors: UserError if activations or weights are NaN or infinite.
     """
@@ -202,7 +202,7 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
     cost = {name: target.out_features * target.in_features for name, target in targets.items()}
     with tqdm(total=sum(cost.values()), desc="Quantizing", unit="weight", unit_scale=True, disable=not progress) as bar:
         for i, block in enumerate(model.layers):
-            block.load_state_dict({key: value.to(device, torch.float32) for key, value in load(i).items()}, assign=True)
+            block.load_state_dict(load(i), assign=True)
             for half, part in ((half, part) for half, parts in LINEARS.items() for part in parts):
                 name, linear = f"layers.{i}.{half}.{part}", block.get_submodule(f"{half}.{part}")
                 inputs, ends_half = Inputs(model, block, half, linear, hidden), part == LINEARS[half][-1]

@@ -578,7 +578,7 @@ def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
     for flag, least in (("calibration_limit", 1), ("blocksize", 1), ("percdamp", 0)):
         if not getattr(args, flag) >= least:
             raise UserError(f"--{flag} {getattr(args, flag)} must be {least} or more")
-    seq_length = args.calibration_seq_length or min(model_args.max_position, 2048)
+    seq_length = min(model_args.max_position, 2048) if args.calibration_seq_length is None else args.calibration_seq_length
     if not 1 <= seq_length <= model_args.max_position:
         raise UserError(f"--calibration_seq_length {seq_length} must be at least 1 and at most the context of {model_args.max_position} positions")
     if args.calibration_tasks and args.calibration_file:
@@ -611,6 +611,8 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if args.mode in MODES and (args.calibration_tasks or args.calibration_file):
+        raise UserError(f"--mode {args.mode} rounds without a calibration text: --mode {args.mode}-gptq takes one")
     calibration = read_calibration(args, path) if args.mode in GPTQ_MODES else None
     target = quantize_checkpoint(path, args.mode, args.groupsize, args.lm_head, tuple(args.skip), device, args.report, calibration=calibration)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB ({path.name}: {path.stat().st_size / 1e6:.1f} MB)")
