@@ -559,7 +559,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lm_head", default="int8", help=f"format of the output head: {', '.join(LM_HEADS)} (as it is); default %(default)s")
     parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="linears that stay as they are, e.g. 'layers.0.*'; repeatable")
     parser.add_argument("--device", default="cpu", help="where to compute")
-    parser.add_argument("--report", action="store_true", help="print each linear's error (RMS of the error / RMS of the weights; with GPTQ, of the outputs) and size")
+    parser.add_argument("--report", action="store_true",
+                        help="print each linear's error (RMS of the error / RMS of the weights; with GPTQ, of the outputs) and size")
     gptq = parser.add_argument_group("GPTQ: what to calibrate with (the demo has a default), and how")
     gptq.add_argument("--calibration_tasks", nargs="+", default=[], metavar="TASK", help="documents of lm-eval's tasks, e.g. wikitext")
     gptq.add_argument("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")

@@ -518,12 +518,13 @@ def test_qwen_v1_files(tmp_path):
     folder = tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4, hidden_size=128, intermediate_size=256), tmp_path)
     meant = publish(folder, groupsize=128, biases=True)
     load_model(folder)
-    weights = {name: module.weight for name, module in dequantized(folder / "model.pth").named_modules() if name.startswith("layers.") and hasattr(module, "weight")}
+    weights = dequantized(folder / "model.pth").state_dict()
     assert len(meant) == 15
     for layer in range(3):
-        (qkv, wo, up, gate, down) = (meant[f"transformer.h.{layer}.{part}"][1] for part in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"))
+        parts = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+        qkv, wo, up, gate, down = (meant[f"transformer.h.{layer}.{part}"][1] for part in parts)
         for name, weight in (("attention.wqkv", qkv), ("attention.wo", wo), ("feed_forward.w13", torch.cat((gate, up))), ("feed_forward.w2", down)):
-            assert torch.equal(weights[f"layers.{layer}.{name}"], weight)
+            assert torch.equal(weights[f"layers.{layer}.{name}.weight"], weight)
 
 
 def test_published_checkpoints_are_not_split(reference, tmp_path):
@@ -575,5 +576,6 @@ def test_gptqmodels_awq(groupsize):
     theirs.pack(source, scales.float(), zeros.float())
     expected = utils.dequantize_gemm(theirs.qweight, theirs.qzeros, theirs.scales, 4, groupsize).T
     packing = Packing.from_hf({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": groupsize, "version": "gemm"}})
-    weight = SourceLinear(K, N, groupsize=groupsize).dequantize(torch.float16, **packing.decode("linear", theirs.qweight, theirs.qzeros, theirs.scales))
+    buffers = packing.decode("linear", theirs.qweight, theirs.qzeros, theirs.scales)
+    weight = SourceLinear(K, N, groupsize=groupsize).dequantize(torch.float16, **buffers)
     assert expected.dtype == torch.float16 and torch.equal(weight, expected) and (weight - source.weight).abs().max() < 1e-2
