@@ -5,14 +5,13 @@ formats are quantize.py's: a linear comes with fit (levels for a group of column
 
 Shapes: B batch, S sequence, C model dim, N and K the rows and columns of a weight, G the columns that share a scale.
 """
-import contextlib
 import itertools
 import math
 import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Protocol
+from typing import Any, Callable, Iterable, Iterator, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import UserError
-from model import KVCache, Transformer, TransformerBlock, rope_frequencies
+from model import KVCache, Linear, Transformer, TransformerBlock, rope_frequencies
 from tokenizer import Tokenizer
 
 LINEARS = {"attention": ("wqkv", "wo"), "feed_forward": ("w13", "w2")}             # of a block's halves, in the order of computation
 BATCH_TOKENS = 4096               # that go through a block at a time
+KEPT_BYTES = 1 << 29              # inputs of a linear that are kept rather than computed again
+COLUMNS = 1024                    # of an inverse, found together
 MOST_DOCUMENTS = 10000            # of a task
 # Of the standard library: the modules that the demo checkpoints have not seen, and what is no source text.
 HELD_OUT = ["bisect", "calendar", "configparser", "contextlib", "csv", "fnmatch", "fractions", "graphlib", "heapq", "queue", "sched",
@@ -57,22 +58,34 @@ class Options:
 
 
 def inverse_factor(hessian: Tensor, percdamp: float, name: str = "") -> Tensor:
-    """Upper triangular U with U^T U the inverse of the damped Hessian [K, K]. The damping is raised until that is positive definite."""
+    """Upper triangular U, fp32, with U^T U the inverse of the damped Hessian [K, K]. The damping is raised until that is positive definite."""
     # with the order of the columns reversed, the lower factor of a matrix is the upper factor that U is the inverse of
     hessian = hessian.double().flip(0, 1)
     diagonal = hessian.diagonal().clone()
-    diagonal[diagonal == 0] = 1   # an input that never differs from 0 decides nothing: its weights are rounded to nearest
-    mean = diagonal.mean().item()
+    dead = diagonal == 0          # an input that never differs from 0 decides nothing: its weights are rounded to nearest
+    mean = diagonal[~dead].mean().item() if not dead.all() else 1.0
+    diagonal[dead] = mean
     damping = percdamp * mean
     for _ in range(8):
         hessian.diagonal().copy_(diagonal + damping)
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
             del hessian
-            return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=True)
+            return inverse_of_upper(lower.flip(0, 1))
         damping = max(10 * damping, 1e-4 * mean)
-        print(f"{name}: the Hessian is not positive definite; damping raised to {damping / mean:.2%} of its diagonal", file=sys.stderr)
+        tqdm.write(f"{name}: the Hessian is not positive definite; damping raised to {damping / mean:.2%} of its diagonal", file=sys.stderr)
     raise UserError(f"{name}: the Hessian stays indefinite: the calibration's activations are too large for fp32")
+
+
+def inverse_of_upper(upper: Tensor) -> Tensor:
+    """The inverse, fp32, of an upper triangular matrix [K, K]."""
+    inverse = torch.zeros_like(upper, dtype=torch.float32)
+    for begin in range(0, len(upper), COLUMNS):
+        end = min(begin + COLUMNS, len(upper))
+        unit = torch.zeros_like(upper[:end, begin:end])
+        unit[begin:].fill_diagonal_(1)
+        inverse[:end, begin:end] = torch.linalg.solve_triangular(upper[:end, :end], unit, upper=True)
+    return inverse
 
 
 def order_of(hessian: Tensor, groupsize: int, act_order: bool) -> list[Tensor]:
@@ -98,7 +111,7 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, target: Target, options: Op
     """weight [N, K] and the Hessian [K, K] of its inputs (sums of x x^T) -> the target's buffers, and the weight that they stand for in fp32."""
     groups = order_of(hessian, target.groupsize, options.act_order)
     order, ends = torch.cat(groups), torch.tensor([len(group) for group in groups]).cumsum(0).tolist()
-    U = inverse_factor(hessian[order][:, order], options.percdamp, name).float()
+    U = inverse_factor(hessian[order][:, order], options.percdamp, name)
     importance = U.diagonal().square().reciprocal()
     W = weight.float().t()[order].contiguous()                   # [K, N]: a column of the weight is a row here
     Q, q = torch.empty_like(W), torch.empty_like(W, dtype=target.weight.dtype)
@@ -114,7 +127,7 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, target: Target, options: Op
             q[j], Q[j] = q_j[:, 0], Q_j[:, 0]
             errors[j - begin] = (W[j] - Q[j]) / U[j, j]
             W[j + 1:end].addr_(U[j, j + 1:end], errors[j - begin], alpha=-1)
-        W[end:] -= U[begin:end, end:].t() @ errors
+        W[end:].addmm_(U[begin:end, end:].t(), errors, alpha=-1)
     back = order.argsort()
     return target.assemble(q[back].t(), levels), Q[back].t().contiguous()
 
@@ -122,48 +135,51 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, target: Target, options: Op
 # ---- through the model
 
 class Reached(Exception):
-    """The linear whose inputs are wanted has got them."""
+    """The linear whose inputs are wanted has got them: they are the argument."""
 
 
-def add_to_hessian(hessian: Tensor, x: Tensor) -> None:
-    x = x.flatten(0, -2).float()
-    hessian.addmm_(x.t(), x)
+def stop(linear: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+    raise Reached(inputs[0])
 
 
-def run_half(block: TransformerBlock, half: str, model: Transformer, hidden: Tensor) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
-    """Of the hidden states [B, S, C], the rows of each batch, and a call that sends them through the block's attention or its feed-forward."""
-    B, S, _ = hidden.shape
-    rows = max(1, BATCH_TOKENS // S)
-    pos = torch.arange(S, device=hidden.device)
+@dataclass(frozen=True)
+class Inputs:
+    """What one of a block's linears gets from the hidden states [B, S, C] before the half that it is in. Iterating computes it some rows at a time:
+    yields (their slice, [b, S, K])."""
+    model: Transformer
+    block: TransformerBlock
+    half: str
+    linear: Linear
+    hidden: Tensor
 
-    def attention() -> Tensor:
-        return x + block.attention(block.attention_norm(x), cos, sin, logn, input_pos)
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        B, S, _ = self.hidden.shape
+        rows = max(1, BATCH_TOKENS // S)
+        for x, begin in zip(self.hidden.split(rows), range(0, B, rows)):
+            try:
+                with self.linear.register_forward_pre_hook(stop):
+                    self.attention(x) if self.half == "attention" else self.block.feed_forward(self.block.ffn_norm(x))
+            except Reached as reached:
+                found = reached.args[0]
+            yield slice(begin, begin + len(x)), found
 
-    def feed_forward() -> Tensor:
-        return x + block.feed_forward(block.ffn_norm(x))
-    for begin in range(0, B, rows):
-        x = hidden[begin:begin + rows]
-        input_pos = pos.expand(len(x), S)
-        cos, sin = model.rope(input_pos)
-        logn = model.logn_scale(input_pos) if model.args.logn else None
-        block.attention.kv_cache = KVCache(len(x), model.args.n_local_heads, S, model.args.head_dim, x.dtype, x.device)
-        yield slice(begin, begin + len(x)), attention if half == "attention" else feed_forward
-    block.attention.kv_cache = None
+    def attention(self, x: Tensor) -> None:
+        B, S, _ = x.shape
+        args, input_pos = self.model.args, torch.arange(S, device=x.device).expand(B, S)
+        self.block.attention.kv_cache = KVCache(B, args.n_local_heads, S, args.head_dim, x.dtype, x.device)
+        logn = self.model.logn_scale(input_pos) if args.logn else None
+        self.block.attention(self.block.attention_norm(x), *self.model.rope(input_pos), logn, input_pos)
 
 
-def hessian_of(block: TransformerBlock, half: str, part: str, model: Transformer, hidden: Tensor) -> Tensor:
-    """Sum of x x^T over the inputs x of one of the linears of a block's half, fp32 [K, K]."""
-    linear = block.get_submodule(f"{half}.{part}")
-    hessian = torch.zeros(linear.in_features, linear.in_features, device=hidden.device)
-
-    def collect(module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
-        add_to_hessian(hessian, inputs[0])
-        raise Reached
-    with linear.register_forward_pre_hook(collect):
-        for _, forward in run_half(block, half, model, hidden):
-            with contextlib.suppress(Reached):
-                forward()
-    return hessian
+def hessian_of(batches: Iterable[Tensor], K: int, device: torch.device | str = "cpu") -> Tensor:
+    """Sum of x x^T over all the inputs x in batches [..., K], fp32 [K, K]."""
+    hessian = torch.zeros(K, K, device=device)
+    bounds = [K * i // 4 for i in range(5)]      # as it is symmetric, most of what is below the diagonal need not be computed
+    for x in batches:
+        x = x.flatten(0, -2).float()
+        for begin, end in itertools.pairwise(bounds):
+            hessian[begin:end, begin:].addmm_(x[:, begin:end].t(), x[:, begin:])
+    return hessian.triu_().add_(hessian.triu(1).t())
 
 
 def energy(weight: Tensor, hessian: Tensor) -> float:
@@ -176,9 +192,9 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
                     options: Options = Options(), device: torch.device | str = "cpu",
                     measure: bool = False, progress: bool = True) -> Iterator[tuple[str, dict[str, Tensor], float]]:
     """Yields (name, buffers, RMS of the output's error over the RMS of the output if to be measured) of each target in the layers of a model on the
-    meta device, whose weights `load` gives layer by layer.
+    meta device, whose weights `load` gives layer by layer, in fp32 and on the device.
 
-    tokens: int64 [B, S] to calibrate with; embedding: [V, C]. Errors: UserError if activations are NaN or infinite.
+    tokens: int64 [B, S] to calibrate with; embedding: [V, C]. Errors: UserError if activations or weights are NaN or infinite.
     """
     tokens = tokens.to(device)
     model.inv_freq = rope_frequencies(model.args, tokens.size(1)).to(device)
@@ -186,23 +202,35 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
     cost = {name: target.out_features * target.in_features for name, target in targets.items()}
     with tqdm(total=sum(cost.values()), desc="Quantizing", unit="weight", unit_scale=True, disable=not progress) as bar:
         for i, block in enumerate(model.layers):
-            block.load_state_dict({key: value.to(device, torch.float32) for key, value in load(i).items()}, assign=True)
-            for half, part in ((half, part) for half, parts in LINEARS.items() for part in (*parts, "")):
-                name = f"layers.{i}.{half}.{part}"
-                if not part:
-                    for rows, forward in run_half(block, half, model, hidden):
-                        hidden[rows] = forward()
-                elif name in targets:
-                    hessian = hessian_of(block, half, part, model, hidden)
-                    if not hessian.isfinite().all():
-                        raise UserError(f"{name}: NaN or infinity among its inputs from the calibration text: a damaged checkpoint cannot be quantized")
-                    linear = block.get_submodule(f"{half}.{part}")
-                    buffers, quantized = quantize_matrix(linear.weight, hessian, targets[name], options, name)
-                    error = math.sqrt(energy(quantized - linear.weight, hessian) / max(energy(linear.weight, hessian), 1e-30)) if measure else 0.0
-                    linear.weight = torch.nn.Parameter(quantized, requires_grad=False)
+            block.load_state_dict(load(i), assign=True)
+            for half, part in ((half, part) for half, parts in LINEARS.items() for part in parts):
+                name, linear = f"layers.{i}.{half}.{part}", block.get_submodule(f"{half}.{part}")
+                inputs, ends_half = Inputs(model, block, half, linear, hidden), part == LINEARS[half][-1]
+                if ends_half and tokens.numel() * linear.in_features * hidden.itemsize <= KEPT_BYTES:
+                    inputs = list(inputs)        # which are needed twice
+                if name in targets:
+                    buffers, error = quantize_linear(linear, inputs, targets[name], options, name, measure)
                     yield name, {key: value.cpu() for key, value in buffers.items()}, error
                     bar.update(cost[name])
+                if ends_half:
+                    for rows, x in inputs:
+                        hidden[rows] += linear(x)
             block.to("meta")
+            block.attention.kv_cache = None
+
+
+def quantize_linear(linear: Linear, inputs: Iterable[tuple[slice, Tensor]], target: Target, options: Options, name: str,
+                    measure: bool) -> tuple[dict[str, Tensor], float]:
+    """Gives a linear the weight that its target can store. The target's buffers, and the error if to be measured."""
+    weight = linear.weight
+    if not weight.isfinite().all():
+        raise UserError(f"{name}.weight holds NaN or infinity: a damaged checkpoint cannot be quantized")
+    hessian = hessian_of((x for _, x in inputs), linear.in_features, weight.device)
+    if not hessian.isfinite().all():
+        raise UserError(f"{name}: NaN or infinity among its inputs from the calibration text: a damaged checkpoint cannot be quantized")
+    buffers, quantized = quantize_matrix(weight, hessian, target, options, name)
+    linear.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    return buffers, math.sqrt(energy(quantized - weight, hessian) / max(energy(weight, hessian), 1e-30)) if measure else 0.0
 
 
 # ---- calibration text

@@ -293,7 +293,7 @@ class Packing:
         if method == "gptq":
             refuse_unless("checkpoint_format", form, "gptq", "gptq_v2")
         else:
-            refuse_unless("version", str(get("version", "gemm")).lower(), "gemm")
+            refuse_unless("version", str(get("version") or get("checkpoint_format") or get("format") or "gemm").lower(), "gemm")
         refuse_unless("bits", bits, *((4, 8) if method == "gptq" else (4,)))
         refuse_unless("group_size", groupsize, -1, 32, 64, 128, 256)
         refuse_unless("lm_head", bool(get("lm_head")), False)

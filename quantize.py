@@ -559,7 +559,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lm_head", default="int8", help=f"format of the output head: {', '.join(LM_HEADS)} (as it is); default %(default)s")
     parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="linears that stay as they are, e.g. 'layers.0.*'; repeatable")
     parser.add_argument("--device", default="cpu", help="where to compute")
-    parser.add_argument("--report", action="store_true", help="print each linear's error (RMS of the error / RMS of the weights; with GPTQ, of the outputs) and size")
+    parser.add_argument("--report", action="store_true",
+                        help="print each linear's error (RMS of the error / RMS of the weights; with GPTQ, of the outputs) and size")
     gptq = parser.add_argument_group("GPTQ: what to calibrate with (the demo has a default), and how")
     gptq.add_argument("--calibration_tasks", nargs="+", default=[], metavar="TASK", help="documents of lm-eval's tasks, e.g. wikitext")
     gptq.add_argument("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")
@@ -578,7 +579,7 @@ def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
     for flag, least in (("calibration_limit", 1), ("blocksize", 1), ("percdamp", 0)):
         if not getattr(args, flag) >= least:
             raise UserError(f"--{flag} {getattr(args, flag)} must be {least} or more")
-    seq_length = args.calibration_seq_length or min(model_args.max_position, 2048)
+    seq_length = min(model_args.max_position, 2048) if args.calibration_seq_length is None else args.calibration_seq_length
     if not 1 <= seq_length <= model_args.max_position:
         raise UserError(f"--calibration_seq_length {seq_length} must be at least 1 and at most the context of {model_args.max_position} positions")
     if args.calibration_tasks and args.calibration_file:
@@ -611,6 +612,8 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if args.mode in MODES and (args.calibration_tasks or args.calibration_file):
+        raise UserError(f"--mode {args.mode} rounds without a calibration text: --mode {args.mode}-gptq takes one")
     calibration = read_calibration(args, path) if args.mode in GPTQ_MODES else None
     target = quantize_checkpoint(path, args.mode, args.groupsize, args.lm_head, tuple(args.skip), device, args.report, calibration=calibration)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB ({path.name}: {path.stat().st_size / 1e6:.1f} MB)")

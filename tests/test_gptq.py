@@ -1,18 +1,26 @@
 """GPTQ against the algorithm's plain definition, on tiny checkpoints and on the demo; and published GPTQ and AWQ checkpoints."""
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from conftest import ROOT
+from test_quantize import dequantized
+from test_tp import start_ranks, text_of
 
 import cli
+import generate
 import GPTQ
+import harness
 import quantize
+from convert import Packing, convert
 from eval import compare
+from eval import main as eval_main
 from generate import load_model
-from quantize import Calibration, Int4Linear, Int8Linear, quantize_checkpoint
+from quantize import Calibration, Int4Linear, Int8Linear, SourceLinear, quantize_checkpoint
 
 HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
 DEMO = ROOT / "checkpoints" / "demo"
@@ -30,11 +38,11 @@ def plain_gptq(w, hessian, linear, percdamp, act_order):
         groups = [sorted(group, key=lambda i: -diagonal[i].item()) for group in groups]
         groups.sort(key=lambda group: -sum(diagonal[i].item() for i in group) / len(group))
     order = sum(groups, [])
-    H = hessian.double() + torch.diag((diagonal == 0).double())
-    H += percdamp * H.diagonal().mean() * torch.eye(K)
+    mean = diagonal[diagonal != 0].double().mean()
+    H = hessian.double() + torch.diag((diagonal == 0) * mean) + percdamp * mean * torch.eye(K)
     w, H = w.double()[:, order], H[order][:, order]
     left = [torch.linalg.inv(H[j:, j:]) for j in range(K)]
-    q, found = torch.empty_like(w), {}
+    q = torch.empty_like(w)
     starts = {sum(map(len, groups[:i])): len(group) for i, group in enumerate(groups)}
     for j in range(K):
         if j in starts:
@@ -62,11 +70,10 @@ def inputs_of(K, tokens=400):
     ("int4", 8, 128, 32, 128), ("int4", 8, 128, 32, 1), ("int4", 5, 90, 32, 40), ("int4", 4, 300, 256, 128), ("int4", 4, 200, 64, 128),
     ("int8", 8, 96, 0, 32)])
 def test_same_integers_as_the_definition(kind, N, K, G, blocksize, act_order):
-    torch.manual_seed(K + N)
+    torch.manual_seed(K + N + 1)
     w, x = torch.randn(N, K), inputs_of(K)
     x[:, 7] = 0                                                  # a dead column
-    hessian = torch.zeros(K, K)
-    GPTQ.add_to_hessian(hessian, x)
+    hessian = GPTQ.hessian_of(x.split(150), K)
     assert torch.allclose(hessian.double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-2)
     linear = Int8Linear(K, N) if kind == "int8" else Int4Linear(K, N, groupsize=G)
     buffers, quantized = GPTQ.quantize_matrix(w, hessian, linear, GPTQ.Options(0.01, blocksize, act_order))
@@ -77,6 +84,19 @@ def test_same_integers_as_the_definition(kind, N, K, G, blocksize, act_order):
     nearest = linear.dequantize(**linear.quantize(w))
     assert ((quantized - w) @ x.T).norm() < 0.9 * ((nearest - w) @ x.T).norm()
     assert (quantized - w)[:, 7].norm() < 0.3 * w[:, 7].norm()        # rounded, not forgotten
+
+
+def test_the_scale_of_the_activations_does_not_matter():
+    """Not even beside a dead column, or where all are dead: then all is rounded."""
+    torch.manual_seed(0)
+    w, x = torch.randn(8, 64), inputs_of(64)
+    x[:, 5] = 0
+    linear = Int4Linear(64, 8, groupsize=32)
+    one, other, dead = (GPTQ.quantize_matrix(w, GPTQ.hessian_of([x], 64) * scale, linear)[0] for scale in (1, 2.0 ** -40, 0))
+    nearest = linear.quantize(w)
+    for key in one:
+        assert torch.equal(one[key], other[key])
+        assert torch.equal(dead[key], nearest[key])
 
 
 def test_damping_is_raised_and_said(capsys):
@@ -90,6 +110,16 @@ def test_damping_is_raised_and_said(capsys):
     err = capsys.readouterr().err
     assert "layers.0.attention.wo: the Hessian is not positive definite; damping raised to 0.0" in err
     assert U.isfinite().all() and torch.equal(U, U.triu())
+
+
+def test_inverse_factor_of_more_columns_than_are_found_together():
+    K = GPTQ.COLUMNS + 100
+    torch.manual_seed(0)
+    hessian = GPTQ.hessian_of([torch.randn(2 * K, K)], K)
+    U = GPTQ.inverse_factor(hessian, 0.01).double()
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(K)
+    assert torch.equal(U, U.triu())
+    assert (U.T @ U @ damped - torch.eye(K)).abs().max() < 1e-5
 
 
 # ---- files
@@ -159,6 +189,33 @@ def test_each_linear_sees_what_the_quantized_ones_before_it_produce(folders, mon
         assert (given[name] - found[name]).norm() < 1e-3 * found[name].norm(), name
 
 
+@pytest.mark.parametrize("skip", [(), ("layers.1.*", "*.wo")])
+def test_inputs_kept_or_computed_again(folders, monkeypatch, skip):
+    """The same file either way. Of the layers, one at a time is in memory, and nothing is left of it afterwards."""
+    path, files, alive = folders("qwen3") / "model.pth", [], []
+    through = GPTQ.quantize_linear
+
+    def watch(linear, inputs, target, options, name, measure):
+        alive.append(int(name.split(".")[1]))
+        assert [i for i, block in enumerate(models[-1].layers) if any(not p.is_meta for p in block.parameters())] == [alive[-1]]
+        return through(linear, inputs, target, options, name, measure)
+
+    def layers(model, *args):
+        models.append(model)
+        return whole(model, *args)
+    whole, models = GPTQ.quantize_layers, []
+    monkeypatch.setattr(GPTQ, "quantize_layers", layers)
+    monkeypatch.setattr(GPTQ, "quantize_linear", watch)
+    monkeypatch.setattr(GPTQ, "BATCH_TOKENS", 5 * TOKENS.size(1))          # the last batch is a smaller one
+    for kept in (1 << 30, 0):
+        monkeypatch.setattr(GPTQ, "KEPT_BYTES", kept)
+        file = quantize_checkpoint(path, "int4-gptq", 32, skip=skip, progress=False, calibration=Calibration(TOKENS))
+        files.append(torch.load(file, weights_only=True)["state_dict"])
+        assert all(t.is_meta for t in [*models[-1].layers.parameters(), *models[-1].layers.buffers()])
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert alive == sorted(alive[:len(alive) // 2]) * 2 and len(alive) == 2 * (6 if skip else 12)
+
+
 def test_int8(folders):
     path = folders("qwen2") / "model.pth"
     file = quantize_checkpoint(path, "int8-gptq", progress=False, calibration=Calibration(TOKENS))
@@ -194,16 +251,29 @@ def test_refusals(folders, tmp_path, capsys):
         "--calibration_file", text, "--calibration_seq_length", 64, "--calibration_limit", 1)
     (tmp_path / "short.txt").write_text("short")
     assert "too little to calibrate with: 0 sequences" in refused("--calibration_file", tmp_path / "short.txt")
+    (tmp_path / "empty.txt").write_text("")
+    assert "too little to calibrate with: 0 sequences" in refused("--calibration_file", tmp_path / "empty.txt")
+    assert "--calibration_seq_length 0 must be at least 1" in refused("--calibration_file", text, "--calibration_seq_length", 0)
+    assert "--calibration_limit 0 must be 1 or more" in refused("--calibration_file", text, "--calibration_limit", 0)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe" * 1000)
+    assert f"--calibration_file {tmp_path / 'binary.txt'}: " in refused("--calibration_file", tmp_path / "binary.txt")
+    assert f"--calibration_file {tmp_path}: " in refused("--calibration_file", tmp_path)
+    assert "--mode int4-gptq takes one" in refused("--mode", "int4", "--calibration_file", text)
     assert "No such file" in refused("--calibration_file", tmp_path / "none.txt")
     assert "--calibration_tasks no_such_task: no such task" in refused("--calibration_tasks", "no_such_task")
     assert "exclude each other" in refused("--calibration_tasks", "x", "--calibration_file", text)
     assert "--percdamp -1.0 must be 0 or more" in refused("--calibration_file", text, "--percdamp", -1)
     assert "--blocksize 0 must be 1 or more" in refused("--calibration_file", text, "--blocksize", 0)
     assert "--mode 'int3-gptq' is not supported (supported: int8, int4, int8-gptq, int4-gptq)" in refused("--mode", "int3-gptq")
-    checkpoint = torch.load(folder / "model.pth", weights_only=True)
-    checkpoint["state_dict"]["layers.1.attention_norm.weight"][3] = float("nan")
-    torch.save(checkpoint, folder / "model.pth")
-    assert "layers.1.attention.wqkv: NaN or infinity among its inputs" in refused("--calibration_file", text)
+    whole = (folder / "model.pth").read_bytes()
+    for damaged, message in (("layers.1.attention_norm.weight", "layers.1.attention.wqkv: NaN or infinity among its inputs"),
+                             ("layers.2.feed_forward.w2.weight", "layers.2.feed_forward.w2.weight holds NaN or infinity"),
+                             ("output.weight", "output.weight holds NaN or infinity")):
+        checkpoint = torch.load(folder / "model.pth", weights_only=True)
+        checkpoint["state_dict"][damaged].view(-1)[3] = float("nan")
+        torch.save(checkpoint, folder / "model.pth")
+        assert message in refused("--calibration_file", text)
+        (folder / "model.pth").write_bytes(whole)
 
 
 def test_a_task_whose_data_cannot_be_had(folders, tmp_path, capsys):
@@ -231,7 +301,28 @@ def test_command_with_a_text(folders, tmp_path, capsys):
                    "--calibration_limit", "8", "--calibration_seq_length", "100", "--act_order", "--report"])
     out, err = capsys.readouterr()
     assert "calibrating with 8 sequences of 100 tokens" in err and "model_int4-gptq.g64.pth" in out
+    assert re.search(r"Quantizing: +\d+%.*\[\d\d:\d\d<(\d\d:\d\d|\?)", err)          # the time left
     load_model(folder / "model_int4-gptq.g64.pth")
+
+
+@pytest.mark.slow
+def test_the_file_runs_through_the_commands(folders, tmp_path, capsys):
+    """generate.py prints over two processes what one prints; eval.py's tasks score as the weights that the file stands for do in a plain model."""
+    file = quantize_checkpoint(folders("qwen3") / "model.pth", "int4-gptq", 32, progress=False, calibration=Calibration(TOKENS))
+    request = ["--checkpoint_path", str(file), "--device", "cpu", "--dtype", "fp32"]
+    prompt = [*request, "--prompt", "hello", "--num_samples", "1", "--max_new_tokens", "24", "--temperature", "0", "--activations", "bf16"]
+    generate.main(prompt)
+    alone = text_of(capsys.readouterr().out)
+    ranks = start_ranks(2, ROOT / "generate.py", *prompt)
+    (out, err), _ = [rank.communicate(timeout=200) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], err
+    assert text_of(out) == alone and len(alone) > 5
+    tasks = ["heldout_choice", "heldout_rolling"]
+    eval_main([*request, "--tasks", *tasks, "--include_path", str(TASKS), "--limit", "3", "--output_path", str(tmp_path)])
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
+    expected = harness.evaluate(harness.QwenFast(dequantized(file), load_model(file)[1]), tasks, TASKS, limit=3)["results"]
+    for task, metric in (("heldout_choice", "acc"), ("heldout_rolling", "bits_per_byte")):
+        assert found[task][f"{metric},none"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-4)
 
 
 # ---- quality on the demo
@@ -294,7 +385,7 @@ def publish(folder, method="gptq", bits=4, groupsize=32, sym=True, desc_act=Fals
     tensors, meant = tiny.load_file(folder / "model.safetensors"), {}
     torch.manual_seed(1)
     orders = {}
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+    for name in [name for name in tensors if tensors[name].ndim == 2 and re.search(r"\.(layers|h)\.", name)]:
         module, w = name.removesuffix(".weight"), tensors.pop(name)
         N, K = w.shape
         G = K if groupsize == -1 else groupsize
@@ -382,7 +473,6 @@ def test_published_checkpoints_keep_their_weights(reference, tmp_path, variant):
 
 
 def test_what_is_not_supported_is_refused_by_name(reference, tmp_path, capsys):
-    from convert import convert
     for number, (options, reason) in enumerate([
             (dict(bits=3), "bits 3 is not supported"), (dict(checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported"),
             (dict(is_marlin_format=True), "checkpoint_format 'marlin' is not supported"), (dict(group_size=48), "group_size 48 is not supported"),
@@ -401,7 +491,6 @@ def test_what_is_not_supported_is_refused_by_name(reference, tmp_path, capsys):
 
 
 def test_damaged_published_checkpoints_are_refused(reference, tmp_path):
-    from convert import convert
     folder = tiny.save(reference, tmp_path)
     publish(folder, desc_act=True)
     whole = tiny.load_file(folder / "model.safetensors")
@@ -422,3 +511,71 @@ def test_damaged_published_checkpoints_are_refused(reference, tmp_path):
     plain = {f"{q}.{key}": None for key in ("qweight", "qzeros", "scales", "g_idx")}
     refused("parts of layers.0.attention.wqkv.weight are quantized and others are not", **plain, **{f"{q}.weight": torch.zeros(128, 128)})
     refused("unexpected: .*o_proj.bias", **{"model.layers.0.self_attn.o_proj.bias": torch.ones(128)})
+
+
+def test_qwen_v1_files(tmp_path):
+    """Qwen-7B-Chat-Int4 and its like: its own names, query, key and value in one linear."""
+    folder = tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4, hidden_size=128, intermediate_size=256), tmp_path)
+    meant = publish(folder, groupsize=128, biases=True)
+    load_model(folder)
+    weights = dequantized(folder / "model.pth").state_dict()
+    assert len(meant) == 15
+    for layer in range(3):
+        parts = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+        qkv, wo, up, gate, down = (meant[f"transformer.h.{layer}.{part}"][1] for part in parts)
+        for name, weight in (("attention.wqkv", qkv), ("attention.wo", wo), ("feed_forward.w13", torch.cat((gate, up))), ("feed_forward.w2", down)):
+            assert torch.equal(weights[f"layers.{layer}.{name}.weight"], weight)
+
+
+def test_published_checkpoints_are_not_split(reference, tmp_path):
+    folder = tiny.save(reference, tmp_path)
+    publish(folder)
+    convert(folder, progress=False)
+    ranks = start_ranks(2, ROOT / "generate.py", "--checkpoint_path", folder, "--device", "cpu")
+    said = "".join(rank.communicate(timeout=100)[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [2, 2] and said.count("GPTQ and AWQ checkpoints are not split over processes yet") == 1, said
+
+
+# ---- against gptqmodel, where it is installed
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits,groupsize,desc_act", [(4, 128, False), (4, 32, True), (4, -1, False), (8, 64, False), (8, 128, True)])
+def test_gptqmodels_gptq(bits, groupsize, desc_act, form):
+    """What gptqmodel packs, the ends of the zeros included, is what it dequantizes to, bit for bit."""
+    module, model = (pytest.importorskip(f"gptqmodel.{name}") for name in ("nn_modules.qlinear.torch", "utils.model"))
+    torch.manual_seed(bits)
+    N, K = 64, 256
+    G, most = K if groupsize == -1 else groupsize, 2 ** bits - 1
+    g_idx = (torch.arange(K) // G)[torch.randperm(K) if desc_act else torch.arange(K)].int()
+    scales, zeros = torch.rand(N, K // G).mul(0.1).add(0.01).half().float(), torch.randint(most + 1, (N, K // G)).float()
+    zeros[0, 0], zeros[1, 0], zeros[8, -1] = 0, most, 0
+    source, theirs = torch.nn.Linear(K, N, bias=False), module.TorchLinear(bits, groupsize, False, desc_act, K, N).eval()
+    source.weight.data = torch.randint(most + 1, (N, K)).sub(zeros[:, g_idx.long()]) * scales[:, g_idx.long()]
+    theirs.pack_original(source, scales, zeros, g_idx)
+    expected = theirs.dequantize_weight().T
+    if form == "gptq":
+        model.convert_gptq_v2_to_v1_format_module(theirs, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
+    packing = Packing.from_hf({"quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": groupsize, "checkpoint_format": form}})
+    buffers = packing.decode("linear", theirs.qweight, theirs.qzeros, theirs.scales, theirs.g_idx)
+    ours = SourceLinear(K, N, groupsize=packing.stored_groupsize, bits=bits)
+    ours.order = buffers.get("order")
+    weight = ours.dequantize(torch.float16, **buffers)
+    assert expected.dtype == torch.float16 and torch.equal(weight, expected) and (weight - source.weight).abs().max() < 1e-2
+    assert desc_act == ("order" in buffers)
+
+
+@pytest.mark.parametrize("groupsize", [32, 128])
+def test_gptqmodels_awq(groupsize):
+    module, utils = (pytest.importorskip(f"gptqmodel.{name}") for name in ("nn_modules.qlinear.torch_awq", "quantization.awq.utils.packing_utils"))
+    torch.manual_seed(groupsize)
+    N, K = 64, 256
+    scales, zeros = torch.rand(N, K // groupsize).mul(0.1).add(0.01).half(), torch.randint(16, (N, K // groupsize))
+    groups = torch.arange(K) // groupsize
+    source, theirs = torch.nn.Linear(K, N, bias=False), module.AwqTorchLinear(4, groupsize, False, False, K, N)
+    source.weight.data = torch.randint(16, (N, K)).sub(zeros[:, groups]) * scales.float()[:, groups]
+    theirs.pack(source, scales.float(), zeros.float())
+    expected = utils.dequantize_gemm(theirs.qweight, theirs.qzeros, theirs.scales, 4, groupsize).T
+    packing = Packing.from_hf({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": groupsize, "version": "gemm"}})
+    buffers = packing.decode("linear", theirs.qweight, theirs.qzeros, theirs.scales)
+    weight = SourceLinear(K, N, groupsize=groupsize).dequantize(torch.float16, **buffers)
+    assert expected.dtype == torch.float16 and torch.equal(weight, expected) and (weight - source.weight).abs().max() < 1e-2
