@@ -28,10 +28,10 @@ from convert import read_json
 from loading import parse_device
 from model import PUBLISHED, ModelArgs
 
-WORKER = Path(__file__).resolve().with_name("benchmark_worker.py")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("transformers",)}
 OURS = "qwen-fast"
+PEERS = ("llama.cpp", "transformers", "plain")
 
 
 # What one token costs
@@ -147,7 +147,7 @@ def bits(row: dict) -> str:
 
 
 def main_table(rows: list[dict]) -> str:
-    peers = [p for p in ("llama.cpp", "transformers", "plain") if rows_of(rows, p, "none") or rows_of(rows, p, "int8") or rows_of(rows, p, "int4")]
+    peers = [p for p in PEERS if rows_of(rows, p, "none") or rows_of(rows, p, "int8") or rows_of(rows, p, "int4")]
     header = ["program", "quant", "decode tok/s", "ms", "p90 ms", "of limit", *[f"x {p}" for p in peers], "prefill tok/s", "TTFT ms",
               *[f"prefill x {p}" for p in peers], "peak GB", "load s", "compile cold / warm s"]
     lines = []
@@ -239,7 +239,8 @@ def work(job: dict, caches: str) -> dict:
     # A compiled configuration keeps its own compile cache: empty in the first round, filled in the later ones.
     folder = f"{caches}/{job['program']}-{job['quantization']}-{job['compile']}"
     env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=f"{folder}/triton", OMP_NUM_THREADS=str(job["threads"]))
-    done = subprocess.run([sys.executable, str(WORKER), json.dumps(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    worker = Path(__file__).resolve().with_name("benchmark_peers.py" if job["program"] in PEERS else "benchmark_worker.py")
+    done = subprocess.run([sys.executable, str(worker), json.dumps(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         print(done.stderr[-4000:], file=sys.stderr)

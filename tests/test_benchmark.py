@@ -1,25 +1,19 @@
 """The benchmark's arithmetic against figures worked out by hand, its tables, and what it does about programs that are not there."""
-import importlib.util
 import json
-from pathlib import Path
+import sys
 
 import pytest
+from conftest import ROOT
 
 import quantize
 from cli import UserError
 from model import PUBLISHED, ModelArgs
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(ROOT / "scripts"))
 
+import benchmark
+import benchmark_peers
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark, worker = load("benchmark"), load("benchmark_worker")
 QWEN3, LLAMA2 = ModelArgs.from_name("Qwen3-0.6B"), ModelArgs.from_name("Llama-2-7B")
 
 
@@ -76,7 +70,7 @@ def test_every_format_holds_the_same_number_of_weights(name):
             quantized = Transformer(args).to(torch.bfloat16)
         quantize.replace_linears(quantized, quantize.Quantization(mode, 64, head))
         assert bytes_read_per_token(quantized) == benchmark.bytes_per_token(args, mode, groupsize=64, lm_head=head) - slot
-    sizes = {key: torch.Size(shape).numel() for key, shape in worker.gguf_tensors(args).items()}
+    sizes = {key: torch.Size(shape).numel() for key, shape in benchmark_peers.gguf_tensors(args).items()}
     embedding = 0 if args.tie_word_embeddings else sizes["token_embd.weight"]
     assert 2 * (sum(sizes.values()) - embedding) == benchmark.bytes_per_token(args) - slot
 
