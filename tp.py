@@ -300,12 +300,16 @@ class Ranks:
             if digest != values[0][1]:
                 raise Agreed(f"the ranks have different checkpoints: rank 0 {values[0][0]}, rank {rank} {its}")
 
-    def last_words(self, message: str, status: int) -> None:
-        """Ends this process at once. The message is printed by the first rank that has one."""
+    def last_words(self, message: str, status: int, everyone: bool = False) -> None:
+        """Ends this process at once. The message is printed by the first rank that has one; by rank 0, if everyone has the same."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun's, on the same occasion: it must not cut the message off,
+        sys.stderr = sys.__stderr__                          # nor must it be lost on a rank that was silent so far
         try:
+            if everyone and not self.first:                  # torchrun stops all ranks at the end of the first: let it be told by then
+                self.store.wait(["last words"], datetime.timedelta(seconds=20))
             unsaid = self.store.add("last words", 1) == 1
         except RuntimeError:                                 # the store is gone with the process that held it
-            unsaid = True
+            unsaid = not everyone
         if unsaid:
             fail(message)
         sys.__stdout__.flush()
@@ -317,12 +321,12 @@ def init_dist(timeout: float = 300.0) -> Ranks | None:
 
     timeout: seconds without an answer from a rank in the midst of computing after which the others give up. Errors: UserError.
     """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
     try:
         rank, world, local_rank, local_world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    except KeyError:
-        return None
-    if world == 1:
-        return None
+    except (KeyError, ValueError) as error:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all that torchrun sets is in the environment: {error}") from None
     limit = datetime.timedelta(seconds=timeout)
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
@@ -353,13 +357,8 @@ def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
         with ranks.together():
             yield ranks
     except Agreed as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.stdout, sys.stderr = streams
-        if ranks.first:
-            ranks.last_words(str(error), 2)
-        os._exit(2)
+        ranks.last_words(str(error), 2, everyone=True)
     except RuntimeError as error:
-        sys.stdout, sys.stderr = streams
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         ranks.last_words(f"rank {ranks.rank} lost touch with another rank, which died or did not answer for {timeout:.0f} s ({one_line(error)})", 1)

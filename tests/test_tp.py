@@ -384,6 +384,39 @@ def test_a_rank_that_hangs_is_given_up():
     assert err.startswith("error: rank 0 lost touch with another rank, which died or did not answer for 3 s") and err.count("\n") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
+def test_a_silent_rank_that_is_stopped_says_so():
+    """torchrun's signal may reach the survivors before they miss the one that died."""
+    first, second = start_ranks(2, __file__, "hang")
+    assert first.stdout.readline() == "computing\n"
+    second.terminate()
+    told = [rank.communicate(timeout=60)[1] for rank in (second, first)]
+    assert told == ["error: torchrun stopped rank 1: another rank failed, or it was interrupted\n", ""]
+    assert (first.returncode, second.returncode) == (1, 1)
+
+
+def test_a_signal_does_not_cut_the_last_words_off():
+    """The signal comes when the rank has made itself the one to speak."""
+    done = subprocess.run([sys.executable, __file__, "interrupted"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: rank 1 lost touch\n")
+
+
+def speak_when_stopped() -> None:
+    class Store:
+        said = 0
+
+        def add(self, key: str, amount: int) -> int:
+            self.said += amount
+            said = self.said
+            os.kill(os.getpid(), signal.SIGTERM)
+            return said
+    ranks = tp.Ranks(1, 2, 1, 2, 0, "", Store(), None)
+    sys.stderr = open(os.devnull, "w")
+    signal.signal(signal.SIGTERM, lambda *_: ranks.last_words("stopped", 1))
+    ranks.last_words("rank 1 lost touch", 1)
+
+
 def compute_forever() -> None:
     with tp.joined(timeout=3) as ranks:
         for step in range(10**9):
@@ -397,4 +430,5 @@ def environ_of(pid: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    compute_forever() if sys.argv[1] == "hang" else worker(Path(sys.argv[1]))
+    modes = {"hang": compute_forever, "interrupted": speak_when_stopped}
+    modes[sys.argv[1]]() if sys.argv[1] in modes else worker(Path(sys.argv[1]))
