@@ -28,6 +28,7 @@ from model import ModelArgs, Transformer
 from quantize import Int4Linear, Quantization, replace_linears
 
 ROWS, COLUMNS = 0, 1
+READ_MEANWHILE = {"cpu": 4e6, "cuda": 40e6}      # bytes that a rank reads from its memory in the time of one collective: 0.1 ms at 40 GB/s, 15 us at 2.7 TB/s
 # Module -> the dimension of its weight that is split, and what that dimension counts. Everything else, the norms, is whole on every rank.
 SPLIT = {
     "tok_embeddings": (ROWS, "vocab"),
@@ -89,22 +90,26 @@ def plan(args: ModelArgs, rank: int, world: int, quantization: Quantization | No
     groupsize = quantization.groupsize if quantization and quantization.mode == "int4" else 0
     ffn, vocab = share_of(args.intermediate_size, rank, world, groupsize or 16), share_of(args.vocab_size, rank, world)
     local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads), intermediate_size=sum(n for _, n in ffn), vocab_size=sum(n for _, n in vocab))
-
-    def rows_of(heads: list[int | None], offset: int) -> list[Run]:
-        return [(None if h is None else (offset + h) * args.head_dim, args.head_dim) for h in heads]
     runs = {
         "vocab": vocab,
-        "qkv": rows_of(q_heads, 0) + rows_of(kv_heads, args.n_head) + rows_of(kv_heads, args.n_head + args.n_local_heads),
-        "heads": rows_of(q_heads, 0),
+        "qkv": [run for heads, offset in ((q_heads, 0), (kv_heads, args.n_head), (kv_heads, args.n_head + args.n_local_heads))
+                for run in head_runs(heads, args.head_dim, offset)],
+        "heads": head_runs(q_heads, args.head_dim),
         "gate_up": ffn + [(first if first is None else first + args.intermediate_size, count) for first, count in ffn],
         "ffn": ffn,
     }
     runs = {name: joined_runs(r) for name, r in runs.items()}
-    wo_groupsize = math.gcd(groupsize, *(n for run in runs["heads"] for n in run if n))
-    if groupsize and wo_groupsize % 32:
+    wo_groupsize = groupsize and uncut_groupsize(args, rank, world, groupsize)
+    if wo_groupsize % 32:
+        work = [n for n in range(1, args.n_head + 1) if not any(uncut_groupsize(args, r, n, groupsize) % 32 for r in range(n))]
         raise UserError(f"--nproc_per_node: attention heads of {args.head_dim} on {world} ranks would cut int4 groups of {groupsize} into groups of "
-                        f"{wo_groupsize}, and 32 is the least")
+                        f"{wo_groupsize}, and 32 is the least (these numbers of ranks work: {', '.join(map(str, work))})")
     return Plan(args, local, rank, runs, quantization, wo_groupsize)
+
+
+def worth_splitting(nbytes: int, n_layer: int, world: int, device: torch.device) -> bool:
+    """Whether ranks decode faster with a share of nbytes of weights each than with all of them and no collectives."""
+    return nbytes * (1 - 1 / world) > (2 * n_layer + 2) * READ_MEANWHILE[device.type]
 
 
 def share_of(size: int, rank: int, world: int, unit: int = 16) -> list[Run]:
@@ -136,6 +141,16 @@ def heads_of(n_head: int, n_local_heads: int, rank: int, world: int) -> tuple[li
         kv_heads.append(kv if real else None)
         q_heads += [kv * queries + i if real and i < queries else None for i in range(begin, begin + width)]
     return q_heads, kv_heads
+
+
+def uncut_groupsize(args: ModelArgs, rank: int, world: int, groupsize: int) -> int:
+    """The largest part of wo's int4 groups that no border between the rank's heads and others cuts."""
+    runs = head_runs(heads_of(args.n_head, args.n_local_heads, rank, world)[0], args.head_dim)
+    return math.gcd(groupsize, *(n for run in runs for n in run if n))
+
+
+def head_runs(heads: list[int | None], head_dim: int, offset: int = 0) -> list[Run]:
+    return joined_runs([(None if h is None else (offset + h) * head_dim, head_dim) for h in heads])
 
 
 def in_units(runs: list[Run], unit: int) -> list[Run]:
@@ -174,6 +189,11 @@ class AllReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return all_reduce(x, self.group)
+
+
+def of_first(x: Tensor, group: str) -> Tensor:
+    """Rank 0's x, of the same shape everywhere."""
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.broadcast(x.contiguous(), 0, group))
 
 
 class GatherVocab(nn.Module):
@@ -300,20 +320,36 @@ class Ranks:
             if digest != values[0][1]:
                 raise Agreed(f"the ranks have different checkpoints: rank 0 {values[0][0]}, rank {rank} {its}")
 
-    def last_words(self, message: str, status: int, everyone: bool = False) -> None:
-        """Ends this process at once. The message is printed by the first rank that has one; by rank 0, if everyone has the same."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun's, on the same occasion: it must not cut the message off,
-        sys.stderr = sys.__stderr__                          # nor must it be lost on a rank that was silent so far
+    def last_words(self, message: str, status: int) -> None:
+        """Ends this process at once. The message is printed by the first rank that has one."""
+        speak_undisturbed()
         try:
-            if everyone and not self.first:                  # torchrun stops all ranks at the end of the first: let it be told by then
-                self.store.wait(["last words"], datetime.timedelta(seconds=20))
             unsaid = self.store.add("last words", 1) == 1
         except RuntimeError:                                 # the store is gone with the process that held it
-            unsaid = not everyone
+            unsaid = True
         if unsaid:
             fail(message)
-        sys.__stdout__.flush()
-        os._exit(status)                                     # leaving in order would wait for ranks that are no more
+        leave(status)
+
+    def end_together(self, message: str) -> None:
+        """Ends all ranks, which have the same message; rank 0 prints it."""
+        speak_undisturbed()
+        if self.first:
+            fail(message)
+        with contextlib.suppress(RuntimeError):              # torchrun stops all ranks when the first one ends: by then it has been said
+            self.gather(None)
+        leave(2)
+
+
+def speak_undisturbed() -> None:
+    """torchrun's signal, on the same occasion, must not cut the message off, nor is it to be lost on a rank that was silent so far."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stderr = sys.__stderr__
+
+
+def leave(status: int) -> None:
+    sys.__stdout__.flush()
+    os._exit(status)                                         # leaving in order would wait for ranks that are no more
 
 
 def init_dist(timeout: float = 300.0) -> Ranks | None:
@@ -357,7 +393,7 @@ def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
         with ranks.together():
             yield ranks
     except Agreed as error:
-        ranks.last_words(str(error), 2, everyone=True)
+        ranks.end_together(str(error))
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

@@ -1,4 +1,5 @@
 """Tensor parallelism: the plan on paper for every published shape; 2 and 4 processes over gloo against one process."""
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -18,6 +20,7 @@ from cli import UserError
 from generate import Generator, Sampling, command, load_model, main, parse_args
 from model import PUBLISHED, ModelArgs, Transformer
 from quantize import Quantization, quantize_checkpoint, replace_linears, set_activations
+from speculate import Speculator
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111]]
@@ -60,6 +63,37 @@ def test_every_published_shape_can_be_split(name, quantization):
             assert {key: plan.cut(key, value).shape for key, value in state.items()} == expected
 
 
+# What a rank holds on 2, 3, 4 and 8 ranks: query / KV heads by (query, KV) heads of the whole, and rows or columns of the feed-forward width and of the
+# vocabulary. With a star where some of that is padding.
+HEADS = {
+    (12, 2): "6/1 4/2 3/1 2/1*", (14, 2): "7/1 7/1* 4/1* 2/1*", (16, 2): "8/1 6/2* 4/1 2/1", (16, 8): "8/4 6/3* 4/2 2/1",
+    (16, 16): "8/8 6/6* 4/4 2/2", (20, 20): "10/10 7/7* 5/5 3/3*", (24, 8): "12/4 9/3* 6/2 3/1", (28, 4): "14/2 12/3* 7/1 4/1*",
+    (32, 8): "16/4 12/3* 8/2 4/1", (32, 32): "16/16 11/11* 8/8 4/4", (40, 8): "20/4 15/3* 10/2 5/1", (40, 40): "20/20 14/14* 10/10 5/5",
+    (64, 8): "32/4 24/3* 16/2 8/1", (64, 64): "32/32 22/22* 16/16 8/8",
+}
+SIZES = {
+    2816: "1408 944* 704 352", 3072: "1536 1024 768 384", 4864: "2432 1632* 1216 608", 5504: "2752 1840* 1376 688", 6144: "3072 2048 1536 768",
+    6912: "3456 2304 1728 864", 8192: "4096 2736* 2048 1024", 8960: "4480 2992* 2240 1120", 9728: "4864 3248* 2432 1216",
+    11008: "5504 3680* 2752 1376", 12288: "6144 4096 3072 1536", 13696: "6848 4576* 3424 1712", 13824: "6912 4608 3456 1728",
+    14336: "7168 4784* 3584 1792", 17408: "8704 5808* 4352 2176", 18944: "9472 6320* 4736 2368", 22016: "11008 7344* 5504 2752",
+    24576: "12288 8192 6144 3072", 25600: "12800 8544* 6400 3200", 27392: "13696 9136* 6848 3424", 27648: "13824 9216 6912 3456",
+    28672: "14336 9568* 7168 3584", 29568: "14784 9856 7392 3696", 32000: "16000 10672* 8000 4000", 128256: "64128 42752 32064 16032",
+    151936: "75968 50656* 37984 18992", 152064: "76032 50688 38016 19008",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_table_of_published_sizes(name):
+    args = ModelArgs.from_name(name)
+    tables = HEADS[args.n_head, args.n_local_heads], SIZES[args.intermediate_size], SIZES[args.vocab_size]
+    for world, heads, ffn, vocab in zip((2, 3, 4, 8), *(line.split() for line in tables)):
+        plans = [tp.plan(args, rank, world) for rank in range(world)]
+        local = plans[0].local
+        padded = {counts: "*" * any(first is None for plan in plans for first, _ in plan.runs[counts]) for counts in ("heads", "ffn", "vocab")}
+        assert heads == f"{local.n_head}/{local.n_local_heads}{padded['heads']}"
+        assert (ffn, vocab) == (f"{local.intermediate_size}{padded['ffn']}", f"{local.vocab_size}{padded['vocab']}")
+
+
 def test_few_heads_on_many_ranks():
     assert tp.heads_of(14, 2, 0, 2) == ([0, 1, 2, 3, 4, 5, 6], [0])
     assert [tp.heads_of(14, 2, rank, 4) for rank in range(4)] == [([0, 1, 2, 3], [0]), ([4, 5, 6, None], [0]), ([7, 8, 9, 10], [1]), ([11, 12, 13, None], [1])]
@@ -71,7 +105,7 @@ def test_numbers_of_ranks_that_cannot_work_are_refused():
     args = ModelArgs.from_name("Qwen2-0.5B")
     with pytest.raises(UserError, match="16 ranks for 14 attention heads .*1 to 14 work"):
         tp.plan(args, 0, 16)
-    with pytest.raises(UserError, match="would cut int4 groups of 128 into groups of 16"):
+    with pytest.raises(UserError, match="would cut int4 groups of 128 into groups of 16, and 32 is the least .these numbers of ranks work: 1."):
         tp.plan(tp.replace(args, head_dim=16), 0, 2, Quantization("int4", 128))
 
 
@@ -148,6 +182,23 @@ def results(path: Path, ranks: tp.Ranks | None, compiled: bool) -> dict:
     return out
 
 
+def speculation(folder: Path, ranks: tp.Ranks) -> dict[str, list]:
+    """Text with drafts of a model that is split, or that each rank holds: then slightly another one on each, as if they rounded in other ways."""
+    model, tokenizer = load_model(folder / "qwen3", "cpu", torch.float32, ranks)
+    out = {}
+    for name, meanwhile in (("split", 0), ("whole", 1e9)):
+        with mock.patch.dict(tp.READ_MEANWHILE, cpu=meanwhile):
+            draft, _ = load_model(folder / "qwen2", "cpu", torch.float32, ranks, may_replicate=True)
+        assert (draft.ranks is None) == (name == "whole")
+        if name == "whole":
+            draft.norm.weight.data += 0.5 * torch.randn(draft.norm.weight.shape, generator=torch.Generator().manual_seed(ranks.rank))
+        for k in (3, None):
+            speculator = Speculator(model, tokenizer, Generator(draft, tokenizer), k)
+            for kind, sampling in (("greedy", GREEDY), ("sampled", Sampling(1.0, 50))):
+                out[f"{kind} {name} {k}"] = list(speculator.generate(PROMPTS[0], 48, sampling, seed=5, stop_ids=frozenset()))
+    return out
+
+
 def mistakes(folder: Path, ranks: tp.Ranks) -> dict[str, str]:
     """What each mistake is called, by this rank."""
     good = ["--checkpoint_path", str(folder / "qwen3" / "model.pth"), "--device", "cpu"]
@@ -160,11 +211,12 @@ def mistakes(folder: Path, ranks: tp.Ranks) -> dict[str, str]:
         "different": ["--checkpoint_path", other if ranks.rank == 1 else good[1], "--device", "cpu"],
         "too many ranks": ["--checkpoint_path", str(folder / "one-head" / "model.pth"), "--device", "cpu"],
         "prompt on rank 1": [*good, *(["--prompt", ""] if ranks.rank == 1 else [])],
+        "devices": [*good[:2], "--device", "cuda"],
     }
-    found = {}
+    found, one_gpu = {}, mock.patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1)
     for name, argv in cases.items():
         try:
-            with ranks.together():
+            with ranks.together(), one_gpu if name == "devices" else contextlib.nullcontext():
                 command(parse_args(argv), ranks)
         except tp.Agreed as error:
             found[name] = str(error)
@@ -188,6 +240,7 @@ def worker(folder: Path) -> None:
         found[name] = results(folder / name / "model.pth", ranks, name in COMPILED and ranks.world == 2)
     for name, (family, mode, groupsize) in QUANTIZED.items():
         found[name] = results(folder / family / ("model_int8.pth" if mode == "int8" else f"model_int4.g{groupsize}.pth"), ranks, False)
+    found["speculation"] = speculation(folder, ranks)
     logits = {name: r.pop("logits") for name, r in found.items() if "logits" in r}
     everyone = ranks.gather(found)
     if ranks.first:
@@ -202,7 +255,7 @@ def start_ranks(world: int, *argv) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [subprocess.Popen([sys.executable, *map(str, argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(
+    return [subprocess.Popen([sys.executable, *(str(arg).replace("{rank}", str(rank)) for arg in argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
         for rank in range(world)]
 
@@ -215,8 +268,11 @@ def folder(tmp_path_factory):
         make(folder / name)
     (folder / "one-head").mkdir()
     tiny.save(tiny.reference("qwen2", num_attention_heads=1, num_key_value_heads=1), folder / "one-head")
+    for rank, name in enumerate(("qwen3", "qwen2")):         # a checkpoint path that is not the same on two machines
+        (folder / f"rank{rank}").symlink_to(folder / name)
     make_large(folder / "large")
-    load_model(folder / "qwen3")                             # the others are converted by the ranks
+    for name in ("qwen3", "qwen2", "one-head"):              # the others are converted by the ranks
+        load_model(folder / name)
     for family, mode, groupsize in QUANTIZED.values():
         load_model(folder / family)
         quantize_checkpoint(folder / family / "model.pth", mode, groupsize, progress=False)
@@ -256,6 +312,24 @@ def test_equals_one_process(name, parallel, single):
 
 
 @pytest.mark.slow
+def test_speculation_writes_the_models_own_text(folder, parallel):
+    plain = Generator(*load_model(folder / "qwen3", "cpu", torch.float32))
+    expected = list(plain.generate(PROMPTS[0], 48, GREEDY, stop_ids=frozenset()))
+    found = [of_rank["speculation"] for of_rank in parallel["found"]]
+    assert all(rank == found[0] for rank in found), "the ranks drew different tokens"
+    assert len(found[0]) == 8
+    for name, text in found[0].items():
+        assert (text == expected) == name.startswith("greedy"), name
+
+
+def test_a_draft_is_split_if_that_pays():
+    """A 0.6B model's 58 collectives take longer than its bytes; a 7B model's do not; on a CPU, where bytes take longer, 0.6B are split too."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not tp.worth_splitting(1_192_000_000, 28, 8, gpu) and tp.worth_splitting(15_200_000_000, 28, 8, gpu)
+    assert tp.worth_splitting(1_192_000_000, 28, 2, cpu) and not tp.worth_splitting(1_800_000, 4, 2, cpu)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_equals_eager(name, parallel):
     if len(parallel["found"]) != 2:
@@ -283,7 +357,8 @@ def test_a_mistake_reaches_all_ranks(parallel):
     assert first == second
     for name, text in {"flag": "--max_new_tokens 0", "missing": "--checkpoint_path ", "missing on rank 1": "rank 1: --checkpoint_path ",
                        "missing on rank 0": "--checkpoint_path ", "different": "the ranks have different checkpoints: rank 0 ",
-                       "too many ranks": "--nproc_per_node: 2 ranks for 1 attention heads", "prompt on rank 1": "rank 1: --prompt is empty"}.items():
+                       "too many ranks": "--nproc_per_node: 2 ranks for 1 attention heads", "prompt on rank 1": "rank 1: --prompt is empty",
+                       "devices": "--nproc_per_node 2: there are 1 CUDA devices"}.items():
         assert first[name].startswith(text)
 
 
@@ -294,6 +369,13 @@ def test_more_ranks_than_devices(monkeypatch):
         ranks.take_device(torch.device("cuda"))
     with pytest.raises(UserError, match="--device cuda:1: under torchrun"):
         ranks.take_device(torch.device("cuda", 1))
+
+
+def test_an_environment_that_is_not_torchruns(monkeypatch):
+    for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but not all that torchrun sets is in the environment: 'LOCAL_WORLD_SIZE'"):
+        tp.init_dist()
 
 
 def test_one_process_needs_no_ranks(monkeypatch):
@@ -342,11 +424,19 @@ def test_rank_0_reads_the_prompts(folder):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(folder):
-    ranks = start_ranks(2, ROOT / "generate.py", "--checkpoint_path", folder / "qwen3" / "model.pth", "--device", "cpu", "--top_p", "3")
-    told = [rank.communicate(timeout=120) for rank in ranks]
+@pytest.mark.parametrize("checkpoint, flags, told", [
+    ("qwen3", ["--top_p", "3"], "--top_p 3.0 must be more than 0 and at most 1"),
+    ("one-head", [], "--nproc_per_node: 2 ranks for 1 attention heads leave some without work (1 to 1 work)"),
+    ("rank{rank}", [], "the ranks have different checkpoints: rank 0 "),
+    ("qwen3", ["--device", "cuda:99"], "--device cuda:99: "),
+], ids=["flag", "heads", "checkpoints", "device"])
+def test_a_mistake_is_told_once(folder, checkpoint, flags, told):
+    """One line from rank 0, exit status 2 on all ranks, and nobody waits for another."""
+    ranks = start_ranks(2, ROOT / "generate.py", "--device", "cpu", "--checkpoint_path", folder / checkpoint / "model.pth", *flags)
+    (out, err), second = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
-    assert told == [("", "error: --top_p 3.0 must be more than 0 and at most 1\n"), ("", "")]
+    assert (out, second) == ("", ("", ""))
+    assert err.startswith(f"error: {told}") and err.count("\n") == 1 and err.endswith("\n")
 
 
 @pytest.mark.slow
