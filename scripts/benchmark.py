@@ -1,6 +1,7 @@
 """Measures decoding and prefill against other programs and against the memory's limit, in one run on one machine.
 
     python scripts/benchmark.py --model Qwen3-0.6B --device cpu --dtype bf16 --quant none int8 int4 --peers llama.cpp transformers
+    python scripts/benchmark.py --model Qwen3-0.6B --ranks 1 2
 
 The named shape is filled with random weights. Every configuration runs in a process of its own, one after the other, --rounds times over, and
 medians are reported, so that a noisy neighbour meets them all alike. Tables go to stdout, with JSON and a plot to --out; the last line is JSON.
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import quantize
+import tp
 from cli import UserError, run
 from convert import read_json
 from loading import parse_device
@@ -102,7 +104,13 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) 
                peak_gb=median(lambda r: r["peak_bytes"]) / 1e9, load_s=median(lambda r: r.get("load_s")),
                compile_cold_s=rounds[0].get("compile_s"), weight_bytes=rounds[0].get("weight_bytes"),
                compile_warm_s=statistics.median(r["compile_s"] for r in rounds[1:]) if len(rounds) > 1 and rounds[0].get("compile_s") else None,
-               recompiles=max(r.get("recompiles", 0) for r in rounds), position={}, capacity={}, batch={})
+               recompiles=max(r.get("recompiles", 0) for r in rounds), ranks=job["ranks"], position={}, capacity={}, batch={})
+    if job["ranks"] > 1:
+        told = {name: median(lambda r: r["communication"][name]) for name in rounds[0]["communication"]}
+        row["communication"] = dict(
+            all_reduces=told["all_reduce"], all_reduces_a_layer=(told["all_reduce"] - 1) / args.n_layer, all_gathers=told["all_gather"],
+            bytes=dtype_bytes * (told["all_reduce"] * args.dim + told["all_gather"] * args.vocab_size),
+            ms=1e3 * step_s * told["share"], exchange_ms=1e3 * told["exchange_s"])
     for i, sweep in enumerate(rounds[0].get("sweeps", [])):
         seconds, at = statistics.median(statistics.median(r["sweeps"][i]["seconds"]) for r in rounds), sweep["at"]
         row[sweep["what"]][at] = dict(ms=1e3 * seconds, tok_s=(at if sweep["what"] == "batch" else 1) / seconds)
@@ -112,7 +120,16 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) 
 
 
 def label(job: dict) -> str:
-    return job["program"] + (" --compile" if job["compile"] else "")
+    return job["program"] + (" --compile" if job["compile"] else "") + (f", {job['ranks']} ranks" if job["ranks"] > 1 else "")
+
+
+def add_speedups(rows: list[dict]) -> None:
+    """Of several ranks over one, measured and expected: t(W) = t(1) x (bytes that a rank reads / bytes that one process reads) + the exchange."""
+    for row in rows:
+        alone = next((r for r in rows if r["ranks"] == 1 and all(r[key] == row[key] for key in ("program", "quantization", "compile"))), None)
+        if row["ranks"] > 1 and alone:
+            expected_ms = alone["decode_ms"] * row["weight_bytes"] / alone["weight_bytes"] + row["communication"]["exchange_ms"]
+            row["communication"] |= dict(speedup=alone["decode_ms"] / row["decode_ms"], expected_speedup=alone["decode_ms"] / expected_ms)
 
 
 def rows_of(rows: list[dict], program: str, quantization: str) -> dict | None:
@@ -180,6 +197,24 @@ def sweep_table(rows: list[dict], what: str) -> str:
     return f"\n{titles[what]}:\n\n" + table(["program", "quant", *map(str, values), "time, last : first"], lines) + "\n"
 
 
+def ranks_table(rows: list[dict], threads: int) -> str:
+    """One row for each number of ranks."""
+    if all(row["ranks"] == 1 for row in rows):
+        return ""
+    header = ["program", "quant", "ranks", "decode tok/s", "ms", "all-reduces a token", "a layer", "kB a token", "in communication ms", "of the time",
+              "exchange alone ms", "speed-up", "expected"]
+    lines = []
+    for row in [r for r in rows if r["program"] == OURS]:
+        told = row.get("communication", {})
+        share = 100 * told["ms"] / row["decode_ms"] if told else None
+        lines.append([row["label"], bits(row), str(row["ranks"]), shown(row["decode_tok_s"]), shown(row["decode_ms"], 2), shown(told.get("all_reduces"), 0),
+                      shown(told.get("all_reduces_a_layer"), 0), shown(told["bytes"] / 1e3 if told else None, 0), shown(told.get("ms"), 2),
+                      shown(share, 0, " %"), shown(told.get("exchange_ms"), 2), shown(told.get("speedup"), 2), shown(told.get("expected_speedup"), 2)])
+    return (f"\nTensor parallelism, {threads} threads a rank. In communication: the part of a profile of decoding, waiting for the other ranks included; "
+            "exchange alone: as many collectives of the same sizes in the same processes, one after another. Expected: t(1) x share of the weights + exchange; "
+            "ranks that share one memory bus cannot expect that.\n\n" + table(header, lines) + "\n")
+
+
 def report(result: dict) -> str:
     machine = result["machine"]
     versions = ", ".join(dict.fromkeys(r["version"] for r in result["rows"]))
@@ -189,6 +224,7 @@ def report(result: dict) -> str:
             f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; medians of {result['rounds']} interleaved rounds."
             f" Output head of the quantized models: {result['lm_head']}.\n\n")
     text += main_table(result["rows"]) + "\n" + "".join(sweep_table(result["rows"], what) for what in ("position", "capacity", "batch"))
+    text += ranks_table(result["rows"], machine["threads"])
     return text + "".join(f"\nskipped: {line}" for line in result["skipped"])
 
 
@@ -235,17 +271,31 @@ def describe_machine(threads: int, device: torch.device) -> dict:
 
 
 def work(job: dict, caches: str) -> dict:
-    """Runs one worker to its end. A worker that fails gives {"failed": its last line}."""
+    """Runs one worker, or as many as there are ranks, to its end. A worker that fails gives {"failed": its last line}."""
     # A compiled configuration keeps its own compile cache: empty in the first round, filled in the later ones.
-    folder = f"{caches}/{job['program']}-{job['quantization']}-{job['compile']}"
+    folder = f"{caches}/{job['program']}-{job['quantization']}-{job['compile']}-{job['ranks']}"
     env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=f"{folder}/triton", OMP_NUM_THREADS=str(job["threads"]))
-    worker = Path(__file__).resolve().with_name("benchmark_peers.py" if job["program"] in PEERS else "benchmark_worker.py")
-    done = subprocess.run([sys.executable, str(worker), json.dumps(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        print(done.stderr[-4000:], file=sys.stderr)
-        return dict(failed=last)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    several = job["ranks"] > 1
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job['ranks']}"] if several else []
+    worker = Path(__file__).resolve().with_name(
+        "benchmark_ranks.py" if several else "benchmark_peers.py" if job["program"] in PEERS else "benchmark_worker.py")
+    process = subprocess.Popen([sys.executable, *torchrun, str(worker), json.dumps(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate()
+    except BaseException:
+        process.terminate()                                              # unlike a kill, it ends torchrun's processes too
+        process.wait()
+        raise
+    if process.returncode:
+        print(err[-4000:], file=sys.stderr)
+        return dict(failed=cause(err) or f"exit status {process.returncode}")
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def cause(err: str) -> str:
+    """The line of a worker's stderr that says why it failed; torchrun's own report comes after it."""
+    lines = err.strip().splitlines() or [""]
+    return next((line for start in ("error: ", "[rank") for line in reversed(lines) if line.startswith(start)), lines[-1])
 
 
 def missing(program: str) -> str | None:
@@ -257,7 +307,7 @@ def plan(args: argparse.Namespace, common: dict) -> tuple[list[dict], list[str]]
     """The jobs in the order in which a round runs them, and one line for each one left out."""
     jobs, skipped = [], []
     for quantization in args.quant:
-        jobs += [dict(common, program=OURS, quantization=quantization, compile=mode == "compile") for mode in args.modes]
+        jobs += [dict(common, program=OURS, quantization=quantization, compile=mode == "compile", ranks=n) for mode in args.modes for n in args.ranks]
         if "llama.cpp" in args.peers and not missing("llama.cpp"):
             jobs.append(dict(common, program="llama.cpp", quantization=quantization, compile=False))
     if "transformers" in args.peers and "none" in args.quant and not missing("transformers"):
@@ -271,7 +321,7 @@ def plan(args: argparse.Namespace, common: dict) -> tuple[list[dict], list[str]]
 def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, caches: str) -> dict:
     common = dict(config=config, name=name, device=args.device, dtype=DTYPES[args.dtype], dtype_name=args.dtype, threads=args.threads,
                   prompt_length=args.prompt_length, tokens=args.tokens, positions=args.positions, capacities=args.capacities,
-                  batch_sizes=args.batch_sizes, groupsize=args.groupsize, lm_head=args.lm_head, work_dir=work_dir,
+                  batch_sizes=args.batch_sizes, ranks=1, groupsize=args.groupsize, lm_head=args.lm_head, work_dir=work_dir,
                   checkpoint_path=str(args.checkpoint_path) if args.checkpoint_path else None)
     jobs, skipped = plan(args, common)
     bandwidths, found = [], [[] for _ in jobs]
@@ -296,6 +346,7 @@ def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, ca
             skipped.append(f"{label(job)} {job['quantization']} failed: {results[-1]['failed']}")
         else:
             rows.append(summarize(job, results, ModelArgs.from_hf(config), bandwidth))
+    add_speedups(rows)
     return dict(model=name, dtype=args.dtype, device=args.device, prompt_length=args.prompt_length, tokens=args.tokens, rounds=args.rounds,
                 lm_head=args.lm_head, machine=machine, rows=rows, skipped=skipped)
 
@@ -317,8 +368,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--positions", type=int, nargs="*", default=[], help="decode at these positions, e.g. 64 1024 4096")
     parser.add_argument("--capacities", type=int, nargs="*", default=[], help="decode at position 64 of caches this long, e.g. 1024 32768")
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[], help="e.g. 1 4 16")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="spread this project over so many processes, e.g. 1 2: tensor parallelism")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="of each process (default: all cores, divided by the largest number of --ranks)")
     parser.add_argument("--work_dir", type=Path, help="keeps the random checkpoints and GGUF files for the next run (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="folder for the JSON, the Markdown table and the plot")
     return parser.parse_args(argv)
@@ -326,10 +378,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if min(args.ranks) < 1:
+        raise UserError(f"--ranks {min(args.ranks)} must be 1 or more")
+    args.threads = max(1, torch.get_num_threads() // max(args.ranks)) if args.threads is None else args.threads
     for flag in ("prompt_length", "tokens", "rounds", "threads", "groupsize"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
-    parse_device(args.device)
+    device = parse_device(args.device)
+    if device.type == "cuda" and max(args.ranks) > torch.cuda.device_count():
+        raise UserError(f"--ranks {max(args.ranks)}: there are {torch.cuda.device_count()} CUDA devices")
     if args.checkpoint_path:
         if args.checkpoint_path.is_dir():
             args.checkpoint_path /= "model.pth"
@@ -339,6 +396,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         config, name = PUBLISHED[args.model], args.model
     shape = ModelArgs.from_hf(config)
+    try:
+        tp.plan(shape, 0, max(args.ranks))
+    except UserError as error:
+        raise UserError(str(error).replace("--nproc_per_node", "--ranks")) from None
     if max([0, *args.capacities, *(p + args.tokens + 1 for p in [args.prompt_length, *args.positions])]) > shape.max_position:
         raise UserError(f"--prompt_length, --positions, --capacities: with --tokens they go past the model's {shape.max_position} positions")
     if min([args.tokens + 1, *args.capacities]) <= args.tokens:

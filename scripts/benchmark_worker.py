@@ -2,7 +2,8 @@
 
     python scripts/benchmark_worker.py '{"program": "qwen-fast", "config": {...}, ...}'
 
-Programs: "bandwidth" (what the memory can do) and "qwen-fast" (this project); benchmark_peers.py runs the others.
+Programs: "bandwidth" (what the memory can do) and "qwen-fast" (this project); benchmark_ranks.py spreads it over several processes, and
+benchmark_peers.py runs the others.
 The last line of stdout is one JSON object of raw figures in seconds and bytes; see `measured`.
 """
 import json
@@ -20,6 +21,7 @@ import torch
 
 import kernels
 import quantize
+import tp
 from cli import written_whole
 from decoding import Generator, reserve_cache
 from generate import DEMO, bytes_read_per_token, warm_up
@@ -126,25 +128,51 @@ def write_random_checkpoint(args: ModelArgs, dtype: torch.dtype, path: Path) -> 
         torch.save({"version": 1, "quantization": None, "state_dict": state}, partial)
 
 
-def run_ours(job: dict, args: ModelArgs) -> dict:
-    """Greedy decoding through Generator, as generate.py does it; the sweeps step the decoder at a position of a cache filled beforehand."""
+GREEDY = Sampling(temperature=0.0)
+
+
+def loaded(job: dict, ranks: tp.Ranks | None = None) -> tuple[Transformer, float]:
+    """The model, and seconds from its file to the memory."""
     dtype, device = getattr(torch, job["dtype"]), torch.device(job["device"])
-    file = prepared_checkpoint(job, dtype)
-    path = kernels.describe(device)                                      # builds the kernels, once on a machine
+    file = prepared_checkpoint(job, dtype) if not ranks or ranks.first else None
+    file = ranks.from_first(file) if ranks else file
+    kernels.describe(device)                                             # builds the kernels, once on a machine
     start = time.perf_counter()
-    model, _ = load_model(file, device, dtype)
-    load_s, greedy, tokens = time.perf_counter() - start, Sampling(temperature=0.0), job["tokens"]
-    prompt = torch.randint(0, args.vocab_size, (job["prompt_length"],)).tolist()
-    generator = Generator(model, compile=job["compile"])
-    request = dict(sampling=greedy, max_seq_length=max(512, len(prompt) + tokens + 1), stop_ids=frozenset())
+    model, _ = load_model(file, device, dtype, ranks)
+    return model, time.perf_counter() - start
+
+
+def decoded(job: dict, generator: Generator, load_s: float) -> dict:
+    """Figures of greedy decoding through Generator, as generate.py does it."""
+    model, tokens = generator.model, job["tokens"]
+    prompt = torch.randint(0, model.args.vocab_size, (job["prompt_length"],)).tolist()
+    request = dict(sampling=GREEDY, max_seq_length=max(512, len(prompt) + tokens + 1), stop_ids=frozenset())
     compile_s = warm_up(generator, [prompt[:8]], dict(max_new_tokens=3, **request))
     list(generator.generate(prompt, 3, **request))
     reset_peak_memory()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     ttft_s, seconds = token_times(generator.generate(prompt, tokens + 1, **request), time.perf_counter())
-    main = measured(seconds, ttft_s, peak_memory(), f"torch {torch.__version__} ({path})", load_s=load_s,
+    return measured(seconds, ttft_s, peak_memory(), f"torch {torch.__version__} ({kernels.describe(model.device)})", load_s=load_s,
                     compile_s=compile_s if job["compile"] else None,
                     recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs, weight_bytes=bytes_read_per_token(model))
+
+
+def step_times(generator: Generator, batch: int, position: int, n: int) -> list[float]:
+    """Seconds of each of n steps from this position on."""
+    device = generator.model.device
+    idx, input_pos = (torch.full((batch, 1), i, device=device) for i in (0, position))
+    times = [time.perf_counter()]
+    for _ in range(n):
+        idx = generator.advance(idx, input_pos, GREEDY, torch.Generator(device))
+        idx.tolist()
+        times.append(time.perf_counter())
+    return [b - a for a, b in zip(times, times[1:])]
+
+
+def run_ours(job: dict, args: ModelArgs) -> dict:
+    """Decoding after a prompt; the sweeps step the decoder at a position of a cache filled beforehand."""
+    model, load_s = loaded(job)
+    main, tokens = decoded(job, Generator(model, compile=job["compile"]), load_s), job["tokens"]
 
     def prepared(batch: int, capacity: int) -> Generator:
         """A generator for another shape of cache; every page of the cache is real."""
@@ -156,15 +184,6 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
             layer.attention.kv_cache.v_cache.fill_(0.01)
         return Generator(model, compile=job["compile"])
 
-    def steps(generator: Generator, batch: int, position: int, n: int) -> list[float]:
-        idx, input_pos = (torch.full((batch, 1), i, device=device) for i in (0, position))
-        times = [time.perf_counter()]
-        for _ in range(n):
-            idx = generator.advance(idx, input_pos, greedy, torch.Generator(device))
-            idx.tolist()
-            times.append(time.perf_counter())
-        return [b - a for a, b in zip(times, times[1:])]
-
     sweeps = []
     shapes = [("position", job["positions"], lambda at: (1, max(job["positions"]) + tokens, at)),
               ("capacity", job["capacities"], lambda at: (1, at, min(64, min(job["capacities"]) - tokens))),
@@ -175,8 +194,8 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
             batch, capacity, position = shape_of(at)
             if ready != (batch, capacity):
                 generator, ready = prepared(batch, capacity), (batch, capacity)
-                steps(generator, batch, position, 3)
-            sweeps.append(dict(what=what, at=at, seconds=steps(generator, batch, position, tokens)))
+                step_times(generator, batch, position, 3)
+            sweeps.append(dict(what=what, at=at, seconds=step_times(generator, batch, position, tokens)))
     return main | dict(sweeps=sweeps)
 
 

@@ -412,9 +412,9 @@ def test_torchrun_prints_what_one_process_prints(folder, capsys):
 
 
 @pytest.mark.slow
-def test_rank_0_reads_the_prompts(folder):
-    request = ["--checkpoint_path", folder / "qwen3" / "model.pth", "--device", "cpu", "--dtype", "fp32", "--interactive", "--max_new_tokens", "8",
-               "--temperature", "0", "--ignore_eos"]
+def test_rank_0_reads_the_prompts():
+    """A conversation, whose second turn finds the first in every rank's cache."""
+    request = ["--device", "cpu", "--dtype", "fp32", "--interactive", "--chat", "--max_new_tokens", "8", "--temperature", "0", "--ignore_eos"]
     alone = subprocess.run([sys.executable, ROOT / "generate.py", *map(str, request)], input="hello\nmore\n", capture_output=True, text=True, env=environment())
     first, second = start_ranks(2, ROOT / "generate.py", *request)
     out, err = first.communicate("hello\nmore\n", timeout=300)
