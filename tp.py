@@ -28,7 +28,8 @@ from model import ModelArgs, Transformer
 from quantize import Int4Linear, Quantization, replace_linears
 
 ROWS, COLUMNS = 0, 1
-READ_MEANWHILE = {"cpu": 4e6, "cuda": 40e6}      # bytes that a rank reads from its memory in the time of one collective: 0.1 ms at 40 GB/s, 15 us at 2.7 TB/s
+# Bytes that a rank reads from its memory in the time of one collective: 0.1 ms at 40 GB/s, 15 us at 2.7 TB/s.
+READ_MEANWHILE = {"cpu": 4e6, "cuda": 40e6}
 # Module -> the dimension of its weight that is split, and what that dimension counts. Everything else, the norms, is whole on every rank.
 SPLIT = {
     "tok_embeddings": (ROWS, "vocab"),
@@ -51,13 +52,13 @@ class Plan:
     rank: int
     runs: dict[str, list[Run]]
     quantization: Quantization | None = None
-    wo_groupsize: int = 0                # of int4: smaller than the checkpoint's where a rank's heads end inside a group
+    wo_groupsize: int = 0                # of int4 and published GPTQ: smaller than the checkpoint's where a rank's heads end inside a group
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's part of a tensor of the whole state dict: a view of it where it is in one piece."""
         module, _, kind = name.rpartition(".")
         dim, counts = SPLIT.get(module.split(".", 2)[-1] if module.startswith("layers.") else module, (None, None))
-        if dim is None:
+        if dim is None or kind == "order":                   # of the inputs, which are whole where it is kept
             return tensor
         if dim == ROWS:
             return take(tensor, ROWS, self.runs[counts])
@@ -67,7 +68,7 @@ class Plan:
         if kind in ("scales", "zeros"):
             columns = self.wo_groupsize if counts == "heads" else self.quantization.groupsize
             tensor = tensor.repeat_interleave(self.quantization.groupsize // columns, dim=1)
-        elif tensor.dtype == torch.uint8:
+        elif tensor.dtype == torch.uint8 and self.quantization.mode.startswith("int4"):
             columns = 2
         return take(tensor, COLUMNS, in_units(self.runs[counts], columns))
 
@@ -85,11 +86,12 @@ def plan(args: ModelArgs, rank: int, world: int, quantization: Quantization | No
     if world > args.n_head:
         raise UserError(f"--nproc_per_node: {world} ranks for {args.n_head} attention heads leave some without work (1 to {args.n_head} work)")
     q_heads, kv_heads = heads_of(args.n_head, args.n_local_heads, rank, world)
-    if quantization and quantization.mode.endswith("-fp16"):
-        raise UserError("--nproc_per_node: published GPTQ and AWQ checkpoints are not split over processes yet")
-    groupsize = quantization.groupsize if quantization and quantization.mode == "int4" else 0
+    if quantization and any(name.endswith((".wo", ".w2")) for name in quantization.reordered):
+        raise UserError("--nproc_per_node: published GPTQ checkpoints whose columns are in an order of their own (desc_act) run in one process only")
+    groupsize = quantization.groupsize if quantization and quantization.mode != "int8" else 0
     ffn, vocab = share_of(args.intermediate_size, rank, world, groupsize or 16), share_of(args.vocab_size, rank, world)
-    local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads), intermediate_size=sum(n for _, n in ffn), vocab_size=sum(n for _, n in vocab))
+    local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads),
+                    intermediate_size=sum(n for _, n in ffn), vocab_size=sum(n for _, n in vocab))
     runs = {
         "vocab": vocab,
         "qkv": [run for heads, offset in ((q_heads, 0), (kv_heads, args.n_head), (kv_heads, args.n_head + args.n_local_heads))
@@ -102,7 +104,7 @@ def plan(args: ModelArgs, rank: int, world: int, quantization: Quantization | No
     wo_groupsize = groupsize and uncut_groupsize(args, rank, world, groupsize)
     if wo_groupsize % 32:
         work = [n for n in range(1, args.n_head + 1) if not any(uncut_groupsize(args, r, n, groupsize) % 32 for r in range(n))]
-        raise UserError(f"--nproc_per_node: attention heads of {args.head_dim} on {world} ranks would cut int4 groups of {groupsize} into groups of "
+        raise UserError(f"--nproc_per_node: attention heads of {args.head_dim} on {world} ranks would cut groups of {groupsize} into groups of "
                         f"{wo_groupsize}, and 32 is the least (these numbers of ranks work: {', '.join(map(str, work))})")
     return Plan(args, local, rank, runs, quantization, wo_groupsize)
 
@@ -230,10 +232,11 @@ def build(plan: Plan, ranks: "Ranks") -> Transformer:
         if plan.quantization:
             replace_linears(model, plan.quantization)
     model.ranks = ranks
-    for layer in model.layers:
+    for i, layer in enumerate(model.layers):
         if isinstance(wo := layer.attention.wo, Int4Linear):
             with torch.device("meta"):
-                layer.attention.wo = Int4Linear(wo.in_features, wo.out_features, wo.bias is not None, plan.wo_groupsize)
+                regrouped = replace(plan.quantization, groupsize=plan.wo_groupsize)
+                layer.attention.wo = regrouped.linear(f"layers.{i}.attention.wo", wo.in_features, wo.out_features, wo.bias is not None)
         layer.attention.reduce = layer.feed_forward.reduce = AllReduce(ranks)
     model.tok_embeddings = VocabEmbedding(model.tok_embeddings.weight, plan.rank * plan.local.vocab_size, ranks)
     model.gather = GatherVocab(ranks, plan.args.vocab_size)
@@ -271,7 +274,9 @@ class Ranks:
         return self.rank == 0
 
     def take_device(self, device: torch.device) -> torch.device:
-        """The rank's own device for a --device cpu or cuda, with the first collective on it: where NCCL cannot start it shows here. Errors: UserError."""
+        """The rank's own device for a --device cpu or cuda, with the first collective on it: where NCCL cannot start it shows here.
+
+        Errors: UserError."""
         if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":          # what torchrun sets where the user has said nothing
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // self.local_world))
@@ -366,7 +371,8 @@ def init_dist(timeout: float = 300.0) -> Ranks | None:
     limit = datetime.timedelta(seconds=timeout)
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"torchrun: rank {rank} of {world} could not join the others: {one_line(error)}") from error
@@ -388,7 +394,8 @@ def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
     if not ranks.first:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if not torch.cuda.is_available():    # waiting for a GPU, Python would not come to run a handler: there the signal itself ends the process
-        signal.signal(signal.SIGTERM, lambda *_: ranks.last_words(f"torchrun stopped rank {ranks.rank}: another rank failed, or it was interrupted", 1))
+        stopped = f"torchrun stopped rank {ranks.rank}: another rank failed, or it was interrupted"
+        signal.signal(signal.SIGTERM, lambda *_: ranks.last_words(stopped, 1))
     try:
         with ranks.together():
             yield ranks

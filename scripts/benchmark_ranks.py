@@ -35,8 +35,8 @@ def run_ranks(job: dict, ranks: tp.Ranks) -> dict:
 
 
 def communication(generator: Generator, ranks: tp.Ranks, position: int) -> dict:
-    """Of a token: numbers of collectives; share: the part of the time that the ranks spend in them, waiting for each other included (their mean, from a
-    profile of decoding); exchange_s: what as many collectives of the same sizes take when all ranks are there and do nothing else."""
+    """Of a token: numbers of collectives; share: the part of the time that the ranks spend in them, waiting for each other included (their mean,
+    from a profile of decoding); exchange_s: what as many collectives of the same sizes take when all ranks are there and do nothing else."""
     model = generator.model
     with torch.profiler.profile() as profile:
         step_s = sum(step_times(generator, 1, position, PROFILED_STEPS)) / PROFILED_STEPS

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from test_gptq import publish
 
 import tp
 from cli import UserError
@@ -36,7 +37,8 @@ def whole_model(args, quantization=None):
     return model
 
 
-@pytest.mark.parametrize("quantization", [None, Quantization("int8"), Quantization("int4", 32), Quantization("int4", 128)], ids=["bf16", "int8", "g32", "g128"])
+@pytest.mark.parametrize("quantization", [None, Quantization("int8"), Quantization("int4", 32), Quantization("int4", 128)],
+                         ids=["bf16", "int8", "g32", "g128"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_shape_can_be_split(name, quantization):
     args = ModelArgs.from_name(name)
@@ -63,8 +65,8 @@ def test_every_published_shape_can_be_split(name, quantization):
             assert {key: plan.cut(key, value).shape for key, value in state.items()} == expected
 
 
-# What a rank holds on 2, 3, 4 and 8 ranks: query / KV heads by (query, KV) heads of the whole, and rows or columns of the feed-forward width and of the
-# vocabulary. With a star where some of that is padding.
+# What a rank holds on 2, 3, 4 and 8 ranks: query / KV heads by (query, KV) heads of the whole, and of the feed-forward width and the vocabulary.
+# With a star where some of that is padding.
 HEADS = {
     (12, 2): "6/1 4/2 3/1 2/1*", (14, 2): "7/1 7/1* 4/1* 2/1*", (16, 2): "8/1 6/2* 4/1 2/1", (16, 8): "8/4 6/3* 4/2 2/1",
     (16, 16): "8/8 6/6* 4/4 2/2", (20, 20): "10/10 7/7* 5/5 3/3*", (24, 8): "12/4 9/3* 6/2 3/1", (28, 4): "14/2 12/3* 7/1 4/1*",
@@ -96,7 +98,8 @@ def test_the_table_of_published_sizes(name):
 
 def test_few_heads_on_many_ranks():
     assert tp.heads_of(14, 2, 0, 2) == ([0, 1, 2, 3, 4, 5, 6], [0])
-    assert [tp.heads_of(14, 2, rank, 4) for rank in range(4)] == [([0, 1, 2, 3], [0]), ([4, 5, 6, None], [0]), ([7, 8, 9, 10], [1]), ([11, 12, 13, None], [1])]
+    assert [tp.heads_of(14, 2, rank, 4) for rank in range(4)] == [
+        ([0, 1, 2, 3], [0]), ([4, 5, 6, None], [0]), ([7, 8, 9, 10], [1]), ([11, 12, 13, None], [1])]
     assert tp.heads_of(32, 8, 7, 8) == ([28, 29, 30, 31], [7])
     assert tp.heads_of(4, 4, 2, 3) == ([None, None], [None, None])
 
@@ -105,8 +108,16 @@ def test_numbers_of_ranks_that_cannot_work_are_refused():
     args = ModelArgs.from_name("Qwen2-0.5B")
     with pytest.raises(UserError, match="16 ranks for 14 attention heads .*1 to 14 work"):
         tp.plan(args, 0, 16)
-    with pytest.raises(UserError, match="would cut int4 groups of 128 into groups of 16, and 32 is the least .these numbers of ranks work: 1."):
+    with pytest.raises(UserError, match="would cut groups of 128 into groups of 16, and 32 is the least .these numbers of ranks work: 1."):
         tp.plan(tp.replace(args, head_dim=16), 0, 2, Quantization("int4", 128))
+
+
+def test_published_checkpoints_with_permuted_columns_are_refused():
+    """Their columns would have to be sorted first; where all ranks have all columns their order does not matter."""
+    args = ModelArgs.from_name("Qwen2-7B")
+    with pytest.raises(UserError, match="desc_act"):
+        tp.plan(args, 0, 2, Quantization("int4-fp16", 128, "none", reordered=("layers.0.feed_forward.w2",)))
+    assert tp.plan(args, 0, 2, Quantization("int4-fp16", 128, "none", reordered=("layers.0.attention.wqkv",))).wo_groupsize == 128
 
 
 def test_int4_groups_are_cut_where_a_head_ends_inside_one():
@@ -135,7 +146,10 @@ FOLDERS = {
     "llama-biases": lambda folder: tiny.save(tiny.reference("llama-biases", head_dim=32), folder),
     "mistral-window": lambda folder: tiny.save(tiny.reference("mistral-window"), folder),
     # sizes that nothing divides: three groups of two heads, and the one KV head that all ranks share
-    "uneven": lambda folder: tiny.save(tiny.reference("qwen3", num_attention_heads=6, num_key_value_heads=3, intermediate_size=100, vocab_size=331), folder),
+    "uneven": lambda folder: tiny.save(tiny.reference(
+        "qwen3", num_attention_heads=6, num_key_value_heads=3, intermediate_size=100, vocab_size=331), folder),
+    # published GPTQ, whose groups of 128 the ranks' heads cut
+    **{f"gptq-{bits}": lambda folder, bits=bits: make_published(folder, bits) for bits in (4, 8)},
     "one-kv": lambda folder: tiny.save(tiny.reference("qwen2", num_attention_heads=8, num_key_value_heads=1), folder),
 }
 FORMATS = {"int8": ("int8", 32), "g32": ("int4", 32), "g128": ("int4", 128)}
@@ -143,6 +157,11 @@ QUANTIZED = {f"{family}/{name}": (family, *how) for family in ("llama-biases", "
 COMPILED = ("qwen2-tied",)            # test_torchrun_prints_what_one_process_prints compiles an untied one
 LARGE = dict(model_type="llama", num_hidden_layers=4, hidden_size=2048, num_attention_heads=16, num_key_value_heads=8, intermediate_size=6144,
              vocab_size=32000, max_position_embeddings=512)
+
+
+def make_published(folder: Path, bits: int) -> None:
+    tiny.save(tiny.reference("qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=2), folder)
+    publish(folder, bits=bits, groupsize=128, sym=False)
 
 
 def make_large(folder: Path) -> None:
@@ -255,7 +274,8 @@ def start_ranks(world: int, *argv) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [subprocess.Popen([sys.executable, *(str(arg).replace("{rank}", str(rank)) for arg in argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [subprocess.Popen([sys.executable, *(str(arg).replace("{rank}", str(rank)) for arg in argv)], **pipes, env=environment(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
         for rank in range(world)]
 
@@ -388,8 +408,8 @@ def test_one_process_needs_no_ranks(monkeypatch):
 # ---- the command
 
 def torchrun(*argv, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "generate.py"), "--device", "cpu",
-                             *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "generate.py"), "--device", "cpu"]
+    return subprocess.Popen([*command, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options)
 
 
 def text_of(out: str) -> str:
@@ -400,8 +420,8 @@ def text_of(out: str) -> str:
 
 @pytest.mark.slow
 def test_torchrun_prints_what_one_process_prints(folder, capsys):
-    request = ["--checkpoint_path", str(folder / "qwen3" / "model.pth"), "--dtype", "fp32", "--prompt", "hello", "--num_samples", "1", "--max_new_tokens", "24",
-               "--temperature", "0.9", "--seed", "3"]
+    request = ["--checkpoint_path", str(folder / "qwen3" / "model.pth"), "--dtype", "fp32", "--prompt", "hello", "--num_samples", "1",
+               "--max_new_tokens", "24", "--temperature", "0.9", "--seed", "3"]
     main([*request, "--device", "cpu"])
     expected = text_of(capsys.readouterr().out)
     process = torchrun("--compile", *request)
@@ -415,7 +435,7 @@ def test_torchrun_prints_what_one_process_prints(folder, capsys):
 def test_rank_0_reads_the_prompts():
     """A conversation, whose second turn finds the first in every rank's cache."""
     request = ["--device", "cpu", "--dtype", "fp32", "--interactive", "--chat", "--max_new_tokens", "8", "--temperature", "0", "--ignore_eos"]
-    alone = subprocess.run([sys.executable, ROOT / "generate.py", *map(str, request)], input="hello\nmore\n", capture_output=True, text=True, env=environment())
+    alone = subprocess.run([sys.executable, ROOT / "generate.py", *request], input="hello\nmore\n", capture_output=True, text=True, env=environment())
     first, second = start_ranks(2, ROOT / "generate.py", *request)
     out, err = first.communicate("hello\nmore\n", timeout=300)
     assert (first.returncode, second.wait(60)) == (0, 0), err
@@ -443,7 +463,8 @@ def test_a_mistake_is_told_once(folder, checkpoint, flags, told):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_rank_dies_all_end(folder, victim):
-    process = torchrun("--checkpoint_path", folder / "qwen3" / "model.pth", "--dtype", "fp32", "--ignore_eos", "--max_new_tokens", "300", "--num_samples", "100000")
+    process = torchrun("--checkpoint_path", folder / "qwen3" / "model.pth", "--dtype", "fp32", "--ignore_eos", "--max_new_tokens", "300",
+                       "--num_samples", "100000")
     for line in process.stdout:                              # decoding is under way
         if line.startswith("Time for inference"):
             break
