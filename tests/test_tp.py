@@ -270,10 +270,14 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
-def start_ranks(world: int, *argv) -> list[subprocess.Popen]:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def start_ranks(world: int, *argv) -> list[subprocess.Popen]:
+    port = free_port()
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return [subprocess.Popen([sys.executable, *(str(arg).replace("{rank}", str(rank)) for arg in argv)], **pipes, env=environment(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
@@ -407,9 +411,9 @@ def test_one_process_needs_no_ranks(monkeypatch):
 
 # ---- the command
 
-def torchrun(*argv, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "generate.py"), "--device", "cpu"]
-    return subprocess.Popen([*command, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options)
+def torchrun(*argv, how=("--standalone", "--nproc_per_node=2")) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *how, str(ROOT / "generate.py"), "--device", "cpu", *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def text_of(out: str) -> str:
@@ -429,6 +433,17 @@ def test_torchrun_prints_what_one_process_prints(folder, capsys):
     assert process.returncode == 0, err
     assert text_of(out) == expected and len(expected) > 5
     assert out.count("Time to load model") == 1 and out.count("Average tokens/sec") == 1
+
+
+@pytest.mark.slow
+def test_two_machines_print_what_one_process_prints(folder, capsys):
+    """As two of torchrun on this one; only the first prints."""
+    request = ["--checkpoint_path", str(folder / "qwen3" / "model.pth"), "--dtype", "fp32", "--prompt", "hello", "--num_samples", "1", "--seed", "3"]
+    main([*request, "--device", "cpu"])
+    how = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}")
+    done = [process.communicate(timeout=200) for process in [torchrun(*request, how=how) for _ in range(2)]]
+    said = [out for out, _ in done if out]
+    assert len(said) == 1 and text_of(said[0]) == text_of(capsys.readouterr().out), done
 
 
 @pytest.mark.slow
