@@ -205,7 +205,7 @@ def make_generator(args: argparse.Namespace, model: Transformer, tokenizer: Toke
     draft = None
     if args.draft_checkpoint_path:
         try:
-            draft_model, draft_tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks)
+            draft_model, draft_tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks, may_replicate=True)
         except UserError as error:
             raise UserError(str(error).replace("--checkpoint_path", "--draft_checkpoint_path")) from None
         quantize.set_activations(draft_model, args.activations)

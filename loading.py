@@ -41,11 +41,12 @@ def parse_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
 
 
 def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-               ranks: tp.Ranks | None = None) -> tuple[Transformer, Tokenizer]:
+               ranks: tp.Ranks | None = None, may_replicate: bool = False) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, quantized if the file says so. A folder that holds a Hugging Face checkpoint but no model.pth yet is converted first.
 
     dtype: of the computation and of the weights that are not quantized; by default what the device computes best.
-    ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own share. Errors: UserError.
+    ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own share, or with may_replicate all of a
+    model that is too small to be spread. Errors: UserError.
     """
     path, device = Path(checkpoint_path), torch.device(device)
     if path.is_dir():
@@ -68,13 +69,14 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     if quantization:
         quantize.replace_linears(model, quantization)
     quantize.check_fits(path, model, state)
-    part = None
-    if ranks:
-        ranks.check_same(f"{path} ({path.stat().st_size} bytes)", (path.stat().st_size, args, [(n, t.shape, t.dtype) for n, t in state.items()]))
-        part = tp.plan(args, ranks.rank, ranks.world, quantization)
-        model = tp.build(part, ranks)
     dtype = dtype or default_dtype(device)
     dtypes = {name: quantize.loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}
+    part, nbytes = None, sum(tensor.numel() * dtypes[name].itemsize for name, tensor in state.items())
+    if ranks:
+        ranks.check_same(f"{path} ({path.stat().st_size} bytes)", (path.stat().st_size, args, [(n, t.shape, t.dtype) for n, t in state.items()]))
+        if not may_replicate or tp.worth_splitting(nbytes, args.n_layer, ranks.world, device):
+            part = tp.plan(args, ranks.rank, ranks.world, quantization)
+            model = tp.build(part, ranks)
     needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
     check_memory(device, needed * (ranks.local_world if ranks and device.type == "cpu" else 1), f"the weights of {path}")
     weights = zip(dtypes, quantize.read_weights(path, list(dtypes)))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import kernels
+import tp
 from cli import UserError
 from decoding import Generator, check_request, compile_settings
 from model import Transformer
@@ -75,6 +76,9 @@ class Draft:
     tokens: Tensor                   # [1, k]
     probs: Tensor | None = None
     ids: Tensor | None = None
+
+    def of_first(self, ranks: tp.Ranks) -> "Draft":
+        return Draft(*(None if t is None else tp.of_first(t, ranks.group) for t in (self.tokens, self.probs, self.ids)))
 
 
 class ModelDraft:
@@ -297,6 +301,7 @@ class Speculator(Generator):
         self.verify = self.verify_step
         if compile and not one_operator(model):
             self.verify = torch.compile(self.verify_step, fullgraph=True, **verify_settings(model, compile_prefill))
+        self.agreeing = bool(draft and model.ranks and not draft.model.ranks)       # ranks with a draft of their own follow the first one's
         self.enabled, self.measures = True, k is None    # measures: whether the first request finds out the costs
         self.costs: Costs | None = None
         self.statistics = Statistics([])
@@ -376,6 +381,8 @@ class Speculator(Generator):
         if left == 1 or self.model.device.type == "cpu":         # on a GPU the shapes are those that were captured
             k = min(k, left - 1)
         draft = self.draft.propose(k, sampling, source) if k else None
+        if draft and self.agreeing:
+            draft = draft.of_first(self.model.ranks)
         if draft is None:
             k, accepted = 0, 0
             tokens = self.advance(*self.place(text[-1:], before - 1), sampling, source).flatten().tolist()

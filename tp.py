@@ -28,6 +28,8 @@ from model import ModelArgs, Transformer
 from quantize import Int4Linear, Quantization, replace_linears
 
 ROWS, COLUMNS = 0, 1
+# Bytes that a rank reads from its memory in the time of one collective: 0.6 ms (measured) at 30 GB/s, 15 us (assumed) at 2.7 TB/s.
+READ_MEANWHILE = {"cpu": 18e6, "cuda": 40e6}
 # Module -> the dimension of its weight that is split, and what that dimension counts. Everything else, the norms, is whole on every rank.
 SPLIT = {
     "tok_embeddings": (ROWS, "vocab"),
@@ -50,13 +52,13 @@ class Plan:
     rank: int
     runs: dict[str, list[Run]]
     quantization: Quantization | None = None
-    wo_groupsize: int = 0                # of int4: smaller than the checkpoint's where a rank's heads end inside a group
+    wo_groupsize: int = 0                # of int4 and published GPTQ: smaller than the checkpoint's where a rank's heads end inside a group
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's part of a tensor of the whole state dict: a view of it where it is in one piece."""
         module, _, kind = name.rpartition(".")
         dim, counts = SPLIT.get(module.split(".", 2)[-1] if module.startswith("layers.") else module, (None, None))
-        if dim is None:
+        if dim is None or kind == "order":                   # of the inputs, which are whole where it is kept
             return tensor
         if dim == ROWS:
             return take(tensor, ROWS, self.runs[counts])
@@ -66,7 +68,7 @@ class Plan:
         if kind in ("scales", "zeros"):
             columns = self.wo_groupsize if counts == "heads" else self.quantization.groupsize
             tensor = tensor.repeat_interleave(self.quantization.groupsize // columns, dim=1)
-        elif tensor.dtype == torch.uint8:
+        elif tensor.dtype == torch.uint8 and self.quantization.mode.startswith("int4"):
             columns = 2
         return take(tensor, COLUMNS, in_units(self.runs[counts], columns))
 
@@ -84,27 +86,32 @@ def plan(args: ModelArgs, rank: int, world: int, quantization: Quantization | No
     if world > args.n_head:
         raise UserError(f"--nproc_per_node: {world} ranks for {args.n_head} attention heads leave some without work (1 to {args.n_head} work)")
     q_heads, kv_heads = heads_of(args.n_head, args.n_local_heads, rank, world)
-    if quantization and quantization.mode.endswith("-fp16"):
-        raise UserError("--nproc_per_node: published GPTQ and AWQ checkpoints are not split over processes yet")
-    groupsize = quantization.groupsize if quantization and quantization.mode == "int4" else 0
+    if quantization and any(name.endswith((".wo", ".w2")) for name in quantization.reordered):
+        raise UserError("--nproc_per_node: published GPTQ checkpoints whose columns are in an order of their own (desc_act) run in one process only")
+    groupsize = quantization.groupsize if quantization and quantization.mode != "int8" else 0
     ffn, vocab = share_of(args.intermediate_size, rank, world, groupsize or 16), share_of(args.vocab_size, rank, world)
-    local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads), intermediate_size=sum(n for _, n in ffn), vocab_size=sum(n for _, n in vocab))
-
-    def rows_of(heads: list[int | None], offset: int) -> list[Run]:
-        return [(None if h is None else (offset + h) * args.head_dim, args.head_dim) for h in heads]
+    local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads),
+                    intermediate_size=sum(n for _, n in ffn), vocab_size=sum(n for _, n in vocab))
     runs = {
         "vocab": vocab,
-        "qkv": rows_of(q_heads, 0) + rows_of(kv_heads, args.n_head) + rows_of(kv_heads, args.n_head + args.n_local_heads),
-        "heads": rows_of(q_heads, 0),
+        "qkv": [run for heads, offset in ((q_heads, 0), (kv_heads, args.n_head), (kv_heads, args.n_head + args.n_local_heads))
+                for run in head_runs(heads, args.head_dim, offset)],
+        "heads": head_runs(q_heads, args.head_dim),
         "gate_up": ffn + [(first if first is None else first + args.intermediate_size, count) for first, count in ffn],
         "ffn": ffn,
     }
     runs = {name: joined_runs(r) for name, r in runs.items()}
-    wo_groupsize = math.gcd(groupsize, *(n for run in runs["heads"] for n in run if n))
-    if groupsize and wo_groupsize % 32:
-        raise UserError(f"--nproc_per_node: attention heads of {args.head_dim} on {world} ranks would cut int4 groups of {groupsize} into groups of "
-                        f"{wo_groupsize}, and 32 is the least")
+    wo_groupsize = groupsize and uncut_groupsize(args, rank, world, groupsize)
+    if wo_groupsize % 32:
+        work = [n for n in range(1, args.n_head + 1) if not any(uncut_groupsize(args, r, n, groupsize) % 32 for r in range(n))]
+        raise UserError(f"--nproc_per_node: attention heads of {args.head_dim} on {world} ranks would cut groups of {groupsize} into groups of "
+                        f"{wo_groupsize}, and 32 is the least (these numbers of ranks work: {', '.join(map(str, work))})")
     return Plan(args, local, rank, runs, quantization, wo_groupsize)
+
+
+def worth_splitting(nbytes: int, n_layer: int, world: int, device: torch.device) -> bool:
+    """Whether ranks decode faster with a share of nbytes of weights each than with all of them and no collectives."""
+    return nbytes * (1 - 1 / world) > (2 * n_layer + 2) * READ_MEANWHILE[device.type]
 
 
 def share_of(size: int, rank: int, world: int, unit: int = 16) -> list[Run]:
@@ -136,6 +143,16 @@ def heads_of(n_head: int, n_local_heads: int, rank: int, world: int) -> tuple[li
         kv_heads.append(kv if real else None)
         q_heads += [kv * queries + i if real and i < queries else None for i in range(begin, begin + width)]
     return q_heads, kv_heads
+
+
+def uncut_groupsize(args: ModelArgs, rank: int, world: int, groupsize: int) -> int:
+    """The largest part of wo's int4 groups that no border between the rank's heads and others cuts."""
+    runs = head_runs(heads_of(args.n_head, args.n_local_heads, rank, world)[0], args.head_dim)
+    return math.gcd(groupsize, *(n for run in runs for n in run if n))
+
+
+def head_runs(heads: list[int | None], head_dim: int, offset: int = 0) -> list[Run]:
+    return joined_runs([(None if h is None else (offset + h) * head_dim, head_dim) for h in heads])
 
 
 def in_units(runs: list[Run], unit: int) -> list[Run]:
@@ -176,6 +193,11 @@ class AllReduce(nn.Module):
         return all_reduce(x, self.group)
 
 
+def of_first(x: Tensor, group: str) -> Tensor:
+    """Rank 0's x, of the same shape everywhere."""
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.broadcast(x.contiguous(), 0, group))
+
+
 class GatherVocab(nn.Module):
     """Logits [B, P, local V] of every rank -> [B, P, V]. All ranks get the very same bits, so with the same noise they draw the same tokens."""
 
@@ -210,10 +232,11 @@ def build(plan: Plan, ranks: "Ranks") -> Transformer:
         if plan.quantization:
             replace_linears(model, plan.quantization)
     model.ranks = ranks
-    for layer in model.layers:
+    for i, layer in enumerate(model.layers):
         if isinstance(wo := layer.attention.wo, Int4Linear):
             with torch.device("meta"):
-                layer.attention.wo = Int4Linear(wo.in_features, wo.out_features, wo.bias is not None, plan.wo_groupsize)
+                regrouped = replace(plan.quantization, groupsize=plan.wo_groupsize)
+                layer.attention.wo = regrouped.linear(f"layers.{i}.attention.wo", wo.in_features, wo.out_features, wo.bias is not None)
         layer.attention.reduce = layer.feed_forward.reduce = AllReduce(ranks)
     model.tok_embeddings = VocabEmbedding(model.tok_embeddings.weight, plan.rank * plan.local.vocab_size, ranks)
     model.gather = GatherVocab(ranks, plan.args.vocab_size)
@@ -251,7 +274,9 @@ class Ranks:
         return self.rank == 0
 
     def take_device(self, device: torch.device) -> torch.device:
-        """The rank's own device for a --device cpu or cuda, with the first collective on it: where NCCL cannot start it shows here. Errors: UserError."""
+        """The rank's own device for a --device cpu or cuda, with the first collective on it: where NCCL cannot start it shows here.
+
+        Errors: UserError."""
         if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":          # what torchrun sets where the user has said nothing
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // self.local_world))
@@ -302,14 +327,34 @@ class Ranks:
 
     def last_words(self, message: str, status: int) -> None:
         """Ends this process at once. The message is printed by the first rank that has one."""
+        speak_undisturbed()
         try:
             unsaid = self.store.add("last words", 1) == 1
         except RuntimeError:                                 # the store is gone with the process that held it
             unsaid = True
         if unsaid:
             fail(message)
-        sys.__stdout__.flush()
-        os._exit(status)                                     # leaving in order would wait for ranks that are no more
+        leave(status)
+
+    def end_together(self, message: str) -> None:
+        """Ends all ranks, which have the same message; rank 0 prints it."""
+        speak_undisturbed()
+        if self.first:
+            fail(message)
+        with contextlib.suppress(RuntimeError):              # torchrun stops all ranks when the first one ends: by then it has been said
+            self.gather(None)
+        leave(2)
+
+
+def speak_undisturbed() -> None:
+    """torchrun's signal, on the same occasion, must not cut the message off, nor is it to be lost on a rank that was silent so far."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stderr = sys.__stderr__
+
+
+def leave(status: int) -> None:
+    sys.__stdout__.flush()
+    os._exit(status)                                         # leaving in order would wait for ranks that are no more
 
 
 def init_dist(timeout: float = 300.0) -> Ranks | None:
@@ -317,16 +362,17 @@ def init_dist(timeout: float = 300.0) -> Ranks | None:
 
     timeout: seconds without an answer from a rank in the midst of computing after which the others give up. Errors: UserError.
     """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
     try:
         rank, world, local_rank, local_world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    except KeyError:
-        return None
-    if world == 1:
-        return None
+    except (KeyError, ValueError) as error:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all that torchrun sets is in the environment: {error}") from None
     limit = datetime.timedelta(seconds=timeout)
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"torchrun: rank {rank} of {world} could not join the others: {one_line(error)}") from error
@@ -348,18 +394,14 @@ def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
     if not ranks.first:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if not torch.cuda.is_available():    # waiting for a GPU, Python would not come to run a handler: there the signal itself ends the process
-        signal.signal(signal.SIGTERM, lambda *_: ranks.last_words(f"torchrun stopped rank {ranks.rank}: another rank failed, or it was interrupted", 1))
+        stopped = f"torchrun stopped rank {ranks.rank}: another rank failed, or it was interrupted"
+        signal.signal(signal.SIGTERM, lambda *_: ranks.last_words(stopped, 1))
     try:
         with ranks.together():
             yield ranks
     except Agreed as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.stdout, sys.stderr = streams
-        if ranks.first:
-            ranks.last_words(str(error), 2)
-        os._exit(2)
+        ranks.end_together(str(error))
     except RuntimeError as error:
-        sys.stdout, sys.stderr = streams
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         ranks.last_words(f"rank {ranks.rank} lost touch with another rank, which died or did not answer for {timeout:.0f} s ({one_line(error)})", 1)

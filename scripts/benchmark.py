@@ -1,6 +1,7 @@
 """Measures decoding and prefill against other programs and against the memory's limit, in one run on one machine.
 
     python scripts/benchmark.py --model Qwen3-0.6B --device cpu --dtype bf16 --quant none int8 int4 --peers llama.cpp transformers
+    python scripts/benchmark.py --model Qwen3-0.6B --ranks 1 2
 
 The named shape is filled with random weights. Every configuration runs in a process of its own, one after the other, --rounds times over, and
 medians are reported, so that a noisy neighbour meets them all alike. Tables go to stdout, with JSON and a plot to --out; the last line is JSON.
@@ -23,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import quantize
+import tp
+from benchmark_report import OURS, PEERS, plot, report
 from cli import UserError, run
 from convert import read_json
 from loading import parse_device
 from model import PUBLISHED, ModelArgs
 
-WORKER = Path(__file__).resolve().with_name("benchmark_worker.py")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("transformers",)}
-OURS = "qwen-fast"
 
 
 # What one token costs
@@ -102,7 +103,13 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) 
                peak_gb=median(lambda r: r["peak_bytes"]) / 1e9, load_s=median(lambda r: r.get("load_s")),
                compile_cold_s=rounds[0].get("compile_s"), weight_bytes=rounds[0].get("weight_bytes"),
                compile_warm_s=statistics.median(r["compile_s"] for r in rounds[1:]) if len(rounds) > 1 and rounds[0].get("compile_s") else None,
-               recompiles=max(r.get("recompiles", 0) for r in rounds), position={}, capacity={}, batch={})
+               recompiles=max(r.get("recompiles", 0) for r in rounds), ranks=job["ranks"], position={}, capacity={}, batch={})
+    if job["ranks"] > 1:
+        told = {name: median(lambda r: r["communication"][name]) for name in rounds[0]["communication"]}
+        row["communication"] = dict(
+            all_reduces=told["all_reduce"], all_reduces_a_layer=(told["all_reduce"] - 1) / args.n_layer, all_gathers=told["all_gather"],
+            bytes=dtype_bytes * (told["all_reduce"] * args.dim + told["all_gather"] * args.vocab_size),
+            ms=1e3 * step_s * told["share"], exchange_ms=1e3 * told["exchange_s"])
     for i, sweep in enumerate(rounds[0].get("sweeps", [])):
         seconds, at = statistics.median(statistics.median(r["sweeps"][i]["seconds"]) for r in rounds), sweep["at"]
         row[sweep["what"]][at] = dict(ms=1e3 * seconds, tok_s=(at if sweep["what"] == "batch" else 1) / seconds)
@@ -112,109 +119,16 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) 
 
 
 def label(job: dict) -> str:
-    return job["program"] + (" --compile" if job["compile"] else "")
+    return job["program"] + (" --compile" if job["compile"] else "") + (f", {job['ranks']} ranks" if job["ranks"] > 1 else "")
 
 
-def rows_of(rows: list[dict], program: str, quantization: str) -> dict | None:
-    return next((r for r in rows if r["program"] == program and r["quantization"] == quantization), None)
-
-
-def ratio(row: dict, other: dict | None, figure=lambda row: row["decode_tok_s"]) -> float | None:
-    """How many times the other's rate; None where there is nothing to compare."""
-    if other is None or other is row:
-        return None
-    try:
-        return figure(row) / figure(other)
-    except KeyError:
-        return None
-
-
-# Tables
-
-def shown(value: float | None, digits: int = 1, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.{digits}f}{unit}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, with aligned columns."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * (w - 1) + ":" if i > 1 else "-" * w for i, w in enumerate(widths)], *rows]
-    return "\n".join("| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) + " |" for line in lines)
-
-
-def bits(row: dict) -> str:
-    return "-" if row["quantization"] == "none" else row["quantization"]
-
-
-def main_table(rows: list[dict]) -> str:
-    peers = [p for p in ("llama.cpp", "transformers", "plain") if rows_of(rows, p, "none") or rows_of(rows, p, "int8") or rows_of(rows, p, "int4")]
-    header = ["program", "quant", "decode tok/s", "ms", "p90 ms", "of limit", *[f"x {p}" for p in peers], "prefill tok/s", "TTFT ms",
-              *[f"prefill x {p}" for p in peers], "peak GB", "load s", "compile cold / warm s"]
-    lines = []
+def add_speedups(rows: list[dict]) -> None:
+    """Of several ranks over one, measured and expected: t(W) = t(1) x (bytes that a rank reads / bytes that one process reads) + the exchange."""
     for row in rows:
-        others = [rows_of(rows, p, row["quantization"]) for p in peers]
-        compile_s = "-" if row["compile_cold_s"] is None else f"{row['compile_cold_s']:.1f} / {shown(row['compile_warm_s'])}"
-        lines.append([row["label"], bits(row), shown(row["decode_tok_s"]), shown(row["decode_ms"], 2), shown(row["decode_ms_p90"], 2),
-                      shown(100 * row["mbu"], 0, " %"), *[shown(ratio(row, o), 2) for o in others], shown(row["prefill_tok_s"], 0),
-                      shown(row["ttft_ms"], 0), *[shown(ratio(row, o, lambda r: r["prefill_tok_s"]), 2) for o in others], shown(row["peak_gb"], 2),
-                      shown(row["load_s"]), compile_s])
-    return table(header, lines)
-
-
-def sweep_table(rows: list[dict], what: str) -> str:
-    """One column for each position, capacity or batch size, with the ratio to llama.cpp where it was measured too."""
-    rows = [r for r in rows if r[what]]
-    if not rows:
-        return ""
-    values = sorted(rows[0][what])
-    titles = {"position": "Decode ms at position", "capacity": "Decode ms early in a cache of capacity",
-              "batch": "Decode tok/s of all rows, batch size"}
-    lines = []
-    for row in rows:
-        peer, cells = rows_of(rows, "llama.cpp", row["quantization"]), []
-        for at in values:
-            x = ratio(row, peer, lambda r: r[what][at]["tok_s"])
-            cells.append(shown(row[what][at]["tok_s" if what == "batch" else "ms"], 2) + ("" if x is None else f" ({x:.2f} x llama.cpp)"))
-        growth = row[what][values[-1]]["ms"] / row[what][values[0]]["ms"]
-        lines.append([row["label"], bits(row), *cells, shown(growth, 2)])
-    return f"\n{titles[what]}:\n\n" + table(["program", "quant", *map(str, values), "time, last : first"], lines) + "\n"
-
-
-def report(result: dict) -> str:
-    machine = result["machine"]
-    versions = ", ".join(dict.fromkeys(r["version"] for r in result["rows"]))
-    text = (f"{result['model']}, {result['dtype']}, {machine['threads']} threads on {machine['cpu']} ({machine['cores']} cores; {machine['flags']})"
-            f"{'; ' + machine['gpu'] if machine['gpu'] else ''}; {machine['memory_gb']:.0f} GB; read bandwidth {machine['bandwidth_gb_s']:.1f} GB/s "
-            f"({machine['bandwidth_by']}); {versions}; {machine['date']}.\n"
-            f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; medians of {result['rounds']} interleaved rounds."
-            f" Output head of the quantized models: {result['lm_head']}.\n\n")
-    text += main_table(result["rows"]) + "\n" + "".join(sweep_table(result["rows"], what) for what in ("position", "capacity", "batch"))
-    return text + "".join(f"\nskipped: {line}" for line in result["skipped"])
-
-
-def plot(result: dict, path: Path) -> None:
-    """Bars of decode tok/s, each with its own limit as a mark; lines of decode time over position."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    rows, deep = result["rows"], [r for r in result["rows"] if r["position"]]
-    figure, axes = pyplot.subplots(1, 2 if deep else 1, figsize=(14 if deep else 8, 0.4 * len(rows) + 2.5), squeeze=False)
-    names = [f"{r['label']} {'' if r['quantization'] == 'none' else r['quantization']}" for r in rows]
-    bars = axes[0][0]
-    bars.barh(names, [r["decode_tok_s"] for r in rows], color=["tab:blue" if r["program"] == OURS else "tab:gray" for r in rows])
-    bars.plot([r["limit_tok_s"] for r in rows], names, "k|", markersize=16, label="memory's limit")
-    bars.invert_yaxis()
-    machine = result["machine"]
-    bars.set(xlabel="decode tokens/s", title=f"{result['model']} {result['dtype']}, {machine['cpu']}, {machine['threads']} threads")
-    bars.legend()
-    for row, name in zip(rows, names):
-        if row["position"]:
-            axes[0][1].plot(list(row["position"]), [v["ms"] for v in row["position"].values()], "o-" if row["program"] == OURS else "x--", label=name)
-    if deep:
-        axes[0][1].set(xlabel="position", ylabel="ms a token", ylim=(0, None))
-        axes[0][1].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+        alone = next((r for r in rows if r["ranks"] == 1 and all(r[key] == row[key] for key in ("program", "quantization", "compile"))), None)
+        if row["ranks"] > 1 and alone:
+            expected_ms = alone["decode_ms"] * row["weight_bytes"] / alone["weight_bytes"] + row["communication"]["exchange_ms"]
+            row["communication"] |= dict(speedup=alone["decode_ms"] / row["decode_ms"], expected_speedup=alone["decode_ms"] / expected_ms)
 
 
 # Running
@@ -235,16 +149,32 @@ def describe_machine(threads: int, device: torch.device) -> dict:
 
 
 def work(job: dict, caches: str) -> dict:
-    """Runs one worker to its end. A worker that fails gives {"failed": its last line}."""
+    """Runs one worker, or as many as there are ranks, to its end. A worker that fails gives {"failed": its last line}."""
     # A compiled configuration keeps its own compile cache: empty in the first round, filled in the later ones.
-    folder = f"{caches}/{job['program']}-{job['quantization']}-{job['compile']}"
+    folder = f"{caches}/{job['program']}-{job['quantization']}-{job['compile']}-{job['ranks']}"
     env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=f"{folder}/triton", OMP_NUM_THREADS=str(job["threads"]))
-    done = subprocess.run([sys.executable, str(WORKER), json.dumps(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        print(done.stderr[-4000:], file=sys.stderr)
-        return dict(failed=last)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    several = job["ranks"] > 1
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job['ranks']}"] if several else []
+    worker = Path(__file__).resolve().with_name(
+        "benchmark_ranks.py" if several else "benchmark_peers.py" if job["program"] in PEERS else "benchmark_worker.py")
+    command = [sys.executable, *torchrun, str(worker), json.dumps(job)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate()
+    except BaseException:
+        process.terminate()                                              # unlike a kill, it ends torchrun's processes too
+        process.wait()
+        raise
+    if process.returncode:
+        print(err[-4000:], file=sys.stderr)
+        return dict(failed=cause(err) or f"exit status {process.returncode}")
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def cause(err: str) -> str:
+    """The line of a worker's stderr that says why it failed; torchrun's own report comes after it."""
+    lines = err.strip().splitlines() or [""]
+    return next((line for start in ("error: ", "[rank") for line in reversed(lines) if line.startswith(start)), lines[-1])
 
 
 def missing(program: str) -> str | None:
@@ -256,7 +186,7 @@ def plan(args: argparse.Namespace, common: dict) -> tuple[list[dict], list[str]]
     """The jobs in the order in which a round runs them, and one line for each one left out."""
     jobs, skipped = [], []
     for quantization in args.quant:
-        jobs += [dict(common, program=OURS, quantization=quantization, compile=mode == "compile") for mode in args.modes]
+        jobs += [dict(common, program=OURS, quantization=quantization, compile=mode == "compile", ranks=n) for mode in args.modes for n in args.ranks]
         if "llama.cpp" in args.peers and not missing("llama.cpp"):
             jobs.append(dict(common, program="llama.cpp", quantization=quantization, compile=False))
     if "transformers" in args.peers and "none" in args.quant and not missing("transformers"):
@@ -270,7 +200,7 @@ def plan(args: argparse.Namespace, common: dict) -> tuple[list[dict], list[str]]
 def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, caches: str) -> dict:
     common = dict(config=config, name=name, device=args.device, dtype=DTYPES[args.dtype], dtype_name=args.dtype, threads=args.threads,
                   prompt_length=args.prompt_length, tokens=args.tokens, positions=args.positions, capacities=args.capacities,
-                  batch_sizes=args.batch_sizes, groupsize=args.groupsize, lm_head=args.lm_head, work_dir=work_dir,
+                  batch_sizes=args.batch_sizes, ranks=1, groupsize=args.groupsize, lm_head=args.lm_head, work_dir=work_dir,
                   checkpoint_path=str(args.checkpoint_path) if args.checkpoint_path else None)
     jobs, skipped = plan(args, common)
     bandwidths, found = [], [[] for _ in jobs]
@@ -295,6 +225,7 @@ def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, ca
             skipped.append(f"{label(job)} {job['quantization']} failed: {results[-1]['failed']}")
         else:
             rows.append(summarize(job, results, ModelArgs.from_hf(config), bandwidth))
+    add_speedups(rows)
     return dict(model=name, dtype=args.dtype, device=args.device, prompt_length=args.prompt_length, tokens=args.tokens, rounds=args.rounds,
                 lm_head=args.lm_head, machine=machine, rows=rows, skipped=skipped)
 
@@ -316,8 +247,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--positions", type=int, nargs="*", default=[], help="decode at these positions, e.g. 64 1024 4096")
     parser.add_argument("--capacities", type=int, nargs="*", default=[], help="decode at position 64 of caches this long, e.g. 1024 32768")
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[], help="e.g. 1 4 16")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="spread this project over so many processes, e.g. 1 2: tensor parallelism")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="of each process (default: all cores, divided by the largest number of --ranks)")
     parser.add_argument("--work_dir", type=Path, help="keeps the random checkpoints and GGUF files for the next run (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="folder for the JSON, the Markdown table and the plot")
     return parser.parse_args(argv)
@@ -325,10 +257,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if min(args.ranks) < 1:
+        raise UserError(f"--ranks {min(args.ranks)} must be 1 or more")
+    args.threads = max(1, torch.get_num_threads() // max(args.ranks)) if args.threads is None else args.threads
     for flag in ("prompt_length", "tokens", "rounds", "threads", "groupsize"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
-    parse_device(args.device)
+    device = parse_device(args.device)
+    if device.type == "cuda" and max(args.ranks) > torch.cuda.device_count():
+        raise UserError(f"--ranks {max(args.ranks)}: there are {torch.cuda.device_count()} CUDA devices")
     if args.checkpoint_path:
         if args.checkpoint_path.is_dir():
             args.checkpoint_path /= "model.pth"
@@ -338,6 +275,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         config, name = PUBLISHED[args.model], args.model
     shape = ModelArgs.from_hf(config)
+    try:
+        tp.plan(shape, 0, max(args.ranks))
+    except UserError as error:
+        raise UserError(str(error).replace("--nproc_per_node", "--ranks")) from None
     if max([0, *args.capacities, *(p + args.tokens + 1 for p in [args.prompt_length, *args.positions])]) > shape.max_position:
         raise UserError(f"--prompt_length, --positions, --capacities: with --tokens they go past the model's {shape.max_position} positions")
     if min([args.tokens + 1, *args.capacities]) <= args.tokens:

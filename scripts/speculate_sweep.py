@@ -85,7 +85,7 @@ def measure(experiment: Experiment, ranks: tp.Ranks | None) -> dict:
     model, tokenizer = load_model(experiment.checkpoint_path, device, None, ranks)
     draft = None
     if experiment.draft_checkpoint_path != NGRAM:
-        draft = Generator(*load_model(experiment.draft_checkpoint_path, device, model.dtype, ranks), compile_prefill=experiment.compile_prefill)
+        draft = Generator(*load_model(experiment.draft_checkpoint_path, device, model.dtype, ranks, may_replicate=True), compile_prefill=experiment.compile_prefill)
     speculator = Speculator(model, tokenizer, draft, None, experiment.compile, experiment.compile_prefill)
     sampling, rounds = Sampling(experiment.temperature), []
     for text in texts_of(experiment.prompt):

@@ -1,25 +1,19 @@
 """The benchmark's arithmetic against figures worked out by hand, its tables, and what it does about programs that are not there."""
-import importlib.util
 import json
-from pathlib import Path
+import sys
 
 import pytest
+from conftest import ROOT
 
 import quantize
 from cli import UserError
 from model import PUBLISHED, ModelArgs
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(ROOT / "scripts"))
 
+import benchmark
+import benchmark_peers
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark, worker = load("benchmark"), load("benchmark_worker")
 QWEN3, LLAMA2 = ModelArgs.from_name("Qwen3-0.6B"), ModelArgs.from_name("Llama-2-7B")
 
 
@@ -76,7 +70,7 @@ def test_every_format_holds_the_same_number_of_weights(name):
             quantized = Transformer(args).to(torch.bfloat16)
         quantize.replace_linears(quantized, quantize.Quantization(mode, 64, head))
         assert bytes_read_per_token(quantized) == benchmark.bytes_per_token(args, mode, groupsize=64, lm_head=head) - slot
-    sizes = {key: torch.Size(shape).numel() for key, shape in worker.gguf_tensors(args).items()}
+    sizes = {key: torch.Size(shape).numel() for key, shape in benchmark_peers.gguf_tensors(args).items()}
     embedding = 0 if args.tie_word_embeddings else sizes["token_embd.weight"]
     assert 2 * (sum(sizes.values()) - embedding) == benchmark.bytes_per_token(args) - slot
 
@@ -92,8 +86,8 @@ def test_percentile_is_one_of_the_values():
     assert benchmark.percentile([5.0], 90) == 5.0
 
 
-def job(program="qwen-fast", quantization="none", compile=False, **more) -> dict:
-    return dict(program=program, quantization=quantization, compile=compile, dtype_name="bf16", groupsize=32, lm_head="int8",
+def job(program="qwen-fast", quantization="none", compile=False, ranks=1, **more) -> dict:
+    return dict(program=program, quantization=quantization, compile=compile, ranks=ranks, dtype_name="bf16", groupsize=32, lm_head="int8",
                 prompt_length=256, tokens=64, **more)
 
 
@@ -167,7 +161,8 @@ def test_a_worker_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--model", "Llama-2-7B", "--positions", "4050"], "--positions"), (["--capacities", "64"], "--capacities 64"), (["--rounds", "0"], "--rounds 0")])
+    (["--model", "Llama-2-7B", "--positions", "4050"], "--positions"), (["--capacities", "64"], "--capacities 64"), (["--rounds", "0"], "--rounds 0"),
+    (["--ranks", "0", "2"], "--ranks 0 must be 1 or more"), (["--ranks", "1", "32"], "--ranks: 32 ranks for 16 attention heads")])
 def test_flags_that_cannot_be_are_refused(flags, named):
     with pytest.raises(UserError, match=named):
         benchmark.main(flags)
@@ -177,13 +172,18 @@ TINY = dict(model_type="qwen3", num_hidden_layers=2, hidden_size=64, num_attenti
             vocab_size=512, rope_theta=1e6, max_position_embeddings=1024, tie_word_embeddings=True)
 
 
+def tiny_job(tmp_path, quantization: str, program="qwen-fast", ranks=1, **sweeps) -> dict:
+    return job(program, quantization, ranks=ranks) | dict(
+        config=TINY, name="tiny", device="cpu", dtype="bfloat16", threads=1, prompt_length=12, tokens=5, work_dir=str(tmp_path), checkpoint_path=None,
+        **{"positions": [], "capacities": [], "batch_sizes": [], **sweeps})
+
+
 @pytest.mark.parametrize("program, quantization", [("qwen-fast", "none"), ("qwen-fast", "int4"), ("plain", "none"), ("llama.cpp", "none"),
                                                    ("llama.cpp", "int4"), ("transformers", "none")])
 def test_workers_measure_a_tiny_shape(program, quantization, tmp_path):
     if benchmark.missing(program):
         pytest.skip(f"{benchmark.missing(program)} is not installed")
-    task = job(program, quantization) | dict(config=TINY, name="tiny", device="cpu", dtype="bfloat16", threads=1, prompt_length=12, tokens=5, positions=[16, 40],
-                               capacities=[64, 128], batch_sizes=[1, 3], work_dir=str(tmp_path), checkpoint_path=None)
+    task = tiny_job(tmp_path, quantization, program, positions=[16, 40], capacities=[64, 128], batch_sizes=[1, 3])
     done = benchmark.work(task, str(tmp_path))
     assert "failed" not in done, done
     assert len(done["seconds"]) == 5 and done["ttft_s"] > 0 and done["peak_bytes"] > 1e6
@@ -193,3 +193,50 @@ def test_workers_measure_a_tiny_shape(program, quantization, tmp_path):
         assert done["recompiles"] == 0 and done["load_s"] > 0
     if program == "llama.cpp":
         assert sorted(row["position"]) == [16, 40] and sorted(row["batch"]) == [1, 3]
+
+
+# ---- several ranks
+
+# Qwen3-0.6B on two ranks: 2 x 28 + 1 all-reduces of 1024 numbers and a gather of 151936, in bf16: 57 x 2048 + 303,872 = 420,608 bytes. A rank
+# reads half of the bytes. One process takes 40 ms; 40 x 0.5 + 10 of exchange = 30 ms are expected, and 32 measured.
+def test_several_ranks_against_one():
+    told = dict(all_reduce=57.0, all_gather=1.0, share=0.25, exchange_s=0.01)
+    rows = [benchmark.summarize(job(), [raw([0.04], weight_bytes=1_000_000)], QWEN3, bandwidth=40e9),
+            benchmark.summarize(job(ranks=2), [raw([0.032], weight_bytes=500_000, communication=told)], QWEN3, bandwidth=40e9)]
+    benchmark.add_speedups(rows)
+    assert "communication" not in rows[0] and rows[1]["communication"] == pytest.approx(dict(
+        all_reduces=57, all_reduces_a_layer=2, all_gathers=1, bytes=420_608, ms=8, exchange_ms=10, speedup=1.25, expected_speedup=4 / 3))
+    lines = benchmark.report(result(rows)).splitlines()
+    header = next(i for i, line in enumerate(lines) if "expected" in line and line.startswith("|"))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[header + 2:header + 4]]
+    assert cells == [["qwen-fast", "-", "1", "25.0", "40.00", *["-"] * 8],
+                     ["qwen-fast, 2 ranks", "-", "2", "31.2", "32.00", "57", "2", "421", "8.00", "25 %", "10.00", "1.25", "1.33"]]
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_a_tiny_shape(tmp_path):
+    done = benchmark.work(tiny_job(tmp_path, "int8", ranks=2), str(tmp_path))
+    assert "failed" not in done, done
+    assert len(done["seconds"]) == 5 and done["peak_bytes"] > 1e6
+    told = done["communication"]
+    assert (told["all_reduce"], told["all_gather"]) == (2 * 2 + 1, 1) and 0 < told["share"] < 1 and told["exchange_s"] > 0
+    alone = benchmark.work(tiny_job(tmp_path, "int8"), str(tmp_path))
+    assert 0.5 < done["weight_bytes"] / alone["weight_bytes"] < 0.51
+
+
+def test_the_cause_of_a_failure_is_found():
+    report = "====\nscripts/benchmark_ranks.py FAILED\n===="
+    assert benchmark.cause(f"[W1] noise\nerror: --device cuda:0: no\n{report}") == "error: --device cuda:0: no"
+    assert benchmark.cause(f"[rank0]: Traceback\n[rank0]: ValueError: no\n{report}") == "[rank0]: ValueError: no"
+    assert benchmark.cause("Traceback\nValueError: no") == "ValueError: no"
+
+
+def test_the_cores_are_divided_among_the_ranks(monkeypatch, tmp_path):
+    jobs = []
+    monkeypatch.setattr(benchmark, "work", lambda job, caches: jobs.append(job) or dict(failed="no"))
+    monkeypatch.setattr(benchmark.torch, "get_num_threads", lambda: 8)
+    with pytest.raises(RuntimeError):
+        benchmark.main(["--ranks", "1", "4"])
+    assert jobs[0]["threads"] == 2
+    args = benchmark.parse_args(["--ranks", "1", "4", "--modes", "eager", "--no_plain"])
+    assert [(job["ranks"], job["compile"]) for job in benchmark.plan(args, dict(ranks=1))[0]] == [(1, False), (4, False)]

@@ -1,4 +1,5 @@
 """Tensor parallelism: the plan on paper for every published shape; 2 and 4 processes over gloo against one process."""
+import contextlib
 import json
 import os
 import signal
@@ -7,17 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
 import torch
 from conftest import ROOT
+from test_gptq import publish
 
 import tp
 from cli import UserError
 from generate import Generator, Sampling, command, load_model, main, parse_args
 from model import PUBLISHED, ModelArgs, Transformer
 from quantize import Quantization, quantize_checkpoint, replace_linears, set_activations
+from speculate import Speculator
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111]]
@@ -33,7 +37,8 @@ def whole_model(args, quantization=None):
     return model
 
 
-@pytest.mark.parametrize("quantization", [None, Quantization("int8"), Quantization("int4", 32), Quantization("int4", 128)], ids=["bf16", "int8", "g32", "g128"])
+@pytest.mark.parametrize("quantization", [None, Quantization("int8"), Quantization("int4", 32), Quantization("int4", 128)],
+                         ids=["bf16", "int8", "g32", "g128"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_shape_can_be_split(name, quantization):
     args = ModelArgs.from_name(name)
@@ -60,9 +65,41 @@ def test_every_published_shape_can_be_split(name, quantization):
             assert {key: plan.cut(key, value).shape for key, value in state.items()} == expected
 
 
+# What a rank holds on 2, 3, 4 and 8 ranks: query / KV heads by (query, KV) heads of the whole, and of the feed-forward width and the vocabulary.
+# With a star where some of that is padding.
+HEADS = {
+    (12, 2): "6/1 4/2 3/1 2/1*", (14, 2): "7/1 7/1* 4/1* 2/1*", (16, 2): "8/1 6/2* 4/1 2/1", (16, 8): "8/4 6/3* 4/2 2/1",
+    (16, 16): "8/8 6/6* 4/4 2/2", (20, 20): "10/10 7/7* 5/5 3/3*", (24, 8): "12/4 9/3* 6/2 3/1", (28, 4): "14/2 12/3* 7/1 4/1*",
+    (32, 8): "16/4 12/3* 8/2 4/1", (32, 32): "16/16 11/11* 8/8 4/4", (40, 8): "20/4 15/3* 10/2 5/1", (40, 40): "20/20 14/14* 10/10 5/5",
+    (64, 8): "32/4 24/3* 16/2 8/1", (64, 64): "32/32 22/22* 16/16 8/8",
+}
+SIZES = {
+    2816: "1408 944* 704 352", 3072: "1536 1024 768 384", 4864: "2432 1632* 1216 608", 5504: "2752 1840* 1376 688", 6144: "3072 2048 1536 768",
+    6912: "3456 2304 1728 864", 8192: "4096 2736* 2048 1024", 8960: "4480 2992* 2240 1120", 9728: "4864 3248* 2432 1216",
+    11008: "5504 3680* 2752 1376", 12288: "6144 4096 3072 1536", 13696: "6848 4576* 3424 1712", 13824: "6912 4608 3456 1728",
+    14336: "7168 4784* 3584 1792", 17408: "8704 5808* 4352 2176", 18944: "9472 6320* 4736 2368", 22016: "11008 7344* 5504 2752",
+    24576: "12288 8192 6144 3072", 25600: "12800 8544* 6400 3200", 27392: "13696 9136* 6848 3424", 27648: "13824 9216 6912 3456",
+    28672: "14336 9568* 7168 3584", 29568: "14784 9856 7392 3696", 32000: "16000 10672* 8000 4000", 128256: "64128 42752 32064 16032",
+    151936: "75968 50656* 37984 18992", 152064: "76032 50688 38016 19008",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_table_of_published_sizes(name):
+    args = ModelArgs.from_name(name)
+    tables = HEADS[args.n_head, args.n_local_heads], SIZES[args.intermediate_size], SIZES[args.vocab_size]
+    for world, heads, ffn, vocab in zip((2, 3, 4, 8), *(line.split() for line in tables)):
+        plans = [tp.plan(args, rank, world) for rank in range(world)]
+        local = plans[0].local
+        padded = {counts: "*" * any(first is None for plan in plans for first, _ in plan.runs[counts]) for counts in ("heads", "ffn", "vocab")}
+        assert heads == f"{local.n_head}/{local.n_local_heads}{padded['heads']}"
+        assert (ffn, vocab) == (f"{local.intermediate_size}{padded['ffn']}", f"{local.vocab_size}{padded['vocab']}")
+
+
 def test_few_heads_on_many_ranks():
     assert tp.heads_of(14, 2, 0, 2) == ([0, 1, 2, 3, 4, 5, 6], [0])
-    assert [tp.heads_of(14, 2, rank, 4) for rank in range(4)] == [([0, 1, 2, 3], [0]), ([4, 5, 6, None], [0]), ([7, 8, 9, 10], [1]), ([11, 12, 13, None], [1])]
+    assert [tp.heads_of(14, 2, rank, 4) for rank in range(4)] == [
+        ([0, 1, 2, 3], [0]), ([4, 5, 6, None], [0]), ([7, 8, 9, 10], [1]), ([11, 12, 13, None], [1])]
     assert tp.heads_of(32, 8, 7, 8) == ([28, 29, 30, 31], [7])
     assert tp.heads_of(4, 4, 2, 3) == ([None, None], [None, None])
 
@@ -71,8 +108,16 @@ def test_numbers_of_ranks_that_cannot_work_are_refused():
     args = ModelArgs.from_name("Qwen2-0.5B")
     with pytest.raises(UserError, match="16 ranks for 14 attention heads .*1 to 14 work"):
         tp.plan(args, 0, 16)
-    with pytest.raises(UserError, match="would cut int4 groups of 128 into groups of 16"):
+    with pytest.raises(UserError, match="would cut groups of 128 into groups of 16, and 32 is the least .these numbers of ranks work: 1."):
         tp.plan(tp.replace(args, head_dim=16), 0, 2, Quantization("int4", 128))
+
+
+def test_published_checkpoints_with_permuted_columns_are_refused():
+    """Their columns would have to be sorted first; where all ranks have all columns their order does not matter."""
+    args = ModelArgs.from_name("Qwen2-7B")
+    with pytest.raises(UserError, match="desc_act"):
+        tp.plan(args, 0, 2, Quantization("int4-fp16", 128, "none", reordered=("layers.0.feed_forward.w2",)))
+    assert tp.plan(args, 0, 2, Quantization("int4-fp16", 128, "none", reordered=("layers.0.attention.wqkv",))).wo_groupsize == 128
 
 
 def test_int4_groups_are_cut_where_a_head_ends_inside_one():
@@ -101,7 +146,10 @@ FOLDERS = {
     "llama-biases": lambda folder: tiny.save(tiny.reference("llama-biases", head_dim=32), folder),
     "mistral-window": lambda folder: tiny.save(tiny.reference("mistral-window"), folder),
     # sizes that nothing divides: three groups of two heads, and the one KV head that all ranks share
-    "uneven": lambda folder: tiny.save(tiny.reference("qwen3", num_attention_heads=6, num_key_value_heads=3, intermediate_size=100, vocab_size=331), folder),
+    "uneven": lambda folder: tiny.save(tiny.reference(
+        "qwen3", num_attention_heads=6, num_key_value_heads=3, intermediate_size=100, vocab_size=331), folder),
+    # published GPTQ, whose groups of 128 the ranks' heads cut
+    **{f"gptq-{bits}": lambda folder, bits=bits: make_published(folder, bits) for bits in (4, 8)},
     "one-kv": lambda folder: tiny.save(tiny.reference("qwen2", num_attention_heads=8, num_key_value_heads=1), folder),
 }
 FORMATS = {"int8": ("int8", 32), "g32": ("int4", 32), "g128": ("int4", 128)}
@@ -109,6 +157,11 @@ QUANTIZED = {f"{family}/{name}": (family, *how) for family in ("llama-biases", "
 COMPILED = ("qwen2-tied",)            # test_torchrun_prints_what_one_process_prints compiles an untied one
 LARGE = dict(model_type="llama", num_hidden_layers=4, hidden_size=2048, num_attention_heads=16, num_key_value_heads=8, intermediate_size=6144,
              vocab_size=32000, max_position_embeddings=512)
+
+
+def make_published(folder: Path, bits: int) -> None:
+    tiny.save(tiny.reference("qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=2), folder)
+    publish(folder, bits=bits, groupsize=128, sym=False)
 
 
 def make_large(folder: Path) -> None:
@@ -148,6 +201,23 @@ def results(path: Path, ranks: tp.Ranks | None, compiled: bool) -> dict:
     return out
 
 
+def speculation(folder: Path, ranks: tp.Ranks) -> dict[str, list]:
+    """Text with drafts of a model that is split, or that each rank holds: then slightly another one on each, as if they rounded in other ways."""
+    model, tokenizer = load_model(folder / "qwen3", "cpu", torch.float32, ranks)
+    out = {}
+    for name, meanwhile in (("split", 0), ("whole", 1e9)):
+        with mock.patch.dict(tp.READ_MEANWHILE, cpu=meanwhile):
+            draft, _ = load_model(folder / "qwen2", "cpu", torch.float32, ranks, may_replicate=True)
+        assert (draft.ranks is None) == (name == "whole")
+        if name == "whole":
+            draft.norm.weight.data += 0.5 * torch.randn(draft.norm.weight.shape, generator=torch.Generator().manual_seed(ranks.rank))
+        for k in (3, None):
+            speculator = Speculator(model, tokenizer, Generator(draft, tokenizer), k)
+            for kind, sampling in (("greedy", GREEDY), ("sampled", Sampling(1.0, 50))):
+                out[f"{kind} {name} {k}"] = list(speculator.generate(PROMPTS[0], 48, sampling, seed=5, stop_ids=frozenset()))
+    return out
+
+
 def mistakes(folder: Path, ranks: tp.Ranks) -> dict[str, str]:
     """What each mistake is called, by this rank."""
     good = ["--checkpoint_path", str(folder / "qwen3" / "model.pth"), "--device", "cpu"]
@@ -160,11 +230,12 @@ def mistakes(folder: Path, ranks: tp.Ranks) -> dict[str, str]:
         "different": ["--checkpoint_path", other if ranks.rank == 1 else good[1], "--device", "cpu"],
         "too many ranks": ["--checkpoint_path", str(folder / "one-head" / "model.pth"), "--device", "cpu"],
         "prompt on rank 1": [*good, *(["--prompt", ""] if ranks.rank == 1 else [])],
+        "devices": [*good[:2], "--device", "cuda"],
     }
-    found = {}
+    found, one_gpu = {}, mock.patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1)
     for name, argv in cases.items():
         try:
-            with ranks.together():
+            with ranks.together(), one_gpu if name == "devices" else contextlib.nullcontext():
                 command(parse_args(argv), ranks)
         except tp.Agreed as error:
             found[name] = str(error)
@@ -188,6 +259,7 @@ def worker(folder: Path) -> None:
         found[name] = results(folder / name / "model.pth", ranks, name in COMPILED and ranks.world == 2)
     for name, (family, mode, groupsize) in QUANTIZED.items():
         found[name] = results(folder / family / ("model_int8.pth" if mode == "int8" else f"model_int4.g{groupsize}.pth"), ranks, False)
+    found["speculation"] = speculation(folder, ranks)
     logits = {name: r.pop("logits") for name, r in found.items() if "logits" in r}
     everyone = ranks.gather(found)
     if ranks.first:
@@ -198,11 +270,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
-def start_ranks(world: int, *argv) -> list[subprocess.Popen]:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [subprocess.Popen([sys.executable, *map(str, argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(
+        return s.getsockname()[1]
+
+
+def start_ranks(world: int, *argv) -> list[subprocess.Popen]:
+    port = free_port()
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [subprocess.Popen([sys.executable, *(str(arg).replace("{rank}", str(rank)) for arg in argv)], **pipes, env=environment(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
         for rank in range(world)]
 
@@ -215,8 +292,11 @@ def folder(tmp_path_factory):
         make(folder / name)
     (folder / "one-head").mkdir()
     tiny.save(tiny.reference("qwen2", num_attention_heads=1, num_key_value_heads=1), folder / "one-head")
+    for rank, name in enumerate(("qwen3", "qwen2")):         # a checkpoint path that is not the same on two machines
+        (folder / f"rank{rank}").symlink_to(folder / name)
     make_large(folder / "large")
-    load_model(folder / "qwen3")                             # the others are converted by the ranks
+    for name in ("qwen3", "qwen2", "one-head"):              # the others are converted by the ranks
+        load_model(folder / name)
     for family, mode, groupsize in QUANTIZED.values():
         load_model(folder / family)
         quantize_checkpoint(folder / family / "model.pth", mode, groupsize, progress=False)
@@ -256,6 +336,24 @@ def test_equals_one_process(name, parallel, single):
 
 
 @pytest.mark.slow
+def test_speculation_writes_the_models_own_text(folder, parallel):
+    plain = Generator(*load_model(folder / "qwen3", "cpu", torch.float32))
+    expected = list(plain.generate(PROMPTS[0], 48, GREEDY, stop_ids=frozenset()))
+    found = [of_rank["speculation"] for of_rank in parallel["found"]]
+    assert all(rank == found[0] for rank in found), "the ranks drew different tokens"
+    assert len(found[0]) == 8
+    for name, text in found[0].items():
+        assert (text == expected) == name.startswith("greedy"), name
+
+
+def test_a_draft_is_split_if_that_pays():
+    """A 0.6B model's 58 collectives take longer than its bytes; a 7B model's do not; on CPUs, where bytes take longer, neither do a 1.7B model's."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not tp.worth_splitting(1_192_000_000, 28, 8, gpu) and tp.worth_splitting(15_200_000_000, 28, 8, gpu)
+    assert not tp.worth_splitting(1_192_000_000, 28, 2, cpu) and tp.worth_splitting(3_440_000_000, 28, 2, cpu)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_equals_eager(name, parallel):
     if len(parallel["found"]) != 2:
@@ -283,7 +381,8 @@ def test_a_mistake_reaches_all_ranks(parallel):
     assert first == second
     for name, text in {"flag": "--max_new_tokens 0", "missing": "--checkpoint_path ", "missing on rank 1": "rank 1: --checkpoint_path ",
                        "missing on rank 0": "--checkpoint_path ", "different": "the ranks have different checkpoints: rank 0 ",
-                       "too many ranks": "--nproc_per_node: 2 ranks for 1 attention heads", "prompt on rank 1": "rank 1: --prompt is empty"}.items():
+                       "too many ranks": "--nproc_per_node: 2 ranks for 1 attention heads", "prompt on rank 1": "rank 1: --prompt is empty",
+                       "devices": "--nproc_per_node 2: there are 1 CUDA devices"}.items():
         assert first[name].startswith(text)
 
 
@@ -296,6 +395,13 @@ def test_more_ranks_than_devices(monkeypatch):
         ranks.take_device(torch.device("cuda", 1))
 
 
+def test_an_environment_that_is_not_torchruns(monkeypatch):
+    for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but not all that torchrun sets is in the environment: 'LOCAL_WORLD_SIZE'"):
+        tp.init_dist()
+
+
 def test_one_process_needs_no_ranks(monkeypatch):
     assert tp.init_dist() is None
     for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1").items():
@@ -305,9 +411,9 @@ def test_one_process_needs_no_ranks(monkeypatch):
 
 # ---- the command
 
-def torchrun(*argv, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "generate.py"), "--device", "cpu",
-                             *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options)
+def torchrun(*argv, how=("--standalone", "--nproc_per_node=2")) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *how, str(ROOT / "generate.py"), "--device", "cpu", *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def text_of(out: str) -> str:
@@ -318,8 +424,8 @@ def text_of(out: str) -> str:
 
 @pytest.mark.slow
 def test_torchrun_prints_what_one_process_prints(folder, capsys):
-    request = ["--checkpoint_path", str(folder / "qwen3" / "model.pth"), "--dtype", "fp32", "--prompt", "hello", "--num_samples", "1", "--max_new_tokens", "24",
-               "--temperature", "0.9", "--seed", "3"]
+    request = ["--checkpoint_path", str(folder / "qwen3" / "model.pth"), "--dtype", "fp32", "--prompt", "hello", "--num_samples", "1",
+               "--max_new_tokens", "24", "--temperature", "0.9", "--seed", "3"]
     main([*request, "--device", "cpu"])
     expected = text_of(capsys.readouterr().out)
     process = torchrun("--compile", *request)
@@ -330,10 +436,21 @@ def test_torchrun_prints_what_one_process_prints(folder, capsys):
 
 
 @pytest.mark.slow
-def test_rank_0_reads_the_prompts(folder):
-    request = ["--checkpoint_path", folder / "qwen3" / "model.pth", "--device", "cpu", "--dtype", "fp32", "--interactive", "--max_new_tokens", "8",
-               "--temperature", "0", "--ignore_eos"]
-    alone = subprocess.run([sys.executable, ROOT / "generate.py", *map(str, request)], input="hello\nmore\n", capture_output=True, text=True, env=environment())
+def test_two_machines_print_what_one_process_prints(folder, capsys):
+    """As two of torchrun on this one; only the first prints."""
+    request = ["--checkpoint_path", str(folder / "qwen3" / "model.pth"), "--dtype", "fp32", "--prompt", "hello", "--num_samples", "1", "--seed", "3"]
+    main([*request, "--device", "cpu"])
+    how = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}")
+    done = [process.communicate(timeout=200) for process in [torchrun(*request, how=how) for _ in range(2)]]
+    said = [out for out, _ in done if out]
+    assert len(said) == 1 and text_of(said[0]) == text_of(capsys.readouterr().out), done
+
+
+@pytest.mark.slow
+def test_rank_0_reads_the_prompts():
+    """A conversation, whose second turn finds the first in every rank's cache."""
+    request = ["--device", "cpu", "--dtype", "fp32", "--interactive", "--chat", "--max_new_tokens", "8", "--temperature", "0", "--ignore_eos"]
+    alone = subprocess.run([sys.executable, ROOT / "generate.py", *request], input="hello\nmore\n", capture_output=True, text=True, env=environment())
     first, second = start_ranks(2, ROOT / "generate.py", *request)
     out, err = first.communicate("hello\nmore\n", timeout=300)
     assert (first.returncode, second.wait(60)) == (0, 0), err
@@ -342,18 +459,27 @@ def test_rank_0_reads_the_prompts(folder):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(folder):
-    ranks = start_ranks(2, ROOT / "generate.py", "--checkpoint_path", folder / "qwen3" / "model.pth", "--device", "cpu", "--top_p", "3")
-    told = [rank.communicate(timeout=120) for rank in ranks]
+@pytest.mark.parametrize("checkpoint, flags, told", [
+    ("qwen3", ["--top_p", "3"], "--top_p 3.0 must be more than 0 and at most 1"),
+    ("one-head", [], "--nproc_per_node: 2 ranks for 1 attention heads leave some without work (1 to 1 work)"),
+    ("rank{rank}", [], "the ranks have different checkpoints: rank 0 "),
+    ("qwen3", ["--device", "cuda:99"], "--device cuda:99: "),
+], ids=["flag", "heads", "checkpoints", "device"])
+def test_a_mistake_is_told_once(folder, checkpoint, flags, told):
+    """One line from rank 0, exit status 2 on all ranks, and nobody waits for another."""
+    ranks = start_ranks(2, ROOT / "generate.py", "--device", "cpu", "--checkpoint_path", folder / checkpoint / "model.pth", *flags)
+    (out, err), second = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
-    assert told == [("", "error: --top_p 3.0 must be more than 0 and at most 1\n"), ("", "")]
+    assert (out, second) == ("", ("", ""))
+    assert err.startswith(f"error: {told}") and err.count("\n") == 1 and err.endswith("\n")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_rank_dies_all_end(folder, victim):
-    process = torchrun("--checkpoint_path", folder / "qwen3" / "model.pth", "--dtype", "fp32", "--ignore_eos", "--max_new_tokens", "300", "--num_samples", "100000")
+    process = torchrun("--checkpoint_path", folder / "qwen3" / "model.pth", "--dtype", "fp32", "--ignore_eos", "--max_new_tokens", "300",
+                       "--num_samples", "100000")
     for line in process.stdout:                              # decoding is under way
         if line.startswith("Time for inference"):
             break
@@ -384,6 +510,39 @@ def test_a_rank_that_hangs_is_given_up():
     assert err.startswith("error: rank 0 lost touch with another rank, which died or did not answer for 3 s") and err.count("\n") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
+def test_a_silent_rank_that_is_stopped_says_so():
+    """torchrun's signal may reach the survivors before they miss the one that died."""
+    first, second = start_ranks(2, __file__, "hang")
+    assert first.stdout.readline() == "computing\n"
+    second.terminate()
+    told = [rank.communicate(timeout=60)[1] for rank in (second, first)]
+    assert told == ["error: torchrun stopped rank 1: another rank failed, or it was interrupted\n", ""]
+    assert (first.returncode, second.returncode) == (1, 1)
+
+
+def test_a_signal_does_not_cut_the_last_words_off():
+    """The signal comes when the rank has made itself the one to speak."""
+    done = subprocess.run([sys.executable, __file__, "interrupted"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: rank 1 lost touch\n")
+
+
+def speak_when_stopped() -> None:
+    class Store:
+        said = 0
+
+        def add(self, key: str, amount: int) -> int:
+            self.said += amount
+            said = self.said
+            os.kill(os.getpid(), signal.SIGTERM)
+            return said
+    ranks = tp.Ranks(1, 2, 1, 2, 0, "", Store(), None)
+    sys.stderr = open(os.devnull, "w")
+    signal.signal(signal.SIGTERM, lambda *_: ranks.last_words("stopped", 1))
+    ranks.last_words("rank 1 lost touch", 1)
+
+
 def compute_forever() -> None:
     with tp.joined(timeout=3) as ranks:
         for step in range(10**9):
@@ -397,4 +556,5 @@ def environ_of(pid: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    compute_forever() if sys.argv[1] == "hang" else worker(Path(sys.argv[1]))
+    modes = {"hang": compute_forever, "interrupted": speak_when_stopped}
+    modes[sys.argv[1]]() if sys.argv[1] in modes else worker(Path(sys.argv[1]))
