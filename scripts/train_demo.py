@@ -1,7 +1,7 @@
 """Makes checkpoints/demo and checkpoints/demo-draft: two small Qwen3 models of Python source code, trained from scratch.
 
     python scripts/train_demo.py --name demo                  # the target: more than an hour on two CPU cores
-    python scripts/train_demo.py --name demo-draft --teacher checkpoints/demo       # the draft: the target is its teacher
+    python scripts/train_demo.py --name demo-draft --teacher checkpoints/demo --steps 800      # the draft: half an hour, the target is its teacher
     python scripts/train_demo.py --dump_heldout FILE          # the text that neither has seen
 
 The text is the Python standard library of the interpreter that runs this script, its tests included. The modules in

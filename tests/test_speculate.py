@@ -18,7 +18,7 @@ from decoding import Generator
 from loading import load_model
 from model import ModelArgs, Transformer
 from sampling import Sampling
-from speculate import Costs, Draft, Lookup, Speculator, Statistics, accept, accept_greedy, predicted_speedup
+from speculate import Costs, Lookup, Speculator, Statistics, accept, predicted_speedup
 from tokenizer import Tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -479,7 +479,6 @@ def test_a_draft_of_another_tokenizer_is_refused_and_the_difference_named(demo, 
 
 
 def test_a_draft_of_a_shorter_context_is_refused(demo):
-    folder = demo[1].folder
     draft = load_demo("demo-draft")
     import dataclasses
     draft[0].args = dataclasses.replace(draft[0].args, max_position=64)
