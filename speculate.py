@@ -174,19 +174,19 @@ class Costs:
     rounds: dict[int, float] = field(default_factory=dict)
     hits: float = 0.0
     tests: float = 0.0
-    lost: float = 0.0                                            # seconds that drafting has cost more than it gained, since it last gained
+    lost: float = 0.0                                            # seconds that drafting has cost more than it gained (less than 0: gained)
     spoken: int = 0                                              # tokens of this request
     since_plain: int = 0
     age: dict[int, int] = field(default_factory=dict)            # rounds since one with this k
-    FORGET, MARGIN, ALLOWANCE, RECHECK = 0.98, 1.03, 0.012, 24
+    FORGET, MARGIN, ALLOWANCE, SAVINGS, RECHECK = 0.98, 1.03, 0.012, 8, 24
 
     def __post_init__(self) -> None:
         self.rounds = {0: self.plain} | {k: v + k * self.draft for k, v in self.verify.items()}
 
     @property
     def acceptance(self) -> float:
-        """Of late; without evidence, a guess in favour of trying."""
-        return (self.hits + 0.7) / (self.tests + 1)
+        """Of late; without evidence, a guess in favour of trying that a few refusals do not overturn."""
+        return (self.hits + 2.1) / (self.tests + 3)
 
     def predicted(self, a: float) -> tuple[float, int]:
         """What the formula promises at best, and with which k; (1, 0) where plain decoding is best."""
@@ -197,7 +197,7 @@ class Costs:
         return expected_tokens(a, k) * self.rounds[0] / self.rounds[k]
 
     def begin(self) -> None:
-        self.lost, self.spoken, self.since_plain = 0.0, 0, 0
+        self.lost, self.spoken, self.since_plain = min(0.0, self.lost), 0, 0
 
     def choose(self, left: int, missing: int) -> int:
         """k for the next round with `left` tokens to come, 0 for a plain step. `missing`: tokens that the draft must read first."""
@@ -218,8 +218,7 @@ class Costs:
         if not catching_up:
             self.learn(k, seconds)
             if k:
-                self.lost = max(0.0, self.lost + seconds - (accepted + 1) * self.rounds[0])
-
+                self.lost = max(-self.SAVINGS * self.rounds[0], self.lost + seconds - (accepted + 1) * self.rounds[0])
 
     def learn(self, k: int, seconds: float) -> None:
         """Moves the estimate of a round towards what it took, the more the older it is; a stall of the machine counts for little. When plain steps
