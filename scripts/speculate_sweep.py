@@ -4,7 +4,7 @@
     python scripts/speculate_sweep.py --configs experiments.json --out results
 
 experiments.json is a list of objects with the fields of Experiment. Every experiment runs in processes of its own; plain and speculative samples take
-turns. The table and a verdict go to stdout, sweep.csv, sweep.json and sweep.png to --out.
+turns; the speed-up is that of decoding, after the first token. The table and a verdict go to stdout, sweep.csv, sweep.json and sweep.png to --out.
 """
 import argparse
 import csv
@@ -95,14 +95,15 @@ def measure(experiment: Experiment, ranks: tp.Ranks | None) -> dict:
         speculator.k = None if experiment.speculate_k == "auto" else int(experiment.speculate_k)
         warm_up(speculator, prompts, request)
         for sample in range(experiment.num_samples):
-            seconds = {}
+            timing = {}
             for enabled in (False, True) if sample % 2 else (True, False):
                 speculator.enabled, before = enabled, speculator.statistics
                 speculator.statistics = Statistics([])
-                seconds[enabled] = stream(speculator, tokenizer, prompts, show=False, **request, seed=sample)[1].total
+                timing[enabled] = stream(speculator, tokenizer, prompts, show=False, **request, seed=sample)[1]
                 if not enabled:
                     speculator.statistics = before
-            rounds.append(dict(plain=seconds[False], seconds=seconds[True], counts=list(speculator.statistics.counts), tested=speculator.statistics.tested,
+            rounds.append(dict(plain=timing[False].total, seconds=timing[True].total, speedup=timing[True].decode_rate / timing[False].decode_rate,
+                               counts=list(speculator.statistics.counts), tested=speculator.statistics.tested,
                                passes=speculator.statistics.passes + 1))
         speculator.enabled = True
     costs = speculator.costs
@@ -158,7 +159,7 @@ def row_of(number: int, experiment: Experiment, found: dict) -> dict:
                 compile_prefill=experiment.compile_prefill, rate=len(rounds) * new / seconds, plain_rate=len(rounds) * new / sum(r["plain"] for r in rounds),
                 memory=found["memory"], bandwidth=found["weights"] * sum(r["passes"] for r in rounds) / seconds / 1e9,
                 mean_accepted=accepted / sum(counts) if counts and sum(counts) else 0.0, max_new_tokens=new, num_samples=experiment.num_samples,
-                temperature=experiment.temperature, torch=torch.__version__, speedup=statistics.median(r["plain"] / r["seconds"] for r in rounds),
+                temperature=experiment.temperature, torch=torch.__version__, speedup=statistics.median(r["speedup"] for r in rounds),
                 predicted=by_k.get(asked, 1.0), best_k=best_k, acceptance=a, draft_cost=c, verify_cost=v, by_k=by_k)
 
 
