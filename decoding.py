@@ -28,6 +28,7 @@ class Generator:
         self.decode, self.prefill = self.decode_step, model.forward
         self.cached: list[int] = []                                # the tokens that row 0 of the cache holds, when the batch is 1,
         self.kept = 0                                              # and how many of them the present request found there
+        self.compiled = compile
         if compile:
             self.decode = torch.compile(self.decode_step, fullgraph=True, **compile_settings(model, compile_prefill))
         if compile_prefill:
@@ -74,6 +75,9 @@ class Generator:
         """Makes room in the KV cache; what it held is lost if it has to grow."""
         if reserve_cache(self.model, batch, max_seq_length):
             self.cached = []
+            if self.compiled and self.model.stack:
+                for cache in self.model.stack.k_caches + self.model.stack.v_caches:
+                    torch._dynamo.mark_dynamic(cache, 2)           # larger ones later need no new compilation
 
     def steps(self, idx: Tensor, input_pos: Tensor, count: int, sampling: Sampling, source: torch.Generator) -> Iterator[list[int]]:
         """The ids of all rows, `count` times: first idx [B, 1], which belongs at input_pos [B, 1]."""

@@ -50,6 +50,8 @@ def test_compiled_equals_eager_and_does_not_recompile(loaded, compiled):
     torch._dynamo.utils.counters.clear()
     assert [tokens(compiled, p) for p in PROMPTS] == expected
     assert tokens(compiled, PROMPTS[1], 100)[:32] == expected[1]
+    if loaded[0].stack:                                            # all layers are one operator: a larger cache too
+        assert tokens(compiled, PROMPTS[1], max_seq_length=loaded[0].max_seq_length + 40) == expected[1]
     assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == 0
 
 
