@@ -75,9 +75,9 @@ class Generator:
         """Makes room in the KV cache; what it held is lost if it has to grow."""
         if reserve_cache(self.model, batch, max_seq_length):
             self.cached = []
-            if self.compiled and self.model.stack:
-                for cache in self.model.stack.k_caches + self.model.stack.v_caches:
-                    torch._dynamo.mark_dynamic(cache, 2)           # larger ones later need no new compilation
+        if self.compiled and self.model.stack:
+            for cache in self.model.stack.k_caches + self.model.stack.v_caches:
+                torch._dynamo.mark_dynamic(cache, 2)               # larger ones later need no new compilation
 
     def steps(self, idx: Tensor, input_pos: Tensor, count: int, sampling: Sampling, source: torch.Generator) -> Iterator[list[int]]:
         """The ids of all rows, `count` times: first idx [B, 1], which belongs at input_pos [B, 1]."""
