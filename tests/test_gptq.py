@@ -527,15 +527,6 @@ def test_qwen_v1_files(tmp_path):
             assert torch.equal(weights[f"layers.{layer}.{name}.weight"], weight)
 
 
-def test_published_checkpoints_are_not_split(reference, tmp_path):
-    folder = tiny.save(reference, tmp_path)
-    publish(folder)
-    convert(folder, progress=False)
-    ranks = start_ranks(2, ROOT / "generate.py", "--checkpoint_path", folder, "--device", "cpu")
-    said = "".join(rank.communicate(timeout=100)[1] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [2, 2] and said.count("GPTQ and AWQ checkpoints are not split over processes yet") == 1, said
-
-
 # ---- against gptqmodel, where it is installed
 
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
