@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
-from test_gptq import publish
+from published import publish
 
 import tp
 from cli import UserError
