@@ -80,7 +80,7 @@ def test_demo_ends_its_turn(demo):
 def test_draft_shares_the_tokenizer_and_is_much_smaller(demo, draft):
     assert same_tokenizer(demo[1], draft[1]) is None
     sizes = [sum(p.numel() for p in model.parameters()) for model, _ in (demo, draft)]
-    assert 5e6 < sizes[0] < 7.5e6 and sizes[1] < sizes[0] / 6
+    assert 5e6 < sizes[0] < 7.5e6 and sizes[1] < sizes[0] / 5
     assert sum(f.stat().st_size for name in ("demo", "demo-draft") for f in (ROOT / "checkpoints" / name).iterdir() if f.suffix != ".pth") < 16e6
 
 
