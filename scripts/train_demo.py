@@ -184,7 +184,8 @@ def train(name: str, steps: int, batch_tokens: int, muon_lr: float, adam_lr: flo
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits, taught = (one and one(input_ids=ids[:, :-1], use_cache=False).logits.float().flatten(0, 1) for one in (model, teacher))
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float().flatten(0, 1)
+            taught = teacher(input_ids=ids[:, :-1], use_cache=False).logits.float().flatten(0, 1) if teacher else None
         return F.cross_entropy(logits, ids[:, 1:].flatten()) if taught is None else distribution_loss(logits, taught)
 
     compiled = torch.compile(loss_of, dynamic=False)

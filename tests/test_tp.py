@@ -148,8 +148,9 @@ FOLDERS = {
     # sizes that nothing divides: three groups of two heads, and the one KV head that all ranks share
     "uneven": lambda folder: tiny.save(tiny.reference(
         "qwen3", num_attention_heads=6, num_key_value_heads=3, intermediate_size=100, vocab_size=331), folder),
-    # published GPTQ, whose groups of 128 the ranks' heads cut
-    **{f"gptq-{bits}": lambda folder, bits=bits: make_published(folder, bits) for bits in (4, 8)},
+    # published, in groups of 128, which the ranks' heads cut
+    **{f"{method}-{bits}": lambda folder, method=method, bits=bits: make_published(folder, method, bits)
+       for method, bits in (("gptq", 4), ("gptq", 8), ("awq", 4))},
     "one-kv": lambda folder: tiny.save(tiny.reference("qwen2", num_attention_heads=8, num_key_value_heads=1), folder),
 }
 FORMATS = {"int8": ("int8", 32), "g32": ("int4", 32), "g128": ("int4", 128)}
@@ -159,9 +160,9 @@ LARGE = dict(model_type="llama", num_hidden_layers=4, hidden_size=2048, num_atte
              vocab_size=32000, max_position_embeddings=512)
 
 
-def make_published(folder: Path, bits: int) -> None:
+def make_published(folder: Path, method: str, bits: int) -> None:
     tiny.save(tiny.reference("qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=2), folder)
-    publish(folder, bits=bits, groupsize=128, sym=False)
+    publish(folder, method, bits=bits, groupsize=128, sym=False)
 
 
 def make_large(folder: Path) -> None:
