@@ -1,16 +1,14 @@
 """GPTQ: linears quantized column by column, the error of each made up for by those that follow (Frantar et al. 2022, arXiv 2210.17323).
 
 The model is gone through linear by linear in the order of computation, and each sees what the already quantized ones before it produce. The number
-formats are quantize.py's: a linear comes with fit (levels for a group of columns) and round_to (weights to these levels).
+formats are formats.py's: a linear comes with fit (levels for a group of columns) and round_to (weights to these levels).
 
 Shapes: B batch, S sequence, C model dim, N and K the rows and columns of a weight, G the columns that share a scale.
 """
 import itertools
 import math
 import sys
-import sysconfig
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Protocol
 
 import torch
@@ -20,21 +18,15 @@ from tqdm import tqdm
 
 from cli import UserError
 from model import KVCache, Linear, Transformer, TransformerBlock, rope_frequencies
-from tokenizer import Tokenizer
 
 LINEARS = {"attention": ("wqkv", "wo"), "feed_forward": ("w13", "w2")}             # of a block's halves, in the order of computation
 BATCH_TOKENS = 4096               # that go through a block at a time
 KEPT_BYTES = 1 << 29              # inputs of a linear that are kept rather than computed again
 COLUMNS = 1024                    # of an inverse, found together
-MOST_DOCUMENTS = 10000            # of a task
-# Of the standard library: the modules that the demo checkpoints have not seen, and what is no source text.
-HELD_OUT = ["bisect", "calendar", "configparser", "contextlib", "csv", "fnmatch", "fractions", "graphlib", "heapq", "queue", "sched",
-            "shlex", "statistics", "string", "textwrap"]
-SKIPPED = ("site-packages", "config-", "pydoc_data", "lib2to3/tests/data", "test/bad", "ensurepip/_bundled")
 
 
 class Target(Protocol):
-    """The linear that a weight is quantized for: a quantize.QuantizedLinear."""
+    """The linear that a weight is quantized for: a formats.QuantizedLinear."""
     weight: Tensor
     in_features: int
     out_features: int
@@ -231,73 +223,3 @@ def quantize_linear(linear: Linear, inputs: Iterable[tuple[slice, Tensor]], targ
     buffers, quantized = quantize_matrix(weight, hessian, target, options, name)
     linear.weight = torch.nn.Parameter(quantized, requires_grad=False)
     return buffers, math.sqrt(energy(quantized - weight, hessian) / max(energy(weight, hessian), 1e-30)) if measure else 0.0
-
-
-# ---- calibration text
-
-def source_files(heldout: bool) -> list[Path]:
-    """The standard library's .py files: the held-out modules, or all others but their tests."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    if heldout:
-        return [library / f"{name}.py" for name in HELD_OUT]
-    names = set(HELD_OUT) | {f"test_{name}" for name in HELD_OUT}
-    files = []
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library).as_posix()
-        if path.stem not in names and not any(s in relative for s in SKIPPED) and not any(f"test_{n}/" in relative for n in HELD_OUT):
-            files.append(path)
-    return files
-
-
-def read_sources(files: list[Path]) -> list[str]:
-    """Text of each file that is UTF-8 and of ordinary size (the largest files are generated tables)."""
-    texts = []
-    for path in files:
-        raw = path.read_bytes()
-        if 200 < len(raw) < 300_000:
-            try:
-                texts.append(raw.decode("utf-8"))
-            except UnicodeDecodeError:
-                continue
-    return texts
-
-
-def texts_of_tasks(names: list[str], include_path: Path | None = None) -> list[str]:
-    """The documents of lm-eval's tasks, each with its answer: those for training where there are such, else those for validation or the test."""
-    from tasks import load_tasks             # lm_eval takes seconds to import
-    texts = []
-    for task in tasks_in(load_tasks(names, include_path, flag="--calibration_tasks", advice=", or give a text: --calibration_file FILE")[1]):
-        docs = task.training_docs() if task.has_training_docs() else task.validation_docs() if task.has_validation_docs() else task.test_docs()
-        for doc in itertools.islice(docs, MOST_DOCUMENTS):
-            question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
-            if isinstance(question, int):        # the choices are beginnings, of which this is the right one (winogrande)
-                question, answer = task.doc_to_choice(doc)[question], answer
-            elif isinstance(answer, int):
-                answer = task.doc_to_choice(doc)[answer]
-            texts.append(" ".join(str(part) for part in (question, answer) if part))
-    return texts
-
-
-def tasks_in(loaded: list) -> Iterator:
-    """The tasks themselves, of a list that may hold groups of them."""
-    for item in loaded:
-        if hasattr(item, "doc_to_text"):
-            yield item
-        else:
-            children = getattr(item, "tasks", item)
-            yield from tasks_in(list(children.values() if isinstance(children, dict) else children))
-
-
-def calibration_tokens(tokenizer: Tokenizer, texts: list[str], limit: int, seq_length: int, least: int) -> Tensor:
-    """int64 [B, S] of B <= limit sequences from all over the texts. UserError if they come to fewer than `least` tokens."""
-    pieces = [text[i:i + 8 * seq_length] for text in texts for i in range(0, len(text), 8 * seq_length)]
-    ids: list[int] = []
-    for i in torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist():
-        if len(ids) >= limit * seq_length:
-            break
-        ids += tokenizer.encode(pieces[i])
-    count = min(limit, len(ids) // seq_length)
-    if count * seq_length < least:
-        raise UserError(f"too little to calibrate with: {count} sequences of {seq_length} tokens, and the widest linear has {least} inputs: "
-                        "give more text (--calibration_file, --calibration_tasks), or raise --calibration_limit")
-    return torch.tensor(ids[:count * seq_length]).view(count, seq_length)

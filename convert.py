@@ -319,7 +319,7 @@ class Packing:
         return values if self.method == "gptq" else values.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
 
     def decode(self, name: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None) -> dict[str, Tensor]:
-        """The buffers of quantize.SourceLinear: order, of the columns as they are stored, only where it is another than the columns' own."""
+        """The buffers of formats.SourceLinear: order, of the columns as they are stored, only where it is another than the columns' own."""
         K = len(g_idx) if g_idx is not None else qweight.size(0) * (32 // self.bits if self.method == "gptq" else 1)
         ones = self.offset * sum(1 << shift for shift in range(0, 32, self.bits))
         zeros = self.unpack(qzeros + ones).t() * (16 if self.bits == 4 else 1)           # whole words are added, with carries, as gptqmodel does

@@ -18,10 +18,10 @@ from torch import Tensor
 import kernels
 import tp
 from cli import UserError, run
+from formats import set_activations
 from generate import DEMO
 from loading import load_model, parse_device, parse_dtype
 from model import Transformer
-from quantize import set_activations
 from tokenizer import Tokenizer, same_tokenizer
 
 # ---- perplexity of a text, and checkpoints against each other

@@ -13,8 +13,8 @@ from typing import Iterator, Sequence
 
 import torch
 
+import formats
 import kernels
-import quantize
 import tp
 from chat import chat
 from cli import UserError, run
@@ -171,7 +171,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
 
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks)
-    quantize.set_activations(model, args.activations)
+    formats.set_activations(model, args.activations)
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, {str(model.dtype)[6:]}, {device}, {kernels.describe(device)})")
     if args.max_seq_length > model.args.max_position:
         raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {model.args.max_position} positions")
@@ -208,7 +208,7 @@ def make_generator(args: argparse.Namespace, model: Transformer, tokenizer: Toke
             draft_model, draft_tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks, may_replicate=True)
         except UserError as error:
             raise UserError(str(error).replace("--checkpoint_path", "--draft_checkpoint_path")) from None
-        quantize.set_activations(draft_model, args.activations)
+        formats.set_activations(draft_model, args.activations)
         draft = Generator(draft_model, draft_tokenizer, compile_prefill=args.compile_prefill)
     speculator = Speculator(model, tokenizer, draft, parse_speculate_k(args.speculate_k), args.compile, args.compile_prefill)
     speculator.measures = True

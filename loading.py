@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+import formats
 import kernels
-import quantize
 import tp
 from cli import UserError
 from convert import convert, read_json
@@ -63,14 +63,14 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
         ranks.gather(None)
     args = ModelArgs.from_hf(read_json(path.parent / "config.json"))
     tokenizer = Tokenizer.from_dir(path.parent)
-    state, quantization = quantize.read_checkpoint(path)
+    state, quantization = formats.read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(args)
     if quantization:
-        quantize.replace_linears(model, quantization)
-    quantize.check_fits(path, model, state)
+        formats.replace_linears(model, quantization)
+    formats.check_fits(path, model, state)
     dtype = dtype or default_dtype(device)
-    dtypes = {name: quantize.loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}
+    dtypes = {name: formats.loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}
     part, nbytes = None, sum(tensor.numel() * dtypes[name].itemsize for name, tensor in state.items())
     if ranks:
         ranks.check_same(f"{path} ({path.stat().st_size} bytes)", (path.stat().st_size, args, [(n, t.shape, t.dtype) for n, t in state.items()]))
@@ -79,10 +79,10 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
             model = tp.build(part, ranks)
     needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
     check_memory(device, needed * (ranks.local_world if ranks and device.type == "cpu" else 1), f"the weights of {path}")
-    weights = zip(dtypes, quantize.read_weights(path, list(dtypes)))
+    weights = zip(dtypes, formats.read_weights(path, list(dtypes)))
     parts = weights if part is None else ((name, part.cut(name, tensor)) for name, tensor in weights)
     model.load_state_dict({name: kernels.place(tensor, device, dtypes[name]) for name, tensor in parts}, assign=True)
-    quantize.pack_for(model, device)
+    formats.pack_for(model, device)
     return model.eval(), tokenizer
 
 

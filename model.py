@@ -188,7 +188,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. quantize.py puts other modules of the same forward in its place."""
+    """y = x W^T + b. formats.py puts other modules of the same forward in its place."""
     exact = False                                      # quantized ones may round their inputs unless this is set
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import UserError, fail
+from formats import Int4Linear, Quantization, replace_linears
 from model import ModelArgs, Transformer
-from quantize import Int4Linear, Quantization, replace_linears
 
 ROWS, COLUMNS = 0, 1
 # Bytes that a rank reads from its memory in the time of one collective: 0.6 ms (measured) at 30 GB/s, 15 us (assumed) at 2.7 TB/s.

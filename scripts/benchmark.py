@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import quantize
+import formats
 import tp
 from benchmark_report import OURS, PEERS, plot, report
 from cli import UserError, run
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.checkpoint_path:
         if args.checkpoint_path.is_dir():
             args.checkpoint_path /= "model.pth"
-        if not args.checkpoint_path.exists() or quantize.read_checkpoint(args.checkpoint_path)[1]:
+        if not args.checkpoint_path.exists() or formats.read_checkpoint(args.checkpoint_path)[1]:
             raise UserError(f"--checkpoint_path {args.checkpoint_path}: an unquantized model.pth is needed; --quant quantizes it for the measurement")
         config, name = read_json(args.checkpoint_path.parent / "config.json"), args.checkpoint_path.resolve().parent.name
     else:

@@ -10,7 +10,7 @@ draft=${2:-Qwen/Qwen2.5-1.5B-Instruct}
 for repo in "$target" "$draft"; do
     [ -e "checkpoints/$repo/model.pth" ] || bash scripts/prepare.sh "$repo"
 done
-[ -e "checkpoints/$target/model_int4.g32.pth" ] || "$python" quantize.py --checkpoint_path "checkpoints/$target/model.pth" --mode int4
+[ -e "checkpoints/$target/model_int4.g32.pth" ] || "$python" quantize.py --checkpoint_path "checkpoints/$target/model.pth" --mode int4 --round_to_nearest
 [ -e "checkpoints/$draft/model_int4.g32.pth" ] || "$python" quantize.py --checkpoint_path "checkpoints/$draft/model.pth" --mode int4
 "$python" generate.py --compile --checkpoint_path "checkpoints/$target/model_int4.g32.pth" --draft_checkpoint_path "checkpoints/$draft/model_int4.g32.pth" \
     --speculate_k auto --prompt "def quicksort(arr):" --max_new_tokens 200 --num_samples 5 --temperature 0 "$@"

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import quantize
+import formats
 import tp
 from cli import UserError, run
 from decoding import Generator
@@ -172,7 +172,7 @@ def format_of(path: str) -> str:
     if path == NGRAM:
         return "none"
     file = Path(path) if Path(path).suffix == ".pth" else Path(path) / "model.pth"
-    quantization = quantize.read_checkpoint(file)[1]
+    quantization = formats.read_checkpoint(file)[1]
     return quantization.mode if quantization else "none"
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import quantize
+import formats
 from cli import UserError
 from model import PUBLISHED, ModelArgs
 
@@ -68,7 +68,7 @@ def test_every_format_holds_the_same_number_of_weights(name):
     for mode, head in (("int8", "int8"), ("int4", "int8"), ("int4", "int4"), ("int4", "none")):
         with torch.device("meta"):
             quantized = Transformer(args).to(torch.bfloat16)
-        quantize.replace_linears(quantized, quantize.Quantization(mode, 64, head))
+        formats.replace_linears(quantized, formats.Quantization(mode, 64, head))
         assert bytes_read_per_token(quantized) == benchmark.bytes_per_token(args, mode, groupsize=64, lm_head=head) - slot
     sizes = {key: torch.Size(shape).numel() for key, shape in benchmark_peers.gguf_tensors(args).items()}
     embedding = 0 if args.tie_word_embeddings else sizes["token_embd.weight"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import quantize
+import formats
 from generate import Generator, Sampling, load_model
 from tokenizer import same_tokenizer
 
@@ -90,7 +90,7 @@ def test_int8_decodes_as_bf16_does():
     for mode in (None, "int8"):
         model, tokenizer = load_model(ROOT / "checkpoints" / "demo" / "model.pth", "cpu", torch.bfloat16)
         if mode:
-            quantize.quantize_model(model, mode)
+            formats.quantize_model(model, mode)
         generator, step = Generator(model, tokenizer), len(HELDOUT) // 10
         prompts = [tokenizer.encode(HELDOUT[i * step:i * step + 400])[:64] for i in range(10)]
         texts.append([list(generator.generate(prompt, 64, Sampling(0), stop_ids=frozenset())) for prompt in prompts])

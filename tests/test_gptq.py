@@ -12,7 +12,9 @@ from published import publish
 from test_quantize import dequantized
 from test_tp import start_ranks, text_of
 
+import calibration
 import cli
+import formats
 import generate
 import GPTQ
 import harness
@@ -20,8 +22,9 @@ import quantize
 from convert import Packing, convert
 from eval import compare
 from eval import main as eval_main
+from formats import Int4Linear, Int8Linear, SourceLinear
 from generate import load_model
-from quantize import Calibration, Int4Linear, Int8Linear, SourceLinear, quantize_checkpoint
+from quantize import Calibration, quantize_checkpoint
 
 HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
 DEMO = ROOT / "checkpoints" / "demo"
@@ -52,7 +55,7 @@ def plain_gptq(w, hessian, linear, percdamp, act_order):
             if isinstance(linear, Int8Linear):
                 scale, zero = w[:, part].abs().amax(1) / 127, 0
             else:
-                scales, zeros = quantize.int4_scales(w[:, part].float(), starts[j], importance.float() / importance.float().mean())
+                scales, zeros = formats.int4_scales(w[:, part].float(), starts[j], importance.float() / importance.float().mean())
                 scale, zero = scales[:, 0].double(), zeros[:, 0].double() / 16
         lowest, highest = (-127, 127) if isinstance(linear, Int8Linear) else (0, 15)
         q[:, j] = (w[:, j] / scale + zero).round().clamp(lowest, highest)
@@ -79,7 +82,7 @@ def test_same_integers_as_the_definition(kind, N, K, G, blocksize, act_order):
     linear = Int8Linear(K, N) if kind == "int8" else Int4Linear(K, N, groupsize=G)
     buffers, quantized = GPTQ.quantize_matrix(w, hessian, linear, GPTQ.Options(0.01, blocksize, act_order))
     expected = plain_gptq(w, hessian, linear, 0.01, act_order)
-    q = buffers["weight"] if kind == "int8" else quantize.unpack(buffers["weight"], K)
+    q = buffers["weight"] if kind == "int8" else formats.unpack(buffers["weight"], K)
     assert torch.equal(q.double(), expected)
     assert torch.equal(linear.dequantize(**buffers), quantized)
     nearest = linear.dequantize(**linear.quantize(w))
@@ -162,7 +165,7 @@ def test_every_family(folders, family):
         calibration = Calibration(TOKENS) if "-" in mode else None
         file = quantize_checkpoint(path, mode, 32, skip=("layers.1.feed_forward.w2",), progress=False, calibration=calibration)
         errors[mode] = (logits_of(file) - plain).norm() / plain.norm()
-    assert file.name == "model_int4-gptq.g32.pth" and quantize.read_checkpoint(file)[1].mode == "int4"
+    assert file.name == "model_int4-gptq.g32.pth" and formats.read_checkpoint(file)[1].mode == "int4"
     assert errors["int4-gptq"] < 0.95 * errors["int4"]
 
 
@@ -177,7 +180,7 @@ def test_each_linear_sees_what_the_quantized_ones_before_it_produce(folders, mon
     monkeypatch.setattr(GPTQ, "quantize_matrix", keep)
     path = quantize_checkpoint(folders("qwen3") / "model.pth", "int4-gptq", 32, progress=False, calibration=Calibration(TOKENS))
     model, _ = load_model(path, "cpu", torch.float32)
-    quantize.set_activations(model, "bf16")
+    formats.set_activations(model, "bf16")
     found = {}
     for name in given:
         model.get_submodule(name).register_forward_pre_hook(
@@ -188,6 +191,38 @@ def test_each_linear_sees_what_the_quantized_ones_before_it_produce(folders, mon
     assert len(given) == 12 and found.keys() == given.keys()
     for name in given:
         assert (given[name] - found[name]).norm() < 1e-3 * found[name].norm(), name
+
+
+def test_what_a_model_writes_is_as_probable_as_it_says(folders):
+    path = folders("qwen2") / "model.pth"
+    tokens = calibration.own_text(path, progress=False)
+    assert tokens.shape == (calibration.OWN_SEQUENCES, calibration.OWN_LENGTH) and torch.equal(tokens, calibration.own_text(path, progress=False))
+    model, tokenizer = load_model(path, "cpu", torch.float32)
+    model.setup_caches(*tokens.shape)
+    pos = torch.arange(tokens.size(1) - 1)
+    predicted = model(tokens[:, :-1], pos, pos)[:, :, :tokenizer.vocab_size].log_softmax(-1)
+    entropy, surprise = -(predicted.exp() * predicted).sum(-1), -predicted.gather(-1, tokens[:, 1:, None])[:, :, 0]
+    assert abs((surprise - entropy).mean()) < 4 * (surprise - entropy).std() / surprise.numel() ** 0.5
+
+
+def test_int4_learns_from_what_the_model_writes(folders, tmp_path, capsys):
+    """By the command and from Python, unless rounding is asked for."""
+    path = shutil.copytree(folders("qwen2"), tmp_path / "copy") / "model.pth"
+
+    def written(calibration=None, *flags):
+        if flags:
+            quantize.main(["--checkpoint_path", str(path), *flags])
+        else:
+            quantize_checkpoint(path, "int4", 32, progress=False, calibration=calibration)
+        return torch.load(path.with_name("model_int4.g32.pth"), weights_only=True)["state_dict"]
+
+    def same(one, other):
+        return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    learnt, nearest = written(Calibration(calibration.own_text(path, progress=False))), written()
+    assert same(learnt, written(Calibration())) and same(learnt, written(None, "--mode", "int4"))
+    assert same(nearest, written(None, "--mode", "int4", "--round_to_nearest")) and not same(learnt, nearest)
+    (path.parent / "tokenizer.json").unlink()
+    assert "--round_to_nearest needs neither a tokenizer" in run_main(["--checkpoint_path", path, "--mode", "int4"], capsys)
 
 
 @pytest.mark.parametrize("skip", [(), ("layers.1.*", "*.wo")])
@@ -287,11 +322,11 @@ def test_a_task_whose_data_cannot_be_had(folders, tmp_path, capsys):
 
 def test_documents_of_tasks():
     """Texts for rolling, questions with the right choice, prompts with their continuation."""
-    rolling = GPTQ.texts_of_tasks(["heldout_rolling"], TASKS)
+    rolling = calibration.texts_of_tasks(["heldout_rolling"], TASKS)
     assert rolling == [doc["text"] for doc in json.loads((TASKS / "rolling.json").read_text())["test"]]
     for task, file in (("heldout_choice", "choice.json"), ("heldout_line", "line.json")):
         docs = json.loads((TASKS / file).read_text())
-        texts = GPTQ.texts_of_tasks([task], TASKS)
+        texts = calibration.texts_of_tasks([task], TASKS)
         assert len(texts) in map(len, docs.values()) and all(len(text) > 10 for text in texts)
 
 
@@ -331,7 +366,7 @@ def test_the_file_runs_through_the_commands(folders, tmp_path, capsys):
 def layer_errors(path, ids):
     """Mean squared error of each linear's output, its inputs being those of the unquantized model."""
     model, _ = load_model(DEMO / "model.pth", "cpu", torch.float32)
-    state, quantization = quantize.read_checkpoint(path)
+    state, quantization = formats.read_checkpoint(path)
     errors = {}
 
     def measure(name):
@@ -340,7 +375,7 @@ def layer_errors(path, ids):
             weight = linear.dequantize(**{key: state[f"{name}.{key}"] for key in ("weight", "scales", "zeros")})
             errors[name] = (torch.nn.functional.linear(x[0], weight) - y).square().mean().item()
         model.get_submodule(name).register_forward_hook(hook)
-    for name in quantize.linear_names(model)[:-1]:
+    for name in formats.linear_names(model)[:-1]:
         measure(name)
     with torch.inference_mode():
         model.setup_caches(*ids.shape)
@@ -357,7 +392,7 @@ def test_much_of_what_rounding_loses_is_won_back(tmp_path, groupsize):
         shutil.copy(DEMO / file, tmp_path)
     tokenizer = load_model(DEMO)[1]
     shutil.copy(DEMO / "model.pth", tmp_path)
-    tokens = GPTQ.calibration_tokens(tokenizer, GPTQ.read_sources(GPTQ.source_files(heldout=False)), 128, 512, 768)
+    tokens = calibration.calibration_tokens(tokenizer, calibration.read_sources(calibration.source_files(heldout=False)), 128, 512, 768)
     path = tmp_path / "model.pth"
     files = [path, *(quantize_checkpoint(path, mode, groupsize, progress=False, calibration=Calibration(tokens) if "-" in mode else None)
                      for mode in ("int4", "int4-gptq"))]
@@ -393,7 +428,7 @@ def test_published_checkpoints_keep_their_weights(reference, tmp_path, variant):
     folder = tiny.save(reference, tmp_path)
     meant = publish(folder, **VARIANTS[variant])
     model, tokenizer = load_model(folder, "cpu", torch.float32)
-    state, quantization = quantize.read_checkpoint(folder / "model.pth")
+    state, quantization = formats.read_checkpoint(folder / "model.pth")
     assert len(meant) == 14 and bool(quantization.reordered) == ("desc_act" in variant and "rows" not in variant or variant == "8 bits v2")
     for layer in range(2):
         for name, parts in PARTS.items():

@@ -11,9 +11,10 @@ from test_tp import start_ranks
 
 import harness
 from cli import UserError
+from formats import set_activations
 from generate import Generator, Sampling, load_model
 from harness import QwenFast, Scorer, generate_texts, load_tasks, sampling_from
-from quantize import quantize_checkpoint, set_activations
+from quantize import quantize_checkpoint
 
 TASKS = ROOT / "tests" / "lm_eval_tasks"
 METRICS = {"heldout_choice": ["acc", "acc_norm"], "heldout_line": ["exact_match"],

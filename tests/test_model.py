@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
+import formats
 import kernels
-import quantize
 from cli import UserError
 from generate import Generator, Sampling, load_model
 from model import PUBLISHED, ModelArgs, Transformer, rope_frequencies
@@ -82,8 +82,8 @@ def test_all_layers_in_one_operator_equal_the_layers(pair, mode, dtype, toleranc
     _, ours = pair
     model = copy.deepcopy(ours).to(dtype)
     if mode:
-        quantize.quantize_model(model, mode)
-        quantize.set_activations(model, "bf16")
+        formats.quantize_model(model, mode)
+        formats.set_activations(model, "bf16")
     for B, steps in ((1, (1,) * 5), (1, (7, 16)), (3, (1, 2, 5))):
         model.setup_caches(B, 64)
         stack, ids, outputs = model.stack, torch.randint(0, 320, (B, 60), generator=torch.Generator().manual_seed(B)), []

@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
+import formats
 import kernels
 import quantize
 from cli import UserError
+from eval import compare
+from formats import Int4Linear, Int8Linear, QuantizedLinear
 from generate import Generator, Sampling, load_model
 from model import Linear, ModelArgs, Transformer
-from quantize import Int4Linear, Int8Linear, QuantizedLinear, quantize_checkpoint
+from quantize import quantize_checkpoint
 
 GREEDY = Sampling(temperature=0)
 PROMPT = [(7 * i) % 256 for i in range(24)]
@@ -48,15 +51,15 @@ def weights(draw, dtypes=(torch.float32, torch.bfloat16)):
 
 
 quick = settings(max_examples=100, deadline=None)
-groupsizes = st.sampled_from(quantize.GROUPSIZES)
+groupsizes = st.sampled_from(formats.GROUPSIZES)
 
 
 @quick
 @given(weights())
 def test_int8_round_trip_is_within_half_a_step(w):
-    q, scales = quantize.quantize_int8(w)
+    q, scales = formats.quantize_int8(w)
     assert q.dtype == torch.int8 and q.shape == w.shape and q.abs().max() <= 127 and scales.dtype == torch.float32
-    assert ((quantize.dequantize_int8(q, scales) - w.float()).abs() <= scales[:, None] * 0.50001 + ATOL).all()
+    assert ((formats.dequantize_int8(q, scales) - w.float()).abs() <= scales[:, None] * 0.50001 + ATOL).all()
     assert (scales <= w.float().abs().amax(1) / 127 * 1.00001).all()
 
 
@@ -64,10 +67,10 @@ def test_int8_round_trip_is_within_half_a_step(w):
 @given(weights(), groupsizes)
 def test_int4_round_trip_is_within_half_a_step(w, groupsize):
     """Of the group's own step where a weight is between the levels' ends; of a step of range / 15 on average where they do not reach so far."""
-    q, scales, zeros = quantize.quantize_int4(w, groupsize)
-    assert q.dtype == zeros.dtype == torch.uint8 and q.shape == w.shape and q.max() <= 15 and zeros.max() <= 15 * quantize.PARTS
+    q, scales, zeros = formats.quantize_int4(w, groupsize)
+    assert q.dtype == zeros.dtype == torch.uint8 and q.shape == w.shape and q.max() <= 15 and zeros.max() <= 15 * formats.PARTS
     assert scales.dtype == torch.bfloat16 and scales.shape == zeros.shape == (len(w), -(-w.size(1) // groupsize))
-    back = quantize.dequantize_int4(q, scales, zeros, groupsize).double()
+    back = formats.dequantize_int4(q, scales, zeros, groupsize).double()
     w, steps = w.double(), scales.double().repeat_interleave(groupsize, dim=1)[:, :w.size(1)]
     past = ((q == 0) & (w < back)) | ((q == 15) & (w > back))
     assert (past | ((back - w).abs() <= steps * 0.50002 + ATOL)).all()
@@ -81,10 +84,10 @@ def test_int4_round_trip_is_within_half_a_step(w, groupsize):
 def test_constant_groups_and_zeros_are_exact(w, groupsize, group):
     start = group * groupsize % w.size(1) // groupsize * groupsize
     w[:, start:start + groupsize] = w[:, start:start + 1]
-    back = quantize.dequantize_int4(*quantize.quantize_int4(w, groupsize), groupsize)
+    back = formats.dequantize_int4(*formats.quantize_int4(w, groupsize), groupsize)
     assert torch.equal(back[:, start:start + groupsize], w[:, start:start + groupsize].float())
     assert not back[w == 0].any()
-    assert not quantize.dequantize_int8(*quantize.quantize_int8(w))[w == 0].any()
+    assert not formats.dequantize_int8(*formats.quantize_int8(w))[w == 0].any()
 
 
 def test_an_outlier_disturbs_its_own_group_or_row_only():
@@ -92,11 +95,11 @@ def test_an_outlier_disturbs_its_own_group_or_row_only():
     w = torch.randn(4, 256)
     spoilt = w.clone()
     spoilt[1, 100] = 1000
-    for quantized in (lambda t: quantize.dequantize_int4(*quantize.quantize_int4(t, 32), 32),
-                      lambda t: quantize.dequantize_int8(*quantize.quantize_int8(t))):
+    for quantized in (lambda t: formats.dequantize_int4(*formats.quantize_int4(t, 32), 32),
+                      lambda t: formats.dequantize_int8(*formats.quantize_int8(t))):
         same = quantized(w) == quantized(spoilt)
         assert same[[0, 2, 3]].all()
-    same = quantize.dequantize_int4(*quantize.quantize_int4(w, 32), 32) == quantize.dequantize_int4(*quantize.quantize_int4(spoilt, 32), 32)
+    same = formats.dequantize_int4(*formats.quantize_int4(w, 32), 32) == formats.dequantize_int4(*formats.quantize_int4(spoilt, 32), 32)
     assert same[1, :96].all() and same[1, 128:].all()
 
 
@@ -104,9 +107,9 @@ def test_an_outlier_disturbs_its_own_group_or_row_only():
 @given(st.integers(1, 5), st.integers(1, 99), st.integers(0, 999))
 def test_unpack_is_the_inverse_of_pack(N, K, seed):
     q = torch.randint(16, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    packed = quantize.pack(q)
+    packed = formats.pack(q)
     assert packed.dtype == torch.uint8 and packed.shape == (N, (K + 1) // 2)
-    assert torch.equal(quantize.unpack(packed, K), q)
+    assert torch.equal(formats.unpack(packed, K), q)
     assert packed[0, 0] & 15 == q[0, 0]
 
 
@@ -116,7 +119,7 @@ def linear_of(kind: str, N: int, K: int, groupsize: int = 32, bias: bool = True)
     """A quantized linear as it is stored, and the weights it stands for."""
     torch.manual_seed(N + K)
     linear = Int8Linear(K, N, bias) if kind == "int8" else Int4Linear(K, N, bias, groupsize)
-    for key, value in quantize.quantize_weight("w", torch.randn(N, K), linear)[0].items():
+    for key, value in formats.quantize_weight("w", torch.randn(N, K), linear)[0].items():
         setattr(linear, key, value)
     if bias:
         linear.bias.data = torch.randn(N)
@@ -166,8 +169,8 @@ def test_layout_for_the_cuda_kernel(monkeypatch):
         q = torch.stack((weight >> 4, weight & 15), dim=-1).flatten(1).float() - 8
         scales, offsets = (t.float().T.repeat_interleave(groupsize, dim=1) for t in scales_and_zeros.unbind(-1))
         return (x.float() @ (q * scales + offsets).T).bfloat16()
-    monkeypatch.setattr(quantize, "convert_int4pack", convert)
-    monkeypatch.setattr(quantize, "int4pack_mm", matmul)
+    monkeypatch.setattr(formats, "convert_int4pack", convert)
+    monkeypatch.setattr(formats, "int4pack_mm", matmul)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     cuda = torch.device("cuda")
     for K, tiles in ((256, 8), (192, 4), (96, 2)):
@@ -202,7 +205,7 @@ def folders(tmp_path_factory):
             else:
                 tiny.save(tiny.reference(family), path)
             load_model(path)
-            for mode in quantize.MODES:
+            for mode in formats.MODES:
                 quantize_checkpoint(path / "model.pth", mode, progress=False)
             made[family] = path
         return made[family]
@@ -229,10 +232,10 @@ def stepwise_logits_of(model: Transformer, ids=PROMPT) -> torch.Tensor:
 
 def dequantized(path) -> Transformer:
     """The plain fp32 model whose weights are those that a quantized file stands for."""
-    state, quantization = quantize.read_checkpoint(path)
+    state, quantization = formats.read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(ModelArgs.from_hf(json.loads((path.parent / "config.json").read_text())))
-    linears = quantize.replace_linears(model, quantization)
+    linears = formats.replace_linears(model, quantization)
     model.load_state_dict(state, assign=True)
     for name, linear in linears:
         plain = Linear(linear.in_features, linear.out_features)
@@ -248,10 +251,10 @@ def test_every_family_from_int8_and_int4(folders, family):
         path = folders(family) / file
         model, tokenizer = load_model(path, "cpu", torch.float32)
         expected = logits_of(dequantized(path))
-        quantize.set_activations(model, "bf16")
+        formats.set_activations(model, "bf16")
         assert (logits_of(model) - expected).abs().max() < 2e-4
         assert (stepwise_logits_of(model) - expected).abs().max() < 2e-4
-        quantize.set_activations(model, "int8")
+        formats.set_activations(model, "int8")
         assert (stepwise_logits_of(model) - expected).norm() < 0.1 * expected.norm()         # 0.6 % in one linear: random models magnify it
         for dtype in (torch.float32, torch.bfloat16):
             if dtype == torch.bfloat16:
@@ -265,17 +268,17 @@ def test_biases_and_heads(folders):
     for family, tied in (("qwen2", False), ("qwen2-tied", True)):
         for mode, file in FILES.items():
             path = folders(family) / file
-            state, quantization = quantize.read_checkpoint(path)
-            plain, _ = quantize.read_checkpoint(path.with_name("model.pth"))
+            state, quantization = formats.read_checkpoint(path)
+            plain, _ = formats.read_checkpoint(path.with_name("model.pth"))
             assert torch.equal(state["layers.0.attention.wqkv.bias"], plain["layers.0.attention.wqkv.bias"])
             assert torch.equal(state["tok_embeddings.weight"], plain["tok_embeddings.weight"])
             assert state["output.weight"].dtype == torch.int8 and "layers.0.attention.wqkv.scales" in state
             head = plain["tok_embeddings.weight" if tied else "output.weight"]
-            assert (quantize.dequantize_int8(state["output.weight"], state["output.scales"]) - head).norm() < 0.01 * head.norm()
+            assert (formats.dequantize_int8(state["output.weight"], state["output.scales"]) - head).norm() < 0.01 * head.norm()
             assert quantization.mode == mode and quantization.source == "model.pth" and quantization.skipped == ()
 
 
-@pytest.mark.parametrize("lm_head", quantize.LM_HEADS)
+@pytest.mark.parametrize("lm_head", formats.LM_HEADS)
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied"])
 def test_head_formats_and_skipped_layers(folders, tmp_path, family, lm_head):
     folder = shutil.copytree(folders(family), tmp_path / "copy")
@@ -285,15 +288,15 @@ def test_head_formats_and_skipped_layers(folders, tmp_path, family, lm_head):
     assert isinstance(model.output, {"int8": Int8Linear, "int4": Int4Linear, "none": type(None) if "tied" in family else Linear}[lm_head])
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, (Linear, QuantizedLinear))}
     assert kinds["layers.0.feed_forward.w2"] is kinds["layers.1.attention.wo"] is Linear and kinds["layers.1.attention.wqkv"] is Int4Linear
-    quantize.set_activations(model, "bf16")
+    formats.set_activations(model, "bf16")
     assert (logits_of(model) - logits_of(dequantized(path))).abs().max() < 2e-4
 
 
-@pytest.mark.parametrize("mode", quantize.MODES)
+@pytest.mark.parametrize("mode", formats.MODES)
 def test_quantized_in_memory_equals_quantized_file(folders, mode):
     for family in ("qwen2-tied", "llama-biases"):
         model, _ = load_model(folders(family), "cpu", torch.float32)
-        assert quantize.quantize_model(model, mode, 32) is model
+        assert formats.quantize_model(model, mode, 32) is model
         assert not any(isinstance(module, Linear) for module in model.modules())
         assert torch.equal(logits_of(model), logits_of(load_model(folders(family) / FILES[mode], "cpu", torch.float32)[0]))
 
@@ -306,7 +309,7 @@ def test_without_the_kernels(folders, monkeypatch):
         assert (stepwise_logits_of(model) - expected).abs().max() < 2e-4
 
 
-@pytest.mark.parametrize("mode", quantize.MODES)
+@pytest.mark.parametrize("mode", formats.MODES)
 def test_compiled_equals_eager(folders, tmp_path, mode):
     """Layers of different kinds too, among which the compiler must not confuse one with another."""
     folder = shutil.copytree(folders("qwen2-tied"), tmp_path / "copy")
@@ -319,19 +322,33 @@ def test_compiled_equals_eager(folders, tmp_path, mode):
 
 def test_file_is_small_and_its_size_is_reported(folders, tmp_path, capsys):
     folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
-    cut = {name: tensor.bfloat16() for name, tensor in quantize.read_checkpoint(folder / "model.pth")[0].items()}
+    cut = {name: tensor.bfloat16() for name, tensor in formats.read_checkpoint(folder / "model.pth")[0].items()}
     torch.save({"version": 1, "quantization": None, "state_dict": cut}, folder / "model.pth")
-    quantize.main(["--checkpoint_path", str(folder), "--mode", "int4", "--groupsize", "64", "--lm_head", "int4", "--report"])
+    quantize.main(["--checkpoint_path", str(folder), "--mode", "int4", "--groupsize", "64", "--lm_head", "int4", "--report", "--round_to_nearest"])
     out, err = capsys.readouterr()
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert len([name for name in lines if name.startswith("layers.")]) == 12 and "int4.g64" in lines["output"] and "together" in lines
     errors = [float(line.split()[-3].rstrip("%")) for name, line in lines.items() if name.startswith("layers.")]
     assert all(5 < error < 12 for error in errors)
     assert "3 linears whose columns are no multiple of 64 have a shorter last group: layers.0.feed_forward.w2 (96)" in err
-    state, _ = quantize.read_checkpoint(folder / "model_int4.g64.pth")
+    state, _ = formats.read_checkpoint(folder / "model_int4.g64.pth")
     weights = [name for name, t in cut.items() if t.dim() == 2 and name != "tok_embeddings.weight"]
     assert sum(t.nbytes for n, t in state.items() if n.rpartition(".")[0] + ".weight" in weights) < 0.31 * sum(cut[n].nbytes for n in weights)
     assert (folder / "model_int4.g64.pth").stat().st_size < sum(t.nbytes for t in state.values()) + 64 * 1024
+
+
+@pytest.mark.slow
+def test_quality_on_the_demo(tmp_path):
+    """What the commands write, on text that the demo has not seen; the README has the figures on all of it."""
+    shutil.copytree(ROOT / "checkpoints" / "demo", tmp_path, dirs_exist_ok=True)
+    limits = {"model_int8.pth": 0.001, "model_int4.g32.pth": 0.01, "model_int4.g128.pth": 0.02}
+    for flags in (["--mode", "int8"], ["--mode", "int4"], ["--mode", "int4", "--groupsize", "128"]):
+        quantize.main(["--checkpoint_path", str(tmp_path), *flags])
+    heldout = (ROOT / "tests" / "data" / "heldout.txt").read_text()[:120_000]
+    plain, *others = (entry.score.perplexity for entry in compare([tmp_path / name for name in ("model.pth", *limits)], heldout, 1024, 1024,
+                                                                  dtype=torch.float32))
+    for (name, limit), perplexity in zip(limits.items(), others):
+        assert perplexity < plain * (1 + limit), name
 
 
 # ---- bad input
@@ -350,6 +367,8 @@ def refusal(argv: list, capsys) -> str:
     (["--mode", "int3"], r"--mode 'int3' is not supported"),
     (["--mode", "int8", "--lm_head", "int2"], r"--lm_head 'int2' is not supported"),
     (["--mode", "int8", "--skip", "layer.*"], r"--skip layer\.\* matches no linear"),
+    (["--mode", "int4", "--skip", "layer.*"], r"--skip layer\.\* matches no linear"),
+    (["--mode", "int8", "--round_to_nearest"], r"--round_to_nearest is for --mode int4, not int8"),
     (["--mode", "int8", "--device", "abacus"], r"--device abacus"),
 ])
 def test_flags(folders, capsys, flags, reason):
@@ -360,19 +379,20 @@ def test_files_that_cannot_be_quantized(folders, tmp_path, capsys):
     folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
     before = (folder / "model_int8.pth").read_bytes()
 
-    def reason(file="model.pth"):
-        return refusal(["--checkpoint_path", folder / file, "--mode", "int8"], capsys)
+    def reason(file="model.pth", mode="int8"):
+        return refusal(["--checkpoint_path", folder / file, "--mode", mode], capsys)
     assert "is already quantized (int4)" in reason("model_int4.g32.pth")
     assert "no such file" in reason("absent.pth")
     whole = (folder / "model.pth").read_bytes()
     (folder / "model.pth").write_bytes(whole[:len(whole) // 2])
     assert "was cut short" in reason()
     (folder / "model.pth").write_bytes(whole)
-    state = {name: tensor.clone() for name, tensor in quantize.read_checkpoint(folder / "model.pth")[0].items()}
+    state = {name: tensor.clone() for name, tensor in formats.read_checkpoint(folder / "model.pth")[0].items()}
     for value in (float("nan"), float("-inf")):
         state["layers.1.feed_forward.w2.weight"][3, 5] = value
         torch.save({"version": 1, "quantization": None, "state_dict": state}, folder / "model.pth")
-        assert "layers.1.feed_forward.w2.weight holds NaN or infinity" in reason()
+        for mode in formats.MODES:
+            assert "layers.1.feed_forward.w2.weight holds NaN or infinity" in reason(mode=mode)
     (folder / "model.pth").write_bytes(whole)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))

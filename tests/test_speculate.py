@@ -125,13 +125,14 @@ def test_bf16_differs_only_between_near_ties(small):
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_target_and_draft(tmp_path, mode):
+    import formats
     import quantize
     models = []
     for name, layers in (("target", 3), ("draft", 1)):
         folder = tiny.save(tiny.reference("qwen2", num_hidden_layers=layers, hidden_size=64), tmp_path / name)
         load_model(folder)
         models.append(load_model(quantize.quantize_checkpoint(folder / "model.pth", mode, progress=False), "cpu", FP32))
-        quantize.set_activations(models[-1][0], "bf16")
+        formats.set_activations(models[-1][0], "bf16")
     (target, tokenizer), draft = models
     expected = tokens(Generator(target, tokenizer), PROMPT, 48)
     assert tokens(Speculator(target, tokenizer, Generator(*draft), 3), PROMPT, 48) == expected

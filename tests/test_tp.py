@@ -18,9 +18,10 @@ from published import publish
 
 import tp
 from cli import UserError
+from formats import Quantization, replace_linears, set_activations
 from generate import Generator, Sampling, command, load_model, main, parse_args
 from model import PUBLISHED, ModelArgs, Transformer
-from quantize import Quantization, quantize_checkpoint, replace_linears, set_activations
+from quantize import quantize_checkpoint
 from speculate import Speculator
 
 GREEDY = Sampling(temperature=0)
