@@ -5,6 +5,10 @@ differ by their order: 3e-6. Where activations are rounded to int8 the twin roun
 fall to either side; one step is 1/127 of the group's largest value in one of K_in terms: 2e-3 covers a few of them at the sizes used here.
 """
 import functools
+import os
+import platform
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +25,7 @@ TOLERANCE = {BF16: 4e-3, FP32: 3e-6}
 ROUNDED = 2e-3
 HAVE_OPS = kernels.problem() is None
 needs_ops = pytest.mark.skipif(not HAVE_OPS, reason="kernels.cpp could not be built here")
-vnni = "avx512_vnni" in kernels.cpu_flags().split()
+vnni = "avx512_vnni" in kernels.cpu_flags().split() and "TEST_MARCH" not in os.environ
 SHAPES = [(64, 64), (33, 78), (7, 1024), (1000, 896), (130, 4864)]      # [N, K_in], with tails in both
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16]
 
@@ -278,3 +282,18 @@ def test_two_processes_build_at_once(tmp_path: Path, monkeypatch) -> None:
         libraries = set(pool.map(lambda _: kernels.built_library(), range(2)))
     assert len(libraries) == 1 and libraries.pop().read_text() == "built\n"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.slow
+@needs_ops
+@pytest.mark.skipif(platform.machine() != "x86_64" or "TEST_MARCH" in os.environ, reason="built for x86-64, and once")
+@pytest.mark.parametrize("march", ["haswell", "skylake-avx512"])
+def test_older_cpus(tmp_path: Path, march: str) -> None:
+    """The same kernels as such a CPU would build them: AVX2, and AVX512 without BF16 and VNNI. The tests above but this one, in another process."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor flag; do shift; set -- "$@" "$(echo "$flag" | sed "s/^-march=native$/-march=$TEST_MARCH/")"; done\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    env = dict(os.environ, TEST_MARCH=march, CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(tmp_path))
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "linear or attend or all_layers", __file__,
+                          str(Path(__file__).with_name("test_model.py"))], env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and "[100%]" in run.stdout and list(tmp_path.glob("kernels_*.so")), run.stdout[-2000:]
