@@ -12,11 +12,12 @@ from cli import UserError
 from decoding import Generator
 from formats import check_finite
 from loading import load_model
+from model import ModelArgs
 from sampling import Sampling
 from tokenizer import Tokenizer
 
 MOST_DOCUMENTS = 10000            # of a task
-OWN_SEQUENCES, OWN_LENGTH = 16, 256        # that a model writes itself: more of them won little on the demo
+OWN_SEQUENCES, OWN_LENGTH = 16, 256        # that a model writes at a time: once is enough for the demo
 # Of the standard library: the modules that the demo checkpoints have not seen, and what is no source text.
 HELD_OUT = ["bisect", "calendar", "configparser", "contextlib", "csv", "fnmatch", "fractions", "graphlib", "heapq", "queue", "sched",
             "shlex", "statistics", "string", "textwrap"]
@@ -91,17 +92,29 @@ def calibration_tokens(tokenizer: Tokenizer, texts: list[str], limit: int, seq_l
     return torch.tensor(ids[:count * seq_length]).view(count, seq_length)
 
 
+def widest_inputs(args: ModelArgs) -> int:
+    """Of a model's linears: fewer tokens than that leave a Hessian without full rank."""
+    return max(args.dim, args.intermediate_size, args.n_head * args.head_dim)
+
+
 def own_text(path: Path, device: torch.device | str = "cpu", progress: bool = True) -> Tensor:
     """int64 [B, S]: what the model in a checkpoint writes after one token drawn from its vocabulary, at temperature 1. It serves about as well as
     text of its training (Williams, Chrysostomou and Aletras 2024, arXiv 2410.17170). UserError if a weight is NaN or infinite."""
     try:
-        generator = Generator(*load_model(path, device))
+        generator = Generator(*load_model(path, device, torch.bfloat16 if torch.device(device).type == "cpu" else None))
+        for name, weight in generator.model.named_parameters():
+            check_finite(name, weight)
+        args, texts = generator.model.args, []
+        length = min(OWN_LENGTH, args.max_position)
+        batches = -(-widest_inputs(args) // (OWN_SEQUENCES * length))
+        first = torch.randint(generator.vocab, (batches, OWN_SEQUENCES, 1), generator=torch.Generator().manual_seed(0))
+        with tqdm(total=batches * (length - 1), desc="Writing a text", unit="token", disable=not progress) as bar:
+            for seed, begin in enumerate(first):
+                written = []
+                for ids in generator.generate(begin.tolist(), length - 1, Sampling(temperature=1.0, top_k=None), seed=seed, stop_ids=frozenset()):
+                    written.append(ids)
+                    bar.update()
+                texts.append(torch.cat((begin, torch.tensor(written).t()), dim=1))
     except UserError as error:
-        raise UserError(f"{error} (--round_to_nearest needs neither a tokenizer nor the whole model)") from None
-    for name, weight in generator.model.named_parameters():
-        check_finite(name, weight)
-    first = torch.randint(generator.vocab, (OWN_SEQUENCES, 1), generator=torch.Generator().manual_seed(0))
-    count = min(OWN_LENGTH, generator.model.args.max_position) - 1
-    steps = generator.generate(first.tolist(), count, Sampling(temperature=1.0, top_k=None), seed=0, stop_ids=frozenset())
-    written = list(tqdm(steps, total=count, desc="Writing a text", unit="token", disable=not progress))
-    return torch.cat((first, torch.tensor(written).t()), dim=1)
+        raise UserError(f"{error} (--round_to_nearest needs no text of the model's own)") from None
+    return torch.cat(texts)

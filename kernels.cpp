@@ -227,18 +227,22 @@ INLINE void dot_rows(const T* w, int64_t apart, const T* x, float* y, int64_t K,
         UNROLL for (int m = 0; m < M; m++) y[m * N + r * apart] = R > 2 ? sums[r * M + m] : sum(acc[0][r * M + m]);
 }
 
-// Four neighbouring rows, or one, against M tokens, four at a time
+// Four tokens share one pass over the weights: f(first, how many) for 0 .. M.
+template <typename F>
+INLINE void tiles(int64_t M, F f) {
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4) f(m, std::integral_constant<int, 4>());
+    if (M - m == 3) f(m, std::integral_constant<int, 3>());
+    else if (M - m == 2) f(m, std::integral_constant<int, 2>());
+    else if (M - m == 1) f(m, std::integral_constant<int, 1>());
+}
+
+// R neighbouring rows against M tokens
 template <typename T, int R>
 void dot_tokens(const T* w, const T* x, float* y, int64_t M, int64_t K, int64_t N) {
-    for (int64_t m = 0; m < M; m += 4) {
-        const int64_t next = m ? 0 : std::max<int64_t>(R * K, 4096);      // the rows are in the cache for the later ones
-        const T* from = x + m * K;
-        float* to = y + m * N;
-        if (M - m == 1) dot_rows<T, R, 1>(w, 1, from, to, K, N, next);
-        else if (M - m == 2) dot_rows<T, R, 2>(w, 1, from, to, K, N, next);
-        else if (M - m == 3) dot_rows<T, R, 3>(w, 1, from, to, K, N, next);
-        else dot_rows<T, R, 4>(w, 1, from, to, K, N, next);
-    }
+    tiles(M, [&](int64_t m, auto tokens) __attribute__((always_inline)) {          // the rows are in the cache for the later ones
+        dot_rows<T, R, tokens>(w, 1, x + m * K, y + m * N, K, N, m ? 0 : std::max<int64_t>(R * K, 4096));
+    });
 }
 
 // w [N, K], x [M, K] -> y [M, N], at most 16 tokens. Where x is not small, loading x would take longer than loading w: four neighbouring rows share
@@ -454,10 +458,12 @@ void attend_range(const Queries& a, const T* q, const T* keys, const T* values, 
 // Positions of S tokens in B rows: int64 [B, S], or [S] for all rows.
 struct Positions {
     const int64_t* first;
-    int64_t S, stride;
-    explicit Positions(const Tensor& t) : first(t.const_data_ptr<int64_t>()), S(t.size(-1)), stride(t.dim() == 2 && t.size(0) > 1 ? S : 0) {}
+    int64_t S, rows, stride;
+    explicit Positions(const Tensor& t)
+        : first(t.const_data_ptr<int64_t>()), S(t.size(-1)), rows(t.numel() / std::max<int64_t>(S, 1)), stride(rows > 1 ? S : 0) {}
     const int64_t* row(int64_t b) const { return first + b * stride; }
     void check(int64_t B, int64_t slots) const {
+        TORCH_CHECK(rows == 1 || rows == B, "attend: positions of ", rows, " rows for ", B);
         for (int64_t b = 0; b < B; b++)
             for (int64_t s = 0; s < S; s++)
                 TORCH_CHECK(row(b)[s] >= 0 && row(b)[s] < slots, "attend: position ", row(b)[s], " is outside the cache of ", slots);
@@ -572,7 +578,7 @@ struct Activations {
             }
             if (round) {
                 const float magic = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer
-                const float top = highest(high), inverse = top > 0 ? most / top : 0.0f;
+                const float top = highest(high), inverse = top > 1e-30f ? most / top : 0.0f;          // less is rounded to 0
                 total = f32x16{};
                 for (int64_t j = 0; j < G; j += 16) {
                     const f32x16 shifted = load16(from + j) * inverse + magic;
@@ -586,16 +592,6 @@ struct Activations {
         }
     }
 };
-
-// Four tokens share one pass over the weights: f(first, how many) for 0 .. M.
-template <typename F>
-INLINE void tiles(int64_t M, F f) {
-    int64_t m = 0;
-    for (; m + 4 <= M; m += 4) f(m, std::integral_constant<int, 4>());
-    if (M - m == 3) f(m, std::integral_constant<int, 3>());
-    else if (M - m == 2) f(m, std::integral_constant<int, 2>());
-    else if (M - m == 1) f(m, std::integral_constant<int, 1>());
-}
 
 // ---- int8: w [N, K] as stored, y[m, n] = scale[n] * sum_k w[n, k] x[m, k]
 

@@ -209,7 +209,7 @@ def round_activations(x: Tensor, dtype: torch.dtype, group: int) -> Tensor:
     most = 127 if dtype == torch.int8 else 127 * 257               # the kernels take the latter apart into two bytes, each up to 127
     padded = F.pad(x.float(), (0, -x.size(-1) % group)).unflatten(-1, (-1, group))
     high = padded.abs().amax(-1, keepdim=True)
-    rounded = torch.where(high > 0, (padded * (most / high)).round() * (high / most), 0.0)
+    rounded = torch.where(high > 1e-30, (padded * (most / high)).round() * (high / most), 0.0)
     return rounded.flatten(-2)[..., :x.size(-1)]
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import GPTQ
-from calibration import calibration_tokens, own_text, read_sources, source_files, texts_of_tasks
+from calibration import calibration_tokens, own_text, read_sources, source_files, texts_of_tasks, widest_inputs
 from cli import UserError, run, written_whole
 from convert import read_json
 from formats import (GROUPSIZES, LM_HEADS, MODES, VERSION, Int4Linear, Quantization, QuantizedLinear, check_fits, quantize_weight, read_checkpoint,
                      read_weights, replace_linears, skipped_names)
+from loading import parse_device
 from model import ModelArgs, Transformer
 from tokenizer import Tokenizer
 
@@ -167,8 +168,8 @@ def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
     seq_length = min(model_args.max_position, 2048) if args.calibration_seq_length is None else args.calibration_seq_length
     if not 1 <= seq_length <= model_args.max_position:
         raise UserError(f"--calibration_seq_length {seq_length} must be at least 1 and at most the context of {model_args.max_position} positions")
-    widest = max(model_args.dim, model_args.intermediate_size, model_args.n_head * model_args.head_dim)
-    tokens = calibration_tokens(Tokenizer.from_dir(path.parent), calibration_texts(args, path), args.calibration_limit, seq_length, widest)
+    tokens = calibration_tokens(Tokenizer.from_dir(path.parent), calibration_texts(args, path), args.calibration_limit, seq_length,
+                                widest_inputs(model_args))
     print(f"calibrating with {len(tokens)} sequences of {seq_length} tokens", file=sys.stderr)
     return Calibration(tokens, options)
 
@@ -196,13 +197,11 @@ def read_text(path: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.checkpoint_path / "model.pth" if args.checkpoint_path.is_dir() else args.checkpoint_path
-    try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    device = parse_device(args.device)
     check_mode(args.mode)
-    if args.mode in MODES and (args.calibration_tasks or args.calibration_file):
-        raise UserError(f"--mode {args.mode} takes no calibration text: --mode {args.mode}-gptq takes one")
+    for flag in ("calibration_tasks", "calibration_file", "calibration_seq_length", "include_path"):
+        if args.mode in MODES and getattr(args, flag):
+            raise UserError(f"--{flag}: --mode {args.mode} takes no calibration text; --mode {args.mode}-gptq takes one")
     if args.round_to_nearest and args.mode != "int4":
         raise UserError(f"--round_to_nearest is for --mode int4, not {args.mode}")
     calibration = None if args.mode == "int8" or args.round_to_nearest else read_calibration(args, path)

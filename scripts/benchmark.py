@@ -86,8 +86,8 @@ def percentile(values: list[float], percent: float) -> float:
 
 # From raw figures to rows
 
-def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) -> dict:
-    """One row: medians over the rounds of what the workers measured (see benchmark_worker.measured)."""
+def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidths: list[float]) -> dict:
+    """One row: medians over the rounds of what the workers measured (see benchmark_worker.measured). bandwidths: of each round."""
     def median(of) -> float | None:
         values = [of(r) for r in rounds]
         return None if None in values else statistics.median(values)
@@ -98,8 +98,9 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) 
     row = dict(label=label(job), program=job["program"], quantization=job["quantization"], compile=job["compile"], version=rounds[0]["version"],
                decode_tok_s=1 / step_s, decode_ms=1e3 * step_s, decode_ms_p90=1e3 * median(lambda r: percentile(r["seconds"], 90)),
                decode_tok_s_rounds=[1 / statistics.median(r["seconds"]) for r in rounds],
-               mbu=mbu(bytes_read, step_s, bandwidth), bytes_per_token=bytes_read, limit_tok_s=bandwidth / bytes_read,
-               prefill_tok_s=job["prompt_length"] / median(lambda r: r["ttft_s"]), ttft_ms=1e3 * median(lambda r: r["ttft_s"]),
+               mbu=statistics.median(mbu(bytes_read, statistics.median(r["seconds"]), rate) for r, rate in zip(rounds, bandwidths, strict=True)),
+               bytes_per_token=bytes_read, limit_tok_s=statistics.median(bandwidths) / bytes_read,
+               prefill_tok_s_rounds=[job["prompt_length"] / r["ttft_s"] for r in rounds], prefill_tok_s=job["prompt_length"] / median(lambda r: r["ttft_s"]), ttft_ms=1e3 * median(lambda r: r["ttft_s"]),
                peak_gb=median(lambda r: r["peak_bytes"]) / 1e9, load_s=median(lambda r: r.get("load_s")),
                compile_cold_s=rounds[0].get("compile_s"), weight_bytes=rounds[0].get("weight_bytes"),
                compile_warm_s=statistics.median(r["compile_s"] for r in rounds[1:]) if len(rounds) > 1 and rounds[0].get("compile_s") else None,
@@ -111,10 +112,11 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidth: float) 
             bytes=dtype_bytes * (told["all_reduce"] * args.dim + told["all_gather"] * args.vocab_size),
             ms=1e3 * step_s * told["share"], exchange_ms=1e3 * told["exchange_s"])
     for i, sweep in enumerate(rounds[0].get("sweeps", [])):
-        seconds, at = statistics.median(statistics.median(r["sweeps"][i]["seconds"]) for r in rounds), sweep["at"]
-        row[sweep["what"]][at] = dict(ms=1e3 * seconds, tok_s=(at if sweep["what"] == "batch" else 1) / seconds)
+        times, at = [statistics.median(r["sweeps"][i]["seconds"]) for r in rounds], sweep["at"]
+        seconds, tokens = statistics.median(times), at if sweep["what"] == "batch" else 1
+        row[sweep["what"]][at] = dict(ms=1e3 * seconds, tok_s=tokens / seconds, tok_s_rounds=[tokens / t for t in times])
         if sweep["what"] == "position":
-            row["position"][at]["mbu"] = mbu(bytes_per_token(args, position=at + job["tokens"] // 2, **cost), seconds, bandwidth)
+            row["position"][at]["mbu"] = mbu(bytes_per_token(args, position=at + job["tokens"] // 2, **cost), seconds, statistics.median(bandwidths))
     return row
 
 
@@ -224,10 +226,10 @@ def measure(args: argparse.Namespace, config: dict, name: str, work_dir: str, ca
         if "failed" in results[-1]:
             skipped.append(f"{label(job)} {job['quantization']} failed: {results[-1]['failed']}")
         else:
-            rows.append(summarize(job, results, ModelArgs.from_hf(config), bandwidth))
+            rows.append(summarize(job, results, ModelArgs.from_hf(config), [rate for rate, _ in bandwidths]))
     add_speedups(rows)
     return dict(model=name, dtype=args.dtype, device=args.device, prompt_length=args.prompt_length, tokens=args.tokens, rounds=args.rounds,
-                lm_head=args.lm_head, machine=machine, rows=rows, skipped=skipped)
+                groupsize=args.groupsize, lm_head=args.lm_head, machine=machine, rows=rows, skipped=skipped)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -237,7 +239,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--quant", nargs="+", default=["none"], choices=["none", "int8", "int4"])
-    parser.add_argument("--groupsize", type=int, default=32, help="of int4")
+    parser.add_argument("--groupsize", type=int, default=32, choices=formats.GROUPSIZES, help="of int4")
     parser.add_argument("--lm_head", default="int8", choices=["none", "int8", "int4"], help="of the quantized models, llama.cpp's too")
     parser.add_argument("--modes", nargs="*", default=["compile", "eager"], choices=["compile", "eager"], help="how to run this project")
     parser.add_argument("--peers", nargs="*", default=[], choices=["llama.cpp", "transformers"])
@@ -260,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.ranks) < 1:
         raise UserError(f"--ranks {min(args.ranks)} must be 1 or more")
     args.threads = max(1, torch.get_num_threads() // max(args.ranks)) if args.threads is None else args.threads
-    for flag in ("prompt_length", "tokens", "rounds", "threads", "groupsize"):
+    for flag in ("prompt_length", "tokens", "rounds", "threads"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
     device = parse_device(args.device)

@@ -159,7 +159,9 @@ def run_llama_cpp(job: dict, args: ModelArgs) -> dict:
         no_tokens, count = (lib.llama_token * 1)(), lib.ctypes.c_size_t()
         if not state.exists():
             prefill(positions[0])
-            lib.llama_state_seq_save_file(ctx, str(state).encode(), 0, no_tokens, 0)
+            if not lib.llama_state_seq_save_file(ctx, f"{state}.tmp".encode(), 0, no_tokens, 0):
+                raise RuntimeError(f"llama.cpp could not write {state}")
+            Path(f"{state}.tmp").rename(state)
         elif not lib.llama_state_seq_load_file(ctx, str(state).encode(), 0, no_tokens, 1, lib.ctypes.byref(count)):
             raise RuntimeError(f"llama.cpp could not load {state}")
         for position in positions:

@@ -1,4 +1,5 @@
 """Tables and the plot of what benchmark.py measured: a `result` as it is written to the JSON, with rows as benchmark.summarize makes them."""
+import statistics
 from pathlib import Path
 
 OURS = "qwen-fast"
@@ -9,12 +10,12 @@ def rows_of(rows: list[dict], program: str, quantization: str) -> dict | None:
     return next((r for r in rows if r["program"] == program and r["quantization"] == quantization), None)
 
 
-def ratio(row: dict, other: dict | None, figure=lambda row: row["decode_tok_s"]) -> float | None:
-    """How many times the other's rate; None where there is nothing to compare."""
+def ratio(row: dict, other: dict | None, rates=lambda row: row["decode_tok_s_rounds"]) -> float | None:
+    """How many times the other's rate, by the median over the rounds; None where there is nothing to compare."""
     if other is None or other is row:
         return None
     try:
-        return figure(row) / figure(other)
+        return statistics.median(one / another for one, another in zip(rates(row), rates(other), strict=True))
     except KeyError:
         return None
 
@@ -46,7 +47,7 @@ def main_table(rows: list[dict]) -> str:
         compile_s = "-" if row["compile_cold_s"] is None else f"{row['compile_cold_s']:.1f} / {shown(row['compile_warm_s'])}"
         lines.append([row["label"], bits(row), shown(row["decode_tok_s"]), shown(row["decode_ms"], 2), shown(row["decode_ms_p90"], 2),
                       shown(100 * row["mbu"], 0, " %"), *[shown(ratio(row, o), 2) for o in others], shown(row["prefill_tok_s"], 0),
-                      shown(row["ttft_ms"], 0), *[shown(ratio(row, o, lambda r: r["prefill_tok_s"]), 2) for o in others], shown(row["peak_gb"], 2),
+                      shown(row["ttft_ms"], 0), *[shown(ratio(row, o, lambda r: r["prefill_tok_s_rounds"]), 2) for o in others], shown(row["peak_gb"], 2),
                       shown(row["load_s"]), compile_s])
     return table(header, lines)
 
@@ -63,7 +64,7 @@ def sweep_table(rows: list[dict], what: str) -> str:
     for row in rows:
         peer, cells = rows_of(rows, "llama.cpp", row["quantization"]), []
         for at in values:
-            x = ratio(row, peer, lambda r: r[what][at]["tok_s"])
+            x = ratio(row, peer, lambda r: r[what][at]["tok_s_rounds"])
             cells.append(shown(row[what][at]["tok_s" if what == "batch" else "ms"], 2) + ("" if x is None else f" ({x:.2f} x llama.cpp)"))
         growth = row[what][values[-1]]["ms"] / row[what][values[0]]["ms"]
         lines.append([row["label"], bits(row), *cells, shown(growth, 2)])
@@ -96,7 +97,7 @@ def report(result: dict) -> str:
             f"{'; ' + machine['gpu'] if machine['gpu'] else ''}; {machine['memory_gb']:.0f} GB; read bandwidth {machine['bandwidth_gb_s']:.1f} GB/s "
             f"({machine['bandwidth_by']}); {versions}; {machine['date']}.\n"
             f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; "
-            f"medians of {result['rounds']} interleaved rounds. Output head of the quantized models: {result['lm_head']}.\n\n")
+            f"medians of {result['rounds']} interleaved rounds. int4 in groups of {result['groupsize']}; output head of the quantized models: {result['lm_head']}.\n\n")
     text += main_table(result["rows"]) + "\n" + "".join(sweep_table(result["rows"], what) for what in ("position", "capacity", "batch"))
     text += ranks_table(result["rows"], machine["threads"])
     return text + "".join(f"\nskipped: {line}" for line in result["skipped"])

@@ -11,6 +11,7 @@ import shutil
 import statistics
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable
@@ -94,7 +95,8 @@ def run_bandwidth(job: dict, args: ModelArgs) -> dict:
 
 def prepared_checkpoint(job: dict, dtype: torch.dtype) -> Path:
     """The file to load, in the work folder: --checkpoint_path's files, or random weights with the demo's tokenizer; quantized where asked."""
-    folder = Path(job["work_dir"]) / f"{job['name']}-{job['dtype']}"
+    origin = f"-{zlib.crc32(job['checkpoint_path'].encode())}-{Path(job['checkpoint_path']).stat().st_mtime_ns}" if job["checkpoint_path"] else ""
+    folder = Path(job["work_dir"]) / f"{job['name']}-{job['dtype']}{origin}"
     folder.mkdir(parents=True, exist_ok=True)
     plain = folder / "model.pth"
     if job["checkpoint_path"]:

@@ -100,7 +100,7 @@ def test_rows_take_the_median_of_rounds():
     rounds = [raw([0.02, 0.04, 0.9], 0.4, compile_s=20.0, sweeps=[dict(what="position", at=64, seconds=[0.03, 0.05, 0.05])]),
               raw([0.4, 0.5, 0.6], 2.0, compile_s=4.0, sweeps=[dict(what="position", at=64, seconds=[0.06])]),
               raw([0.05, 0.05, 0.05], 0.5, compile_s=3.0, sweeps=[dict(what="position", at=64, seconds=[0.01])])]
-    row = benchmark.summarize(job(compile=True), rounds, QWEN3, bandwidth=40e9)
+    row = benchmark.summarize(job(compile=True), rounds, QWEN3, bandwidths=[40e9] * 3)
     assert row["decode_ms"] == pytest.approx(50) and row["decode_tok_s"] == pytest.approx(20)
     assert row["decode_ms_p90"] == pytest.approx(600)
     assert row["prefill_tok_s"] == pytest.approx(512) and row["ttft_ms"] == pytest.approx(500)
@@ -111,14 +111,14 @@ def test_rows_take_the_median_of_rounds():
 
 def result(rows: list[dict]) -> dict:
     machine = dict(cpu="A CPU", cores=2, threads=2, flags="avx2", gpu="", memory_gb=16.0, bandwidth_gb_s=40.0, bandwidth_by="sum", date="2025-01-01")
-    return dict(model="Qwen3-0.6B", dtype="bf16", lm_head="int8", prompt_length=256, tokens=64, rounds=1, machine=machine, rows=rows,
+    return dict(model="Qwen3-0.6B", dtype="bf16", lm_head="int8", groupsize=32, prompt_length=256, tokens=64, rounds=1, machine=machine, rows=rows,
                 skipped=["a: is not there"])
 
 
 def test_the_table_gives_ratios_to_the_same_quantization():
     def row(program, quantization, ms, **more):
         sweeps = [dict(what="position", at=at, seconds=[ms * factor / 1000]) for at, factor in ((64, 1), (4096, 1.5))] if program != "plain" else []
-        return benchmark.summarize(job(program, quantization, **more), [raw([ms / 1000], sweeps=sweeps)], QWEN3, bandwidth=40e9)
+        return benchmark.summarize(job(program, quantization, **more), [raw([ms / 1000], sweeps=sweeps)], QWEN3, bandwidths=[40e9])
     rows = [row("qwen-fast", "none", 40.0), row("llama.cpp", "none", 50.0), row("plain", "none", 100.0),
             row("qwen-fast", "int4", 12.5), row("llama.cpp", "int4", 10.0)]
     lines = benchmark.report(result(rows)).splitlines()
@@ -134,7 +134,7 @@ def test_the_table_gives_ratios_to_the_same_quantization():
 
 def test_the_plot_is_written(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [benchmark.summarize(job(), [raw([0.04], sweeps=[dict(what="position", at=64, seconds=[0.04])])], QWEN3, bandwidth=40e9)]
+    rows = [benchmark.summarize(job(), [raw([0.04], sweeps=[dict(what="position", at=64, seconds=[0.04])])], QWEN3, bandwidths=[40e9])]
     benchmark.plot(result(rows), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -187,7 +187,7 @@ def test_workers_measure_a_tiny_shape(program, quantization, tmp_path):
     done = benchmark.work(task, str(tmp_path))
     assert "failed" not in done, done
     assert len(done["seconds"]) == 5 and done["ttft_s"] > 0 and done["peak_bytes"] > 1e6
-    row = benchmark.summarize(task, [json.loads(json.dumps(done))], ModelArgs.from_hf(TINY), 4e10)
+    row = benchmark.summarize(task, [json.loads(json.dumps(done))], ModelArgs.from_hf(TINY), [4e10])
     if program == "qwen-fast":
         assert sorted(row["position"]) == [16, 40] and sorted(row["capacity"]) == [64, 128] and sorted(row["batch"]) == [1, 3]
         assert done["recompiles"] == 0 and done["load_s"] > 0
@@ -201,8 +201,8 @@ def test_workers_measure_a_tiny_shape(program, quantization, tmp_path):
 # reads half of the bytes. One process takes 40 ms; 40 x 0.5 + 10 of exchange = 30 ms are expected, and 32 measured.
 def test_several_ranks_against_one():
     told = dict(all_reduce=57.0, all_gather=1.0, share=0.25, exchange_s=0.01)
-    rows = [benchmark.summarize(job(), [raw([0.04], weight_bytes=1_000_000)], QWEN3, bandwidth=40e9),
-            benchmark.summarize(job(ranks=2), [raw([0.032], weight_bytes=500_000, communication=told)], QWEN3, bandwidth=40e9)]
+    rows = [benchmark.summarize(job(), [raw([0.04], weight_bytes=1_000_000)], QWEN3, bandwidths=[40e9]),
+            benchmark.summarize(job(ranks=2), [raw([0.032], weight_bytes=500_000, communication=told)], QWEN3, bandwidths=[40e9])]
     benchmark.add_speedups(rows)
     assert "communication" not in rows[0] and rows[1]["communication"] == pytest.approx(dict(
         all_reduces=57, all_reduces_a_layer=2, all_gathers=1, bytes=420_608, ms=8, exchange_ms=10, speedup=1.25, expected_speedup=4 / 3))

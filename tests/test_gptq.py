@@ -222,7 +222,7 @@ def test_int4_learns_from_what_the_model_writes(folders, tmp_path, capsys):
     assert same(learnt, written(Calibration())) and same(learnt, written(None, "--mode", "int4"))
     assert same(nearest, written(None, "--mode", "int4", "--round_to_nearest")) and not same(learnt, nearest)
     (path.parent / "tokenizer.json").unlink()
-    assert "--round_to_nearest needs neither a tokenizer" in run_main(["--checkpoint_path", path, "--mode", "int4"], capsys)
+    assert "--round_to_nearest needs no text" in run_main(["--checkpoint_path", path, "--mode", "int4"], capsys)
 
 
 @pytest.mark.parametrize("skip", [(), ("layers.1.*", "*.wo")])

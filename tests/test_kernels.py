@@ -2,7 +2,7 @@
 
 Tolerances are relative to the largest result. bf16 results carry half a unit in the last of 8 bits: 2^-8 = 0.4 %. fp32 sums of up to 5000 products
 differ by their order: 3e-6. Where activations are rounded to int8 the twin rounds as well, but a value on the boundary between two steps may
-fall to either side; one step is 1/127 of the group's largest value in one of K_in terms: 2e-3 covers a few of them at the sizes used here.
+fall to either side; one step is 1/127 of the group's largest value in one of K_in terms, about 1e-3 of a sum of 1024: 3e-3 covers three of them.
 """
 import functools
 import os
@@ -22,12 +22,12 @@ import kernels
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = {BF16: 4e-3, FP32: 3e-6}
-ROUNDED = 2e-3
+ROUNDED = 3e-3
 HAVE_OPS = kernels.problem() is None
 needs_ops = pytest.mark.skipif(not HAVE_OPS, reason="kernels.cpp could not be built here")
-vnni = "avx512_vnni" in kernels.cpu_flags().split() and "TEST_MARCH" not in os.environ
+vnni = "avx512_vnni" in kernels.cpu_flags().split() and os.environ.get("TEST_MARCH", "cascadelake") == "cascadelake"
 SHAPES = [(64, 64), (33, 78), (7, 1024), (1000, 896), (130, 4864)]      # [N, K_in], with tails in both
-TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16]
+TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16]
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
 def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> None:
     weight, scales, zeros, w = int4_weights(N, K_in, groupsize)
     packed = kernels.pack_int4(weight, scales, zeros, groupsize)
-    for M in [1, 3, 4, 9, 16, 40]:
+    for M in [1, 2, 3, 4, 6, 9, 16, 40]:
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int4_linear(x, *packed, N, exact=True), x.double() @ w.T) < tolerance, M
@@ -287,9 +287,9 @@ def test_two_processes_build_at_once(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.slow
 @needs_ops
 @pytest.mark.skipif(platform.machine() != "x86_64" or "TEST_MARCH" in os.environ, reason="built for x86-64, and once")
-@pytest.mark.parametrize("march", ["haswell", "skylake-avx512"])
+@pytest.mark.parametrize("march", ["haswell", "skylake-avx512", "cascadelake"])
 def test_older_cpus(tmp_path: Path, march: str) -> None:
-    """The same kernels as such a CPU would build them: AVX2, and AVX512 without BF16 and VNNI. The tests above but this one, in another process."""
+    """The same kernels as such a CPU would build them: AVX2, AVX512 without BF16 and VNNI, and without BF16. The tests above but this one, in another process."""
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/sh\nfor flag; do shift; set -- "$@" "$(echo "$flag" | sed "s/^-march=native$/-march=$TEST_MARCH/")"; done\nexec g++ "$@"\n')
     compiler.chmod(0o755)

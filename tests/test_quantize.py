@@ -369,7 +369,7 @@ def refusal(argv: list, capsys) -> str:
     (["--mode", "int8", "--skip", "layer.*"], r"--skip layer\.\* matches no linear"),
     (["--mode", "int4", "--skip", "layer.*"], r"--skip layer\.\* matches no linear"),
     (["--mode", "int8", "--round_to_nearest"], r"--round_to_nearest is for --mode int4, not int8"),
-    (["--mode", "int8", "--device", "abacus"], r"--device abacus"),
+    (["--mode", "int8", "--device", "abacus"], r"--device 'abacus'"),
 ])
 def test_flags(folders, capsys, flags, reason):
     assert re.search(reason, refusal(["--checkpoint_path", folders("qwen3") / "model.pth", *flags], capsys))
