@@ -253,7 +253,7 @@ void linear_decode(const T* w, const T* x, float* y, int64_t M, int64_t N, int64
     {
         const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads(), end = N * (id + 1) / threads;
         int64_t n = N * id / threads;
-        if (M <= 2 && M * K <= 4096) {
+        if (M == 1 ? K <= 6144 : M == 2 && K <= 2048) {
             const Halves rows(n, end, true);
             rows.each([&](int64_t n, auto R) __attribute__((always_inline)) {
                 if (M == 1) dot_rows<T, R, 1>(w + n * K, rows.apart, x, y + n, K, N);
@@ -881,7 +881,8 @@ struct Linear {
         if (bias.defined())
             by_dtype(bias, [&](auto zero) {
                 const auto* b = bias.const_data_ptr<decltype(zero)>();
-                for (int64_t i = 0; i < M * N; i++) y[i] += (float)b[i % N];
+                for (int64_t m = 0; m < M; m++)
+                    for (int64_t n = 0; n < N; n++) y[m * N + n] += (float)b[n];
             });
     }
 
