@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import UserError
+from formats import check_finite
 from model import KVCache, Linear, Transformer, TransformerBlock, rope_frequencies
 
 LINEARS = {"attention": ("wqkv", "wo"), "feed_forward": ("w13", "w2")}             # of a block's halves, in the order of computation
@@ -215,8 +216,7 @@ def quantize_linear(linear: Linear, inputs: Iterable[tuple[slice, Tensor]], targ
                     measure: bool) -> tuple[dict[str, Tensor], float]:
     """Gives a linear the weight that its target can store. The target's buffers, and the error if to be measured."""
     weight = linear.weight
-    if not weight.isfinite().all():
-        raise UserError(f"{name}.weight holds NaN or infinity: a damaged checkpoint cannot be quantized")
+    check_finite(f"{name}.weight", weight)
     hessian = hessian_of((x for _, x in inputs), linear.in_features, weight.device)
     if not hessian.isfinite().all():
         raise UserError(f"{name}: NaN or infinity among its inputs from the calibration text: a damaged checkpoint cannot be quantized")

@@ -148,7 +148,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     gptq.add_argument("--calibration_tasks", nargs="+", default=[], metavar="TASK", help="documents of lm-eval's tasks, e.g. wikitext")
     gptq.add_argument("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")
     gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="plain text")
-    gptq.add_argument("--calibration_limit", type=int, default=128, help="sequences at most (%(default)s)")
+    gptq.add_argument("--calibration_limit", type=int, help="sequences at most (128)")
     gptq.add_argument("--calibration_seq_length", type=int, help="tokens of a sequence (the model's context, at most 2048)")
     gptq.add_argument("--percdamp", type=float, default=0.01, help="damping: this part of the Hessian's mean diagonal (%(default)s)")
     gptq.add_argument("--blocksize", type=int, default=128, help="columns whose errors reach the rest of the matrix together (%(default)s)")
@@ -160,7 +160,7 @@ def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
     """What the command's flags ask for: --mode int4 learns from the model's own text. UserError if there is no text, or too little of it."""
     model_args = read_unquantized(path)[1]
     for flag, least in (("calibration_limit", 1), ("blocksize", 1), ("percdamp", 0)):
-        if not getattr(args, flag) >= least:
+        if getattr(args, flag) is not None and not getattr(args, flag) >= least:
             raise UserError(f"--{flag} {getattr(args, flag)} must be {least} or more")
     options = GPTQ.Options(args.percdamp, args.blocksize, args.act_order)
     if args.mode == "int4":
@@ -168,8 +168,8 @@ def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
     seq_length = min(model_args.max_position, 2048) if args.calibration_seq_length is None else args.calibration_seq_length
     if not 1 <= seq_length <= model_args.max_position:
         raise UserError(f"--calibration_seq_length {seq_length} must be at least 1 and at most the context of {model_args.max_position} positions")
-    tokens = calibration_tokens(Tokenizer.from_dir(path.parent), calibration_texts(args, path), args.calibration_limit, seq_length,
-                                widest_inputs(model_args))
+    tokens = calibration_tokens(Tokenizer.from_dir(path.parent), calibration_texts(args, path),
+                                128 if args.calibration_limit is None else args.calibration_limit, seq_length, widest_inputs(model_args))
     print(f"calibrating with {len(tokens)} sequences of {seq_length} tokens", file=sys.stderr)
     return Calibration(tokens, options)
 
@@ -199,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     path = args.checkpoint_path / "model.pth" if args.checkpoint_path.is_dir() else args.checkpoint_path
     device = parse_device(args.device)
     check_mode(args.mode)
-    for flag in ("calibration_tasks", "calibration_file", "calibration_seq_length", "include_path"):
-        if args.mode in MODES and getattr(args, flag):
+    for flag in ("calibration_tasks", "calibration_file", "calibration_limit", "calibration_seq_length", "include_path"):
+        if args.mode in MODES and getattr(args, flag) not in (None, []):
             raise UserError(f"--{flag}: --mode {args.mode} takes no calibration text; --mode {args.mode}-gptq takes one")
     if args.round_to_nearest and args.mode != "int4":
         raise UserError(f"--round_to_nearest is for --mode int4, not {args.mode}")

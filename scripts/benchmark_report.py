@@ -97,7 +97,8 @@ def report(result: dict) -> str:
             f"{'; ' + machine['gpu'] if machine['gpu'] else ''}; {machine['memory_gb']:.0f} GB; read bandwidth {machine['bandwidth_gb_s']:.1f} GB/s "
             f"({machine['bandwidth_by']}); {versions}; {machine['date']}.\n"
             f"Decode: {result['tokens']} tokens after a prompt of {result['prompt_length']}, batch 1; "
-            f"medians of {result['rounds']} interleaved rounds. int4 in groups of {result['groupsize']}; output head of the quantized models: {result['lm_head']}.\n\n")
+            f"medians of {result['rounds']} interleaved rounds. int4 in groups of {result['groupsize']}; "
+            f"output head of the quantized models: {result['lm_head']}.\n\n")
     text += main_table(result["rows"]) + "\n" + "".join(sweep_table(result["rows"], what) for what in ("position", "capacity", "batch"))
     text += ranks_table(result["rows"], machine["threads"])
     return text + "".join(f"\nskipped: {line}" for line in result["skipped"])

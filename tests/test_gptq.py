@@ -205,6 +205,16 @@ def test_what_a_model_writes_is_as_probable_as_it_says(folders):
     assert abs((surprise - entropy).mean()) < 4 * (surprise - entropy).std() / surprise.numel() ** 0.5
 
 
+def test_a_model_with_wide_linears_writes_more(folders, monkeypatch):
+    """At least as many tokens as its widest linear has inputs, none of them twice."""
+    monkeypatch.setattr(calibration, "OWN_SEQUENCES", 2)
+    monkeypatch.setattr(calibration, "OWN_LENGTH", 16)
+    path = folders("qwen2") / "model.pth"
+    widest = calibration.widest_inputs(load_model(path)[0].args)
+    tokens = calibration.own_text(path, progress=False)
+    assert widest > 32 and widest <= tokens.numel() < widest + 32 and tokens.size(1) == 16 and len(tokens.unique(dim=0)) == len(tokens)
+
+
 def test_int4_learns_from_what_the_model_writes(folders, tmp_path, capsys):
     """By the command and from Python, unless rounding is asked for."""
     path = shutil.copytree(folders("qwen2"), tmp_path / "copy") / "model.pth"

@@ -2,7 +2,7 @@
 
 Tolerances are relative to the largest result. bf16 results carry half a unit in the last of 8 bits: 2^-8 = 0.4 %. fp32 sums of up to 5000 products
 differ by their order: 3e-6. Where activations are rounded to int8 the twin rounds as well, but a value on the boundary between two steps may
-fall to either side; one step is 1/127 of the group's largest value in one of K_in terms, about 1e-3 of a sum of 1024: 3e-3 covers three of them.
+fall to either side; one step is 1/127 of the group's largest value in one of K_in terms: 2e-3 covers a few of them at the sizes used here.
 """
 import functools
 import os
@@ -22,7 +22,7 @@ import kernels
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = {BF16: 4e-3, FP32: 3e-6}
-ROUNDED = 3e-3
+ROUNDED = 2e-3
 HAVE_OPS = kernels.problem() is None
 needs_ops = pytest.mark.skipif(not HAVE_OPS, reason="kernels.cpp could not be built here")
 vnni = "avx512_vnni" in kernels.cpu_flags().split() and os.environ.get("TEST_MARCH", "cascadelake") == "cascadelake"
@@ -147,13 +147,25 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
 def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> None:
     weight, scales, zeros, w = int4_weights(N, K_in, groupsize)
     packed = kernels.pack_int4(weight, scales, zeros, groupsize)
-    for M in [1, 2, 3, 4, 6, 9, 16, 40]:
+    for M in [1, 3, 4, 9, 16, 40]:
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int4_linear(x, *packed, N, exact=True), x.double() @ w.T) < tolerance, M
         rounded = kernels.round_activations(x, torch.int8, 32) if HAVE_OPS and vnni and M <= 16 else x
         assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
         assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_int4_linear_for_other_numbers_of_tokens(dtype: torch.dtype) -> None:
+    """Two blocks at once, and tiles of two and three after one of four. Over so many results that the largest of them is a measure."""
+    weight, scales, zeros, w = int4_weights(1000, 896, 32)
+    packed = kernels.pack_int4(weight, scales, zeros, 32)
+    for M in [2, 5, 6, 7]:
+        x = torch.randn(M, 896).to(dtype)
+        assert error(kernels.int4_linear(x, *packed, 1000, exact=True), x.double() @ w.T) < TOLERANCE[dtype] * (1 if HAVE_OPS else 2), M
+        rounded = kernels.round_activations(x, torch.int8, 32) if HAVE_OPS and vnni else x
+        assert error(kernels.int4_linear(x, *packed, 1000), rounded.double() @ w.T) < TOLERANCE[dtype] * (1 if HAVE_OPS else 2) + ROUNDED, M
 
 
 @pytest.mark.parametrize("groupsize", [32, 64, 128, 256])
