@@ -1,7 +1,6 @@
 """Prefill and decoding: one token after another from a model with a KV cache."""
 import itertools
 import random
-import re
 from typing import Iterator, Sequence
 
 import torch
@@ -75,9 +74,6 @@ class Generator:
         """Makes room in the KV cache; what it held is lost if it has to grow."""
         if reserve_cache(self.model, batch, max_seq_length):
             self.cached = []
-        if self.compiled and self.model.stack:
-            for cache in self.model.stack.k_caches + self.model.stack.v_caches:
-                torch._dynamo.mark_dynamic(cache, 2)               # larger ones later need no new compilation
 
     def steps(self, idx: Tensor, input_pos: Tensor, count: int, sampling: Sampling, source: torch.Generator) -> Iterator[list[int]]:
         """The ids of all rows, `count` times: first idx [B, 1], which belongs at input_pos [B, 1]."""
@@ -97,7 +93,7 @@ class Generator:
         return self.model.ranks.from_first(seed) if self.model.ranks else seed
 
     def advance(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, source: torch.Generator) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step(self.model.device)
         noise = exponential(len(idx), sampling.candidates(self.vocab), source)
         following = self.decode(idx, input_pos, sampling, noise).clone()
         input_pos += 1
@@ -132,15 +128,19 @@ class Generator:
         return self.prefill(idx, input_pos, logits_at)
 
 
+def begin_step(device: torch.device) -> None:
+    """Tells CUDA graphs that what they returned before is no longer needed."""
+    if device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+
+
 def compile_settings(model: Transformer, prefill_too: bool) -> dict:
     """What torch.compile is told for decoding: static shapes; on CUDA, CUDA graphs."""
     settings: dict = {"dynamic": False}
     if model.device.type == "cuda":
         settings["mode"] = "reduce-overhead"
-    elif kernels.ready() and not model.ranks:
-        settings["options"] = {"guard_filter_fn": needed_guards}
-        if not prefill_too:
-            without_vector_code()
+    elif kernels.ready() and not model.ranks and not prefill_too:
+        without_vector_code()
     return settings
 
 
@@ -150,11 +150,6 @@ def without_vector_code() -> None:
     from torch._inductor import config, cpu_vec_isa
     if cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0:
         config.cpp.vec_isa_ok = False
-
-
-def needed_guards(guards: Sequence) -> list[bool]:
-    """Which of the compiler's guards are checked at every step: of the hundreds of tensors in a kernels.Stack the first ones stand for all."""
-    return [not re.search(r"\.stack\.\w+\[[1-9]", guard.name) for guard in guards]
 
 
 def check_request(args: ModelArgs, rows: list[list[int]], max_new_tokens: int) -> None:

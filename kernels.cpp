@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <omp.h>
 #include <torch/library.h>
@@ -954,7 +955,7 @@ INLINE void finish_head(const U* x, const T* norm, float eps, const float* cos, 
 // What all layers share. cos, sin [M, D]; logn [M] or null.
 template <typename T, typename U>
 struct Step {
-    int64_t B, S, C, H, F, M;
+    int64_t S, C, H, M;
     float eps;
     const float *cos, *sin, *logn;
     Positions pos;
@@ -974,10 +975,11 @@ struct Step {
         if constexpr (std::is_same_v<U, float>) linear.decode(h.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, exact);
         return y;
     }
-    Tensor normed(const T* norm) const {
+    Tensor normed(const Tensor& norm) const {
         Tensor h = empty(C);
         U* to = h.mutable_data_ptr<U>();
-        each([&](int64_t m) { rms_norm(x + m * C, norm, to + m * C, C, eps); });
+        const T* weight = norm.const_data_ptr<T>();
+        each([&](int64_t m) { rms_norm(x + m * C, weight, to + m * C, C, eps); });
         return h;
     }
     void add(const Tensor& y) const {
@@ -990,33 +992,42 @@ struct Step {
     }
 };
 
-// x += wo(attention(wqkv(norm(x)))); keys and values are written to the caches. q_norm, k_norm: [D] or null.
+struct Block {
+    Tensor attention_norm, q_norm, k_norm, ffn_norm, k_cache, v_cache;     // q_norm and k_norm: both or neither
+    Linear wqkv, wo, w13, w2;
+    int64_t window;
+};
+
+template <typename T>
+const T* values(const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; }
+
+// x += wo(attention(wqkv(norm(x)))); keys and values are written to the caches.
 template <typename T, typename U>
-void attention(const Step<T, U>& step, const T* norm, const Linear& wqkv, const T* q_norm, const T* k_norm, const Linear& wo, const Tensor& k_cache,
-               const Tensor& v_cache, int64_t window) {
-    const int64_t H = step.H, K = k_cache.size(1), slots = k_cache.size(2), D = k_cache.size(3);
-    const Tensor qkv = step.multiply(wqkv, step.normed(norm));
-    Tensor queries = at::empty({step.M, H * D}, k_cache.options()), y = step.empty(H * D);
+void attention(const Step<T, U>& step, const Block& block) {
+    const int64_t H = step.H, K = block.k_cache.size(1), slots = block.k_cache.size(2), D = block.k_cache.size(3);
+    const Tensor qkv = step.multiply(block.wqkv, step.normed(block.attention_norm));
+    Tensor queries = at::empty({step.M, H * D}, block.k_cache.options()), y = step.empty(H * D);
     const U* from = qkv.const_data_ptr<U>();
-    T *q = queries.mutable_data_ptr<T>(), *k = k_cache.mutable_data_ptr<T>(), *v = v_cache.mutable_data_ptr<T>();
+    const T *q_norm = values<T>(block.q_norm), *k_norm = values<T>(block.k_norm);
+    T *q = queries.mutable_data_ptr<T>(), *k = block.k_cache.mutable_data_ptr<T>(), *v = block.v_cache.mutable_data_ptr<T>();
     step.each([&](int64_t m) {
         const int64_t b = m / step.S, slot = step.pos.row(b)[m % step.S];
         const float *cos = step.cos + m * D, *sin = step.sin + m * D;
-        const U* head = from + m * wqkv.N;
+        const U* head = from + m * block.wqkv.N;
         for (int64_t i = 0; i < H; i++, head += D)
             finish_head(head, q_norm, step.eps, cos, sin, step.logn ? step.logn[m] : 1.0f, q + (m * H + i) * D, D);
         for (int64_t i = 0; i < K; i++, head += D) finish_head(head, k_norm, step.eps, cos, sin, 1.0f, k + ((b * K + i) * slots + slot) * D, D);
         for (int64_t i = 0; i < K; i++, head += D) convert(head, v + ((b * K + i) * slots + slot) * D, D);
     });
-    attend_heads<T>(q, k_cache, v_cache, H, step.pos, window, y.mutable_data_ptr<U>());
-    step.add(step.multiply(wo, y));
+    attend_heads<T>(q, block.k_cache, block.v_cache, H, step.pos, block.window, y.mutable_data_ptr<U>());
+    step.add(step.multiply(block.wo, y));
 }
 
 // x += w2(silu(gate) * up), where gate and up [F] are w13(norm(x))
 template <typename T, typename U>
-void feed_forward(const Step<T, U>& step, const T* norm, const Linear& w13, const Linear& w2) {
-    const int64_t F = step.F;
-    const Tensor both = step.multiply(w13, step.normed(norm));
+void feed_forward(const Step<T, U>& step, const Block& block) {
+    const int64_t F = block.w2.K;
+    const Tensor both = step.multiply(block.w13, step.normed(block.ffn_norm));
     Tensor y = step.empty(F);
     const U* from = both.const_data_ptr<U>();
     U* yp = y.mutable_data_ptr<U>();
@@ -1030,54 +1041,77 @@ void feed_forward(const Step<T, U>& step, const T* norm, const Linear& w13, cons
         }
         for (; f < F; f++) to[f] = (float)gate[f] / (1.0f + std::exp(-(float)gate[f])) * (float)up[f];
     });
-    step.add(step.multiply(w2, y));
+    step.add(step.multiply(block.w2, y));
 }
 
-// x [B, S, C] through a stack of blocks. weights: of each block in turn its attention_norm, wqkv, q_norm and k_norm (if it has them), wo, ffn_norm,
-// w13 and w2. table, int64 [blocks, 8]: of how many tensors each of these seven is, and the attention's window. F: w2's inputs.
-Tensor layers(const Tensor& x, at::TensorList weights, const Tensor& table, double eps, const Tensor& cos_, const Tensor& sin_,
-              const std::optional<Tensor>& logn_, const Tensor& input_pos_, at::TensorList k_caches, at::TensorList v_caches, int64_t H, int64_t F,
-              bool exact) {
-    const auto dtype = x.scalar_type();
-    const auto cos = cos_.contiguous(), sin = sin_.contiguous(), input_pos = input_pos_.contiguous();
-    const auto logn = logn_ ? logn_->contiguous() : Tensor();
-    const int64_t N = table.size(0), B = x.size(0), S = x.size(1), C = x.size(2), M = B * S, D = cos.size(-1);
-    TORCH_CHECK(M > 0 && Linear::is(table, at::kLong) && table.is_contiguous() && table.numel() == 8 * N && (int64_t)k_caches.size() == N &&
-                (int64_t)v_caches.size() == N && Linear::is(cos, at::kFloat) && cos.numel() == M * D && Linear::is(sin, at::kFloat) &&
-                sin.numel() == M * D && Linear::is(input_pos, at::kLong) && input_pos.size(-1) == S &&
-                (!logn.defined() || (Linear::is(logn, at::kFloat) && logn.numel() == M)),
-                "layers: x ", x.sizes(), ", cos ", cos.sizes(), ", input_pos ", input_pos.sizes(), ", table ", table.sizes());
-    auto out = x.clone(at::MemoryFormat::Contiguous);
-    const auto run = [&](auto t, auto u) {
-        using T = decltype(t);
-        using U = decltype(u);
-        const Step<T, U> step{B, S, C, H, F, M, (float)eps, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
-                              logn.defined() ? logn.const_data_ptr<float>() : nullptr, Positions(input_pos), exact, out.mutable_data_ptr<T>()};
-        size_t used = 0;
-        const int64_t* row = table.const_data_ptr<int64_t>();
+// All blocks, checked once. It lives in the memory of a tensor, which the program holds and hands to every call: so the compiler sees one tensor instead
+// of the hundreds in it, and takes that much less time.
+struct Stack {
+    const Stack* self = this;                              // is not, in a copy of that tensor
+    std::vector<Block> blocks;
+    at::ScalarType dtype;
+    int64_t H;
+    float eps;
+    bool exact;
+};
+
+// weights: of each block in turn its attention_norm, wqkv, q_norm and k_norm (if it has them), wo, ffn_norm, w13 and w2. table, 8 a block: of how many
+// tensors each of these seven is, and the attention's window. H: query heads, F: w2's inputs. -> uint8 [sizeof(Stack)]
+Tensor stack(at::TensorList weights, at::IntArrayRef table, double eps, at::TensorList k_caches, at::TensorList v_caches, int64_t H, int64_t F, bool exact) {
+    TORCH_CHECK(!k_caches.empty() && k_caches.size() == v_caches.size() && table.size() == 8 * k_caches.size() && !weights.empty() && H > 0,
+                "stack: ", weights.size(), " weights, ", table.size(), " numbers and ", k_caches.size(), " caches");
+    auto stack = std::make_unique<Stack>();
+    stack->dtype = k_caches[0].scalar_type(), stack->H = H, stack->eps = eps, stack->exact = exact;
+    size_t used = 0;
+    for (size_t i = 0; i < k_caches.size(); i++) {
+        const auto* row = table.data() + 8 * i;
         const auto take = [&](int part) {
-            TORCH_CHECK(row[part] >= 0 && used + row[part] <= weights.size(), "layers: ", weights.size(), " weights are too few");
+            TORCH_CHECK(row[part] >= 0 && used + row[part] <= weights.size(), "stack: ", weights.size(), " weights are too few");
             used += row[part];
             return weights.slice(used - row[part], row[part]);
         };
-        const auto vector = [&](at::TensorList list, size_t i, int64_t size) {
-            TORCH_CHECK(i < list.size() && Linear::is(list[i], dtype) && list[i].is_contiguous() && list[i].numel() == size, "layers: a norm of ", size);
-            return list[i].const_data_ptr<T>();
+        const auto norm = [&](at::TensorList list, size_t i, int64_t size) {
+            TORCH_CHECK(i < list.size() && Linear::is(list[i], stack->dtype) && list[i].is_contiguous() && list[i].numel() == size, "stack: a norm of ", size);
+            return list[i];
         };
-        for (int64_t layer = 0; layer < N; layer++, row += 8) {
-            const auto &k_cache = k_caches[layer], &v_cache = v_caches[layer];
-            check_caches(k_cache, v_cache, dtype);
-            const int64_t K = k_cache.size(1);
-            TORCH_CHECK(k_cache.size(0) == B && k_cache.size(3) == D && H % K == 0, "layers: caches ", k_cache.sizes(), " for ", H, " heads of ", D);
-            step.pos.check(B, k_cache.size(2));
-            const T* norm = vector(take(0), 0, C);
-            const Linear wqkv(take(1), (H + 2 * K) * D, C, dtype);
-            const auto head_norms = take(2);
-            const T *q_norm = head_norms.empty() ? nullptr : vector(head_norms, 0, D), *k_norm = q_norm ? vector(head_norms, 1, D) : nullptr;
-            attention(step, norm, wqkv, q_norm, k_norm, Linear(take(3), C, H * D, dtype), k_cache, v_cache, row[7]);
-            norm = vector(take(4), 0, C);
-            const Linear w13(take(5), 2 * F, C, dtype);
-            feed_forward(step, norm, w13, Linear(take(6), C, F, dtype));
+        check_caches(k_caches[i], v_caches[i], stack->dtype);
+        const int64_t C = weights[0].numel(), K = k_caches[i].size(1), D = k_caches[i].size(3);
+        TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes() && K > 0 && H % K == 0, "stack: caches ", k_caches[i].sizes(), " for ", H, " heads");
+        const auto attention_norm = norm(take(0), 0, C);
+        const Linear wqkv(take(1), (H + 2 * K) * D, C, stack->dtype);
+        const auto head_norms = take(2);
+        const auto q_norm = head_norms.empty() ? Tensor() : norm(head_norms, 0, D), k_norm = head_norms.empty() ? Tensor() : norm(head_norms, 1, D);
+        const Linear wo(take(3), C, H * D, stack->dtype);
+        const auto ffn_norm = norm(take(4), 0, C);
+        const Linear w13(take(5), 2 * F, C, stack->dtype), w2(take(6), C, F, stack->dtype);
+        stack->blocks.push_back({attention_norm, q_norm, k_norm, ffn_norm, k_caches[i], v_caches[i], wqkv, wo, w13, w2, row[7]});
+    }
+    Stack* const memory = stack.release();
+    return at::from_blob(memory, {(int64_t)sizeof(Stack)}, [](void* p) { delete (Stack*)p; }, at::kByte);
+}
+
+// x [B, S, C] through all blocks of a stack, at input_pos [B, S] or [S]. cos, sin fp32 [B, S, 1, D], logn fp32 [B, S, 1, 1] or none.
+Tensor layers(const Tensor& x, const Tensor& stack_, const Tensor& cos_, const Tensor& sin_, const std::optional<Tensor>& logn_, const Tensor& input_pos_) {
+    const auto* stack = (const Stack*)stack_.const_data_ptr();
+    TORCH_CHECK(stack_.nbytes() == sizeof(Stack) && stack->self == stack, "layers: a copy of a model needs setup_caches of its own");
+    const auto cos = cos_.contiguous(), sin = sin_.contiguous(), input_pos = input_pos_.contiguous();
+    const auto logn = logn_ ? logn_->contiguous() : Tensor();
+    const auto& cache = stack->blocks[0].k_cache;
+    const int64_t B = cache.size(0), D = cache.size(3), C = stack->blocks[0].w2.N, S = x.numel() / (B * C), M = B * S;
+    TORCH_CHECK(M > 0 && Linear::is(x, stack->dtype) && x.dim() == 3 && x.size(0) == B && x.size(1) == S && x.size(2) == C && Linear::is(cos, at::kFloat) &&
+                cos.numel() == M * D && Linear::is(sin, at::kFloat) && sin.numel() == M * D && Linear::is(input_pos, at::kLong) && input_pos.size(-1) == S &&
+                (!logn.defined() || (Linear::is(logn, at::kFloat) && logn.numel() == M)),
+                "layers: x ", x.sizes(), ", cos ", cos.sizes(), ", input_pos ", input_pos.sizes(), ", caches ", cache.sizes());
+    const Positions pos(input_pos);
+    pos.check(B, cache.size(2));
+    auto out = x.clone(at::MemoryFormat::Contiguous);
+    const auto run = [&](auto t, auto u) {
+        using T = decltype(t);
+        const Step<T, decltype(u)> step{S, C, stack->H, M, stack->eps, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), values<float>(logn), pos,
+                                        stack->exact, out.mutable_data_ptr<T>()};
+        for (const auto& block : stack->blocks) {
+            attention(step, block);
+            feed_forward(step, block);
         }
     };
     by_dtype(x, [&](auto zero) {
@@ -1092,12 +1126,13 @@ Tensor layers(const Tensor& x, at::TensorList weights, const Tensor& table, doub
 TORCH_LIBRARY(qwen_fast, m) {
     m.def("linear(Tensor x, Tensor[] parts, int out_features, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
     m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", {at::Tag::pt2_compliant_tag});
-    m.def("layers(Tensor x, Tensor[] weights, Tensor table, float eps, Tensor cos, Tensor sin, Tensor? logn, Tensor input_pos, Tensor(a!)[] k_caches, "
-          "Tensor(b!)[] v_caches, int n_head, int intermediate_size, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
+    m.def("stack(Tensor[] weights, int[] table, float eps, Tensor[] k_caches, Tensor[] v_caches, int n_head, int intermediate_size, bool exact) -> Tensor");
+    m.def("layers(Tensor x, Tensor(a!) stack, Tensor cos, Tensor sin, Tensor? logn, Tensor input_pos) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(qwen_fast, CPU, m) {
     m.impl("linear", &linear);
     m.impl("attend", &attend);
+    m.impl("stack", &stack);
     m.impl("layers", &layers);
 }

@@ -263,16 +263,9 @@ def int4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tens
 # ---- a stack of transformer blocks
 
 class Stack(NamedTuple):
-    """All tensors of a model's layers, in the order in which kernels.cpp takes them: gathered once, because a compiler traces two lists
-    many times faster than the modules around their elements."""
-    weights: list[Tensor]
-    table: Tensor                    # [layers, 8]: how many of them belong to each of a layer's seven parts, and its attention's window
-    k_caches: list[Tensor]
-    v_caches: list[Tensor]
-    n_head: int
-    intermediate_size: int
-    eps: float
-    exact: bool
+    """A model's layers for kernels.cpp, which keeps their tensors behind a single one: a compiler would take seconds to look at hundreds."""
+    handle: Tensor
+    dtype: torch.dtype
 
 
 def stack(layers: Sequence[torch.nn.Module]) -> Stack | None:
@@ -290,21 +283,21 @@ def stack(layers: Sequence[torch.nn.Module]) -> Stack | None:
         head_norms = [norm.weight for norm in (layer.attention.q_norm, layer.attention.k_norm) if hasattr(norm, "weight")]
         parts = ([layer.attention_norm.weight], wqkv, head_norms, wo, [layer.ffn_norm.weight], w13, w2)
         weights += itertools.chain(*parts)
-        table.append([*map(len, parts), layer.attention.window])
+        table += [*map(len, parts), layer.attention.window]
     caches = [layer.attention.kv_cache for layer in layers]
-    return Stack(weights, torch.tensor(table), [c.k_cache for c in caches], [c.v_cache for c in caches], attention.n_head,
-                 first.feed_forward.w2.in_features, first.ffn_norm.eps, any(linear.exact for ones in linears for linear in ones))
+    handle = torch.ops.qwen_fast.stack(weights, table, first.ffn_norm.eps, [c.k_cache for c in caches], [c.v_cache for c in caches], attention.n_head,
+                                       first.feed_forward.w2.in_features, any(linear.exact for ones in linears for linear in ones))
+    return Stack(handle, k_cache.dtype)
 
 
 def takes(stack: Stack | None, x: Tensor) -> bool:
     """Whether run_stack computes x [B, S, C]."""
-    return stack is not None and x.dtype == stack.k_caches[0].dtype and x.numel() > 0
+    return stack is not None and x.dtype == stack.dtype and x.numel() > 0
 
 
 def run_stack(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
     """x [B, S, C] through all layers in one operator: what lies between their matrices is not worth a call of its own."""
-    return torch.ops.qwen_fast.layers(x, stack.weights, stack.table, stack.eps, cos, sin, logn, input_pos, stack.k_caches, stack.v_caches,
-                                      stack.n_head, stack.intermediate_size, stack.exact)
+    return torch.ops.qwen_fast.layers(x, stack.handle, cos, sin, logn, input_pos)
 
 
 # ---- attention over the KV cache

@@ -313,8 +313,9 @@ class Transformer(nn.Module):
 
         To be called again before the next forward where weights or their form have been exchanged."""
         if batch != self.max_batch_size or max_seq_length > self.max_seq_length or dtype not in (None, self.layers[0].attention.kv_cache.k_cache.dtype):
+            self.stack = None                              # the old caches go before the new ones come
             for layer in self.layers:
-                layer.attention.kv_cache = None            # the old caches go before the new ones come
+                layer.attention.kv_cache = None
             for layer in self.layers:
                 layer.attention.kv_cache = KVCache(batch, self.local.n_local_heads, max_seq_length, self.args.head_dim,
                                                    dtype or self.dtype, self.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 import kernels
 import tp
 from cli import UserError
-from decoding import Generator, check_request, compile_settings
+from decoding import Generator, begin_step, check_request, compile_settings
 from model import Transformer
 from sampling import Sampling, exponential, shortlist
 from tokenizer import Tokenizer, same_tokenizer
@@ -119,7 +119,7 @@ class ModelDraft:
         noise = exponential(k, sampling.candidates(self.vocab), source)
         steps = []
         for i in range(k):
-            torch.compiler.cudagraph_mark_step_begin()
+            begin_step(device)
             step = self.step(idx, input_pos, sampling, noise[i:i + 1])
             steps.append([t.clone() for t in step] if device.type == "cuda" else step)
             idx, input_pos = steps[-1][0], input_pos[:, -1:] + 1
@@ -410,7 +410,7 @@ class Speculator(Generator):
             for tensor, dim in ((idx, 1), (input_pos, 1), (uniform, 0), (draft.probs, 0), (draft.ids, 0)):
                 if tensor is not None:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step(device)
         return self.verify(idx, input_pos, sampling, draft.probs, draft.ids, uniform, noise)
 
     def measure(self, sampling: Sampling, source: torch.Generator) -> Costs:

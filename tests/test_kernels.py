@@ -4,11 +4,14 @@ Tolerances are relative to the largest result. bf16 results carry half a unit in
 differ by their order: 3e-6. Where activations are rounded to int8 the twin rounds as well, but a value on the boundary between two steps may
 fall to either side; one step is 1/127 of the group's largest value in one of K_in terms: 2e-3 covers a few of them at the sizes used here.
 """
+import copy
 import functools
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -242,9 +245,68 @@ def test_fakes_agree_with_the_ops(tmp_path: Path) -> None:
     tiny.save(tiny.reference("qwen3"), tmp_path)
     model = generate.load_model(tmp_path, "cpu", FP32)[0]
     model.setup_caches(1, 16)
-    stack, cos_sin = model.stack, model.rope(torch.tensor([[3]]))
-    torch.library.opcheck(ops.layers, (torch.randn(1, 1, model.args.dim), stack.weights, stack.table, stack.eps, *cos_sin, None, torch.tensor([[3]]),
-                                       stack.k_caches, stack.v_caches, stack.n_head, stack.intermediate_size, False), test_utils=checks)
+    arguments = (torch.randn(1, 1, model.args.dim), model.stack.handle, *model.rope(torch.tensor([[3]])), None, torch.tensor([[3]]))
+    real = ops.layers(*arguments)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = ops.layers(*(mode.from_tensor(t) if t is not None else None for t in arguments))
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@needs_ops
+def test_a_stack_keeps_its_tensors_and_no_longer_than_the_model(tmp_path: Path) -> None:
+    tiny.save(tiny.reference("qwen3"), tmp_path)
+    model = generate.load_model(tmp_path, "cpu", FP32)[0]
+    model.setup_caches(1, 16)
+    expected = model(torch.tensor([[5]]), torch.tensor([0]))
+    weight, cache = (weakref.ref(t) for t in (model.layers[0].attention.wqkv.weight, model.layers[0].attention.kv_cache.k_cache))
+    layers, model.layers = model.layers, torch.nn.ModuleList()
+    del layers
+    gc.collect()
+    assert weight() is not None and torch.equal(model(torch.tensor([[5]]), torch.tensor([0])), expected)
+    del model
+    gc.collect()
+    assert weight() is None and cache() is None
+
+
+@needs_ops
+def test_larger_caches_take_the_place_of_smaller_ones(tmp_path: Path) -> None:
+    tiny.save(tiny.reference("qwen3"), tmp_path)
+    model = generate.load_model(tmp_path, "cpu", FP32)[0]
+    model.setup_caches(1, 16)
+    old = weakref.ref(model.layers[-1].attention.kv_cache.v_cache)
+    model.setup_caches(1, 17)
+    assert old() is None
+
+
+@needs_ops
+def test_a_copied_model_needs_caches_of_its_own(tmp_path: Path) -> None:
+    """It does not write to the original's."""
+    tiny.save(tiny.reference("qwen3"), tmp_path)
+    model = generate.load_model(tmp_path, "cpu", FP32)[0]
+    model.setup_caches(1, 16)
+    other = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="setup_caches"):
+        other(torch.tensor([[5]]), torch.tensor([0]))
+    other.setup_caches(1, 16)
+    torch.testing.assert_close(other(torch.tensor([[5]]), torch.tensor([0])), model(torch.tensor([[5]]), torch.tensor([0])))
+
+
+@needs_ops
+@pytest.mark.parametrize("change", ["weights", "table", "narrow norm", "wide linear", "caches", "dtype"])
+def test_a_stack_of_what_does_not_fit_is_refused(change: str) -> None:
+    """One block of 2 heads on 1 KV head of 16, 24 wide, 40 between w13 and w2."""
+    weights = [torch.ones(24), torch.ones(64, 24), torch.ones(24, 32), torch.ones(24), torch.ones(80, 24), torch.ones(24, 40)]
+    table, k, v = [1, 1, 0, 1, 1, 1, 1, 0], torch.zeros(1, 1, 8, 16), torch.zeros(1, 1, 8, 16)
+    torch.ops.qwen_fast.stack(weights, table, 1e-6, [k], [v], 2, 40, False)
+    match change:
+        case "weights": weights = weights[:-1]
+        case "table": table = table[:-1]
+        case "narrow norm": weights[3] = torch.ones(23)
+        case "wide linear": weights[1] = torch.ones(64, 25)
+        case "caches": v = torch.zeros(1, 1, 9, 16)
+        case "dtype": weights[5] = weights[5].bfloat16()
+    with pytest.raises(RuntimeError, match="stack: |linear|caches"):
+        torch.ops.qwen_fast.stack(weights, table, 1e-6, [k], [v], 2, 40, False)
 
 
 def test_place_copies() -> None:
