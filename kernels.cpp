@@ -50,22 +50,23 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 
+// Sixteen sums over lanes at once: lane i of sums16(sums4(v), sums4(v + 4), ...) is the sum of v[i]'s lanes.
 #ifdef __AVX512F__
-// Lane i of the result is the sum of v[i]'s lanes.
-INLINE f32x16 sums16(f32x16 v[16]) {
-    const auto lanes = [](f32x16 a, f32x16 b) {            // 128-bit lanes 0 1 of both + lanes 2 3 of both
-        return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44), _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xEE));
-    };
-    __m512 w[8], u[4], t[2];
-    UNROLL for (int i = 0; i < 8; i++) w[i] = lanes(v[i + (i & 4)], v[i + (i & 4) + 4]);
-    UNROLL for (int i = 0; i < 4; i++) u[i] = _mm512_add_ps(_mm512_shuffle_f32x4(w[i], w[i + 4], 0x88), _mm512_shuffle_f32x4(w[i], w[i + 4], 0xDD));
-    UNROLL for (int i = 0; i < 4; i += 2) t[i / 2] = _mm512_add_ps(_mm512_shuffle_ps(u[i], u[i + 1], 0x44), _mm512_shuffle_ps(u[i], u[i + 1], 0xEE));
-    return (f32x16)_mm512_add_ps(_mm512_shuffle_ps(t[0], t[1], 0x88), _mm512_shuffle_ps(t[0], t[1], 0xDD));
+INLINE f32x16 sums4(const f32x16 v[4]) {                   // four to every 128 bits, each over that many of its lanes
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)), cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    return (f32x16)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+}
+INLINE f32x16 sums16(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3) {
+    const auto halves = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); };
+    const __m512 low = halves((__m512)v0, (__m512)v1), high = halves((__m512)v2, (__m512)v3);
+    return (f32x16)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
 }
 #else
-INLINE f32x16 sums16(f32x16 v[16]) {
+INLINE f32x16 sums4(const f32x16 v[4]) { return f32x16{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])}; }
+INLINE f32x16 sums16(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3) {
     f32x16 out;
-    for (int i = 0; i < 16; i++) out[i] = sum(v[i]);
+    for (int i = 0; i < 4; i++) out[i] = v0[i], out[4 + i] = v1[i], out[8 + i] = v2[i], out[12 + i] = v3[i];
     return out;
 }
 #endif
@@ -223,7 +224,7 @@ INLINE void dot_rows(const T* w, int64_t apart, const T* x, float* y, int64_t K,
     UNROLL for (int u = 1; u < U; u++)
         UNROLL for (int i = 0; i < R * M; i++) acc[0][i] += acc[u][i];
     float sums[16];
-    if (R > 2) store16(sums, sums16(acc[0]));
+    if (R > 2) store16(sums, sums16(sums4(acc[0]), sums4(acc[0] + 4), sums4(acc[0] + 8), sums4(acc[0] + 12)));
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int m = 0; m < M; m++) y[m * N + r * apart] = R > 2 ? sums[r * M + m] : sum(acc[0][r * M + m]);
 }
@@ -304,23 +305,39 @@ struct Partial {
     Partial(float* p, int64_t R) : max(p), total(p + R), acc(p + 2 * R) {}
 };
 
-// out[r, i] = scale * q[r] . k[i] for NR queries and sixteen keys, each D long. The keys are read in the order of their addresses.
-template <typename T, int NR>
+// out[r, i] = scale * q[r] . k[i] for NR queries and sixteen keys, each D long: in C registers, or in any number of them if C is 0.
+template <typename T, int NR, int C>
 INLINE void dot16(const T* q, const T* k, int64_t D, float scale, float* out) {
     using L = Lanes<T>;
-    f32x16 acc[NR][16] = {};
-    UNROLL for (int i = 0; i < 16; i++) {
-        int64_t d = 0;
-        for (; d + L::N <= D; d += L::N) {
-            const auto kv = L::load(k + i * D + d);
-            UNROLL for (int r = 0; r < NR; r++) acc[r][i] = L::dot(acc[r][i], kv, L::load(q + r * D + d));
+    typename L::Reg query[NR][C + 1];
+    UNROLL for (int r = 0; r < NR; r++)
+        UNROLL for (int c = 0; c < C; c++) query[r][c] = L::load(q + r * D + c * L::N);
+    f32x16 sums[NR][4];
+    UNROLL for (int j = 0; j < 4; j++) {
+        f32x16 acc[NR][4] = {};
+        UNROLL for (int i = 0; i < 4; i++, k += D) {
+            UNROLL for (int c = 0; c < C; c++) {
+                const auto key = L::load(k + c * L::N);
+                UNROLL for (int r = 0; r < NR; r++) acc[r][i] = L::dot(acc[r][i], key, query[r][c]);
+            }
+            for (int64_t d = C * L::N; d < D; d += L::N) {
+                const int n = std::min<int64_t>(L::N, D - d);
+                const auto key = n == L::N ? L::load(k + d) : L::load_first(k + d, n);
+                UNROLL for (int r = 0; r < NR; r++)
+                    acc[r][i] = L::dot(acc[r][i], key, n == L::N ? L::load(q + r * D + d) : L::load_first(q + r * D + d, n));
+            }
         }
-        if (d < D) {
-            const auto kv = L::load_first(k + i * D + d, D - d);
-            UNROLL for (int r = 0; r < NR; r++) acc[r][i] = L::dot(acc[r][i], kv, L::load_first(q + r * D + d, D - d));
-        }
+        UNROLL for (int r = 0; r < NR; r++) sums[r][j] = sums4(acc[r]);
     }
-    UNROLL for (int r = 0; r < NR; r++) store16(out + r * BLOCK, sums16(acc[r]) * scale);
+    UNROLL for (int r = 0; r < NR; r++) store16(out + r * BLOCK, sums16(sums[r][0], sums[r][1], sums[r][2], sums[r][3]) * scale);
+}
+
+template <typename T, int NR>
+INLINE void dot16(const T* q, const T* k, int64_t D, float scale, float* out) {
+    constexpr int N = Lanes<T>::N;
+    if (D == 4 * N) dot16<T, NR, 4>(q, k, 4 * N, scale, out);
+    else if (D == 2 * N) dot16<T, NR, 2>(q, k, 2 * N, scale, out);
+    else dot16<T, NR, 0>(q, k, D, scale, out);
 }
 
 template <typename T>
@@ -421,8 +438,7 @@ void attend_range(const Queries& a, const T* q, const T* keys, const T* values, 
         const T *k = keys + t * D, *v = values + t * D;
         int64_t j = 0, r = 0;
         for (; j + 16 <= n; j += 16) {
-            for (r = 0; r + 4 <= R; r += 4) dot16<T, 4>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
-            for (; r + 2 <= R; r += 2) dot16<T, 2>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
+            for (r = 0; r + 2 <= R; r += 2) dot16<T, 2>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
             for (; r < R; r++) dot16<T, 1>(q + r * D, k + j * D, D, scale, scores + r * BLOCK + j);
         }
         for (; j < n; j++)

@@ -27,7 +27,7 @@ from cli import written_whole
 from decoding import Generator, reserve_cache
 from generate import DEMO, bytes_read_per_token, warm_up
 from loading import load_model
-from model import ModelArgs, Transformer
+from model import KVCache, ModelArgs, Transformer
 from sampling import Sampling
 
 
@@ -172,32 +172,37 @@ def step_times(generator: Generator, batch: int, position: int, n: int) -> list[
 
 
 def run_ours(job: dict, args: ModelArgs) -> dict:
-    """Decoding after a prompt; the sweeps step the decoder at a position of a cache filled beforehand."""
+    """Decoding after a prompt; the sweeps step the decoder at a position of a cache filled beforehand, a few steps at each place in turn."""
     model, load_s = loaded(job)
-    main, tokens = decoded(job, Generator(model, compile=job["compile"]), load_s), job["tokens"]
+    main = decoded(job, Generator(model, compile=job["compile"]), load_s)
+    generator, turns = Generator(model, compile=job["compile"]), 1 if model.device.type == "cuda" else 4
 
-    def prepared(batch: int, capacity: int) -> Generator:
-        """A generator for another shape of cache; every page of the cache is real."""
-        torch.compiler.reset()
-        model.max_seq_length = 0                                         # a larger cache is given up too
+    def caches(batch: int, capacity: int) -> tuple[list[KVCache], kernels.Stack | None]:
+        """Of a shape of their own; every page of them is real."""
+        model.max_seq_length = 0
         reserve_cache(model, batch, capacity)
         for layer in model.layers:
             layer.attention.kv_cache.k_cache.fill_(0.01)
             layer.attention.kv_cache.v_cache.fill_(0.01)
-        return Generator(model, compile=job["compile"])
+        return [layer.attention.kv_cache for layer in model.layers], model.stack
 
-    sweeps = []
+    sweeps, tokens = [], job["tokens"]
     shapes = [("position", job["positions"], lambda at: (1, max(job["positions"]) + tokens, at)),
               ("capacity", job["capacities"], lambda at: (1, at, min(64, min(job["capacities"]) - tokens))),
               ("batch", job["batch_sizes"], lambda at: (at, 64 + tokens, 64))]
     for what, values, shape_of in shapes:
-        ready = None
-        for at in values:
-            batch, capacity, position = shape_of(at)
-            if ready != (batch, capacity):
-                generator, ready = prepared(batch, capacity), (batch, capacity)
-                step_times(generator, batch, position, 3)
-            sweeps.append(dict(what=what, at=at, seconds=step_times(generator, batch, position, tokens)))
+        torch.compiler.reset()
+        kept = {shape: caches(*shape) for shape in dict.fromkeys(shape_of(at)[:2] for at in values)}
+        seconds: dict[int, list[float]] = {at: [] for at in values}
+        for turn in range(turns):
+            for at in values:
+                batch, capacity, position = shape_of(at)
+                of_layers, model.stack = kept[batch, capacity]
+                for layer, cache in zip(model.layers, of_layers):
+                    layer.attention.kv_cache = cache
+                step_times(generator, batch, position, 3 if turn == 0 else 1)
+                seconds[at] += step_times(generator, batch, position, -(-tokens // turns))
+        sweeps += [dict(what=what, at=at, seconds=seconds[at]) for at in values]
     return main | dict(sweeps=sweeps)
 
 

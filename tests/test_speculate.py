@@ -95,15 +95,24 @@ def test_greedy_on_the_demo(demo, small, kind, k):
         assert speculator.statistics.passes == math.ceil(95 / (k + 1))
 
 
+@pytest.fixture(scope="module")
+def fifty_texts(demo, small, tiny_pair):
+    """Two targets and their drafts, with fifty prompts each and what plain decoding makes of them."""
+    texts = []
+    for (target, tokenizer), draft in ((demo, small), tiny_pair):
+        ids, plain = tokenizer.encode(HELDOUT[:60_000]), Generator(target, tokenizer)
+        prompts = [ids[i * 200:i * 200 + 20 + 3 * i] for i in range(50)]
+        texts.append((target, tokenizer, draft, [(prompt, tokens(plain, prompt, 128)) for prompt in prompts]))
+    return texts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
-def test_greedy_over_fifty_prompts(demo, small, tiny_pair, compile, k):
-    for (target, tokenizer), draft in ((demo, small), tiny_pair):
-        plain, speculator = Generator(target, tokenizer), Speculator(target, tokenizer, Generator(*draft), k, compile)
-        ids = tokenizer.encode(HELDOUT[:60_000])
-        for i in range(50):
-            prompt = ids[i * 200:i * 200 + 20 + 3 * i]
-            assert tokens(speculator, prompt, 128) == tokens(plain, prompt, 128), i
+def test_greedy_over_fifty_prompts(fifty_texts, compile, k):
+    for target, tokenizer, draft, texts in fifty_texts:
+        speculator = Speculator(target, tokenizer, Generator(*draft), k, compile)
+        for i, (prompt, expected) in enumerate(texts):
+            assert tokens(speculator, prompt, 128) == expected, i
 
 
 def test_bf16_differs_only_between_near_ties(small):
