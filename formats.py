@@ -340,6 +340,7 @@ def replace_linears(model: Transformer, quantization: Quantization) -> list[tupl
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
         replaced.append((name, new))
+    model.stack = None
     return replaced
 
 
@@ -365,6 +366,7 @@ def set_activations(model: Transformer, activations: str) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.exact = activations == "bf16"
+    model.stack = None                                 # setup_caches gathers the layers anew
 
 
 def linear_names(model: Transformer) -> list[str]:

@@ -4,13 +4,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -179,6 +179,25 @@ struct Lanes<BFloat16> {
 // time of rows one after the other. Two neighbouring rows took half as long again.
 constexpr int64_t AHEAD = 1024, FAR_AHEAD = 8192;          // bytes; the latter where there is more to compute in between
 
+// Shares out 0 .. n: f(begin, end) for a part of what is left, smaller and smaller ones, so that no thread waits long for another at the end. All borders
+// are multiples of `unit`, so that which thread takes what does not matter to the result. row: bytes of one.
+template <typename F>
+void share(int64_t n, int64_t unit, int64_t row, F f) {
+    constexpr int64_t LEAST = 1 << 16;                     // bytes
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+        const int64_t threads = omp_get_num_threads();
+        for (int64_t begin = next; begin < n;) {
+            const int64_t size = std::max((n - begin) / (2 * threads), LEAST / row), end = std::min(n, begin + (size / unit + 1) * unit);
+            if (next.compare_exchange_weak(begin, end)) {
+                f(begin, end);
+                begin = next;
+            }
+        }
+    }
+}
+
 // each: f(n, 2) for rows n and n + apart, f(n, 1) for a row by itself: what is left over, or all if there is too much to compute for two at once.
 struct Halves {
     int64_t begin, end, apart;
@@ -251,10 +270,7 @@ void dot_tokens(const T* w, const T* x, float* y, int64_t M, int64_t K, int64_t 
 // those loads, four tokens at a time, and stay in the cache for the next four.
 template <typename T>
 void linear_decode(const T* w, const T* x, float* y, int64_t M, int64_t N, int64_t K) {
-#pragma omp parallel num_threads(at::get_num_threads())
-    {
-        const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads(), end = N * (id + 1) / threads;
-        int64_t n = N * id / threads;
+    share(N, 16, K * sizeof(T), [&](int64_t n, int64_t end) {
         if (M == 1 ? K <= 6144 : M == 2 && K <= 2048) {
             const Halves rows(n, end, true);
             rows.each([&](int64_t n, auto R) __attribute__((always_inline)) {
@@ -265,7 +281,7 @@ void linear_decode(const T* w, const T* x, float* y, int64_t M, int64_t N, int64
         }
         for (; n + 4 <= end; n += 4) dot_tokens<T, 4>(w + n * K, x, y + n, M, K, N);
         for (; n < end; n++) dot_tokens<T, 1>(w + n * K, x, y + n, M, K, N);
-    }
+    });
 }
 
 // ---- attention of a few queries over the KV cache
@@ -480,10 +496,10 @@ struct Positions {
         : first(t.const_data_ptr<int64_t>()), S(t.size(-1)), rows(t.numel() / std::max<int64_t>(S, 1)), stride(rows > 1 ? S : 0) {}
     const int64_t* row(int64_t b) const { return first + b * stride; }
     void check(int64_t B, int64_t slots) const {
-        TORCH_CHECK(rows == 1 || rows == B, "attend: positions of ", rows, " rows for ", B);
+        TORCH_CHECK(rows == 1 || rows == B, "positions of ", rows, " rows for ", B);
         for (int64_t b = 0; b < B; b++)
             for (int64_t s = 0; s < S; s++)
-                TORCH_CHECK(row(b)[s] >= 0 && row(b)[s] < slots, "attend: position ", row(b)[s], " is outside the cache of ", slots);
+                TORCH_CHECK(row(b)[s] >= 0 && row(b)[s] < slots, "position ", row(b)[s], " is outside the cache of ", slots);
     }
 };
 
@@ -681,10 +697,8 @@ void int8_decode(const int8_t* w, const float* scales, const float* x, float* y,
     float offset[MAX_TOKENS] = {};
     if (!exact)
         for (int64_t i = 0; i < M * a.groups; i++) offset[i / a.groups] += 128.0f * a.sums[i];
-#pragma omp parallel num_threads(at::get_num_threads())
-    {
-        const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
-        const Halves rows(N * id / threads, N * (id + 1) / threads, M <= 2 || M > 4);      // a second tile finds them in the cache
+    share(N, 16, K, [&](int64_t begin, int64_t end) {
+        const Halves rows(begin, end, M <= 2 || M > 4);    // a second tile finds them in the cache
         rows.each([&](int64_t n, auto R) __attribute__((always_inline)) {
             tiles(M, [&](int64_t first, auto tokens) __attribute__((always_inline)) {
                 float out[R * tokens];
@@ -695,7 +709,7 @@ void int8_decode(const int8_t* w, const float* scales, const float* x, float* y,
                 }
             });
         });
-    }
+    });
 }
 
 // Many tokens: a part of the weights at a time is converted, small enough for the cache, and multiplied by PyTorch.
@@ -801,10 +815,8 @@ template <bool exact>
 void int4_decode(const Int4& w, const float* x, float* y, int64_t M, int64_t N, int64_t K) {
     const int64_t blocks = (N + ROWS - 1) / ROWS;
     const Activations<int8_t> a(x, M, K, w.units() * G4, G4, !exact);
-#pragma omp parallel num_threads(at::get_num_threads())
-    {
-        const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
-        const Halves halves(blocks * id / threads, blocks * (id + 1) / threads, M <= 2);
+    share(blocks, 2, w.units() * 256, [&](int64_t begin, int64_t end) {
+        const Halves halves(begin, end, M <= 2);
         halves.each([&](int64_t block, auto R) __attribute__((always_inline)) {
             tiles(M, [&](int64_t first, auto tokens) __attribute__((always_inline)) {
                 f32x16 out[R * tokens];
@@ -818,7 +830,7 @@ void int4_decode(const Int4& w, const float* x, float* y, int64_t M, int64_t N, 
                 }
             });
         });
-    }
+    });
 }
 
 // Many tokens, as for int8. The part is written as [K, rows]: the sixteen rows of a block lie side by side.
@@ -968,14 +980,30 @@ INLINE void finish_head(const U* x, const T* norm, float eps, const float* cos, 
     convert(turned, out, D);
 }
 
-// What all layers share. cos, sin [M, D]; logn [M] or null.
+struct Block {
+    Tensor attention_norm, q_norm, k_norm, ffn_norm, k_cache, v_cache;     // q_norm and k_norm: both or neither
+    Linear wqkv, wo, w13, w2;
+    int64_t window;
+};
+
+// All blocks, checked once. It lives in the memory of a tensor, which the program holds and hands to every call: so the compiler sees one tensor instead
+// of the hundreds in it, and takes that much less time.
+struct Stack {
+    const Stack* self = this;                              // is not, in a copy of that tensor
+    std::vector<Block> blocks;
+    at::ScalarType dtype;
+    int64_t H;
+    float eps;
+    bool exact;
+};
+
+// What all layers of one call share. cos, sin [M, D]; logn [M] or null.
 template <typename T, typename U>
 struct Step {
-    int64_t S, C, H, M;
-    float eps;
+    const Stack& stack;
+    int64_t S, C, M;
     const float *cos, *sin, *logn;
     Positions pos;
-    bool exact;
     T* x;                                                  // [M, C], in and out
 
     // f(m) for every token
@@ -988,14 +1016,14 @@ struct Step {
     Tensor multiply(const Linear& linear, const Tensor& h) const {
         if (M > MAX_TOKENS) return linear.prefill<T>(h);
         Tensor y = empty(linear.N);
-        if constexpr (std::is_same_v<U, float>) linear.decode(h.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, exact);
+        if constexpr (std::is_same_v<U, float>) linear.decode(h.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, stack.exact);
         return y;
     }
     Tensor normed(const Tensor& norm) const {
         Tensor h = empty(C);
         U* to = h.mutable_data_ptr<U>();
         const T* weight = norm.const_data_ptr<T>();
-        each([&](int64_t m) { rms_norm(x + m * C, weight, to + m * C, C, eps); });
+        each([&](int64_t m) { rms_norm(x + m * C, weight, to + m * C, C, stack.eps); });
         return h;
     }
     void add(const Tensor& y) const {
@@ -1008,19 +1036,14 @@ struct Step {
     }
 };
 
-struct Block {
-    Tensor attention_norm, q_norm, k_norm, ffn_norm, k_cache, v_cache;     // q_norm and k_norm: both or neither
-    Linear wqkv, wo, w13, w2;
-    int64_t window;
-};
-
 template <typename T>
 const T* values(const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; }
 
 // x += wo(attention(wqkv(norm(x)))); keys and values are written to the caches.
 template <typename T, typename U>
 void attention(const Step<T, U>& step, const Block& block) {
-    const int64_t H = step.H, K = block.k_cache.size(1), slots = block.k_cache.size(2), D = block.k_cache.size(3);
+    const float eps = step.stack.eps;
+    const int64_t H = step.stack.H, K = block.k_cache.size(1), slots = block.k_cache.size(2), D = block.k_cache.size(3);
     const Tensor qkv = step.multiply(block.wqkv, step.normed(block.attention_norm));
     Tensor queries = at::empty({step.M, H * D}, block.k_cache.options()), y = step.empty(H * D);
     const U* from = qkv.const_data_ptr<U>();
@@ -1031,8 +1054,8 @@ void attention(const Step<T, U>& step, const Block& block) {
         const float *cos = step.cos + m * D, *sin = step.sin + m * D;
         const U* head = from + m * block.wqkv.N;
         for (int64_t i = 0; i < H; i++, head += D)
-            finish_head(head, q_norm, step.eps, cos, sin, step.logn ? step.logn[m] : 1.0f, q + (m * H + i) * D, D);
-        for (int64_t i = 0; i < K; i++, head += D) finish_head(head, k_norm, step.eps, cos, sin, 1.0f, k + ((b * K + i) * slots + slot) * D, D);
+            finish_head(head, q_norm, eps, cos, sin, step.logn ? step.logn[m] : 1.0f, q + (m * H + i) * D, D);
+        for (int64_t i = 0; i < K; i++, head += D) finish_head(head, k_norm, eps, cos, sin, 1.0f, k + ((b * K + i) * slots + slot) * D, D);
         for (int64_t i = 0; i < K; i++, head += D) convert(head, v + ((b * K + i) * slots + slot) * D, D);
     });
     attend_heads<T>(q, block.k_cache, block.v_cache, H, step.pos, block.window, y.mutable_data_ptr<U>());
@@ -1060,17 +1083,6 @@ void feed_forward(const Step<T, U>& step, const Block& block) {
     step.add(step.multiply(block.w2, y));
 }
 
-// All blocks, checked once. It lives in the memory of a tensor, which the program holds and hands to every call: so the compiler sees one tensor instead
-// of the hundreds in it, and takes that much less time.
-struct Stack {
-    const Stack* self = this;                              // is not, in a copy of that tensor
-    std::vector<Block> blocks;
-    at::ScalarType dtype;
-    int64_t H;
-    float eps;
-    bool exact;
-};
-
 // weights: of each block in turn its attention_norm, wqkv, q_norm and k_norm (if it has them), wo, ffn_norm, w13 and w2. table, 8 a block: of how many
 // tensors each of these seven is, and the attention's window. H: query heads, F: w2's inputs. -> uint8 [sizeof(Stack)]
 Tensor stack(at::TensorList weights, at::IntArrayRef table, double eps, at::TensorList k_caches, at::TensorList v_caches, int64_t H, int64_t F, bool exact) {
@@ -1092,7 +1104,7 @@ Tensor stack(at::TensorList weights, at::IntArrayRef table, double eps, at::Tens
         };
         check_caches(k_caches[i], v_caches[i], stack->dtype);
         const int64_t C = weights[0].numel(), K = k_caches[i].size(1), D = k_caches[i].size(3);
-        TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes() && K > 0 && H % K == 0, "stack: caches ", k_caches[i].sizes(), " for ", H, " heads");
+        TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes() && k_caches[i].numel() > 0 && C > 0 && H % K == 0, "stack: caches ", k_caches[i].sizes(), " for ", H, " heads");
         const auto attention_norm = norm(take(0), 0, C);
         const Linear wqkv(take(1), (H + 2 * K) * D, C, stack->dtype);
         const auto head_norms = take(2);
@@ -1123,8 +1135,8 @@ Tensor layers(const Tensor& x, const Tensor& stack_, const Tensor& cos_, const T
     auto out = x.clone(at::MemoryFormat::Contiguous);
     const auto run = [&](auto t, auto u) {
         using T = decltype(t);
-        const Step<T, decltype(u)> step{S, C, stack->H, M, stack->eps, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), values<float>(logn), pos,
-                                        stack->exact, out.mutable_data_ptr<T>()};
+        const Step<T, decltype(u)> step{*stack, S, C, M, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), values<float>(logn), pos,
+                                        out.mutable_data_ptr<T>()};
         for (const auto& block : stack->blocks) {
             attention(step, block);
             feed_forward(step, block);

@@ -94,11 +94,12 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs, bandwidths: list[f
     dtype_bytes = {"bf16": 2, "fp16": 2, "fp32": 4}[job["dtype_name"]]
     cost = dict(quantization=job["quantization"], dtype_bytes=dtype_bytes, groupsize=job["groupsize"], lm_head=job["lm_head"], program=job["program"])
     step_s = median(lambda r: statistics.median(r["seconds"]))
+    bandwidths = [r.get("bandwidth", rate) for r, rate in zip(rounds, bandwidths, strict=True)]
     bytes_read = bytes_per_token(args, position=job["prompt_length"] + job["tokens"] // 2, **cost)
     row = dict(label=label(job), program=job["program"], quantization=job["quantization"], compile=job["compile"], version=rounds[0]["version"],
                decode_tok_s=1 / step_s, decode_ms=1e3 * step_s, decode_ms_p90=1e3 * median(lambda r: percentile(r["seconds"], 90)),
                decode_tok_s_rounds=[1 / statistics.median(r["seconds"]) for r in rounds],
-               mbu=statistics.median(mbu(bytes_read, statistics.median(r["seconds"]), rate) for r, rate in zip(rounds, bandwidths, strict=True)),
+               mbu=statistics.median(mbu(bytes_read, statistics.median(r["seconds"]), rate) for r, rate in zip(rounds, bandwidths)),
                bytes_per_token=bytes_read, limit_tok_s=statistics.median(bandwidths) / bytes_read,
                prefill_tok_s_rounds=[job["prompt_length"] / r["ttft_s"] for r in rounds],
                prefill_tok_s=job["prompt_length"] / median(lambda r: r["ttft_s"]), ttft_ms=1e3 * median(lambda r: r["ttft_s"]),
@@ -196,6 +197,8 @@ def plan(args: argparse.Namespace, common: dict) -> tuple[list[dict], list[str]]
         jobs.append(dict(common, program="transformers", quantization="none", compile=False))
     if "none" in args.quant and not args.no_plain:
         jobs.append(dict(common, program="plain", quantization="none", compile=False))
+    if "transformers" in args.peers and "none" not in args.quant:
+        skipped.append("transformers: runs without quantization (--quant none)")
     skipped += [f"{peer}: {missing(peer)} is not installed (pip install -r requirements-bench.txt)" for peer in args.peers if missing(peer)]
     return jobs, skipped
 
@@ -263,9 +266,10 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.ranks) < 1:
         raise UserError(f"--ranks {min(args.ranks)} must be 1 or more")
     args.threads = max(1, torch.get_num_threads() // max(args.ranks)) if args.threads is None else args.threads
-    for flag in ("prompt_length", "tokens", "rounds", "threads"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
+    for flag in ("prompt_length", "tokens", "rounds", "threads", "positions", "batch_sizes"):
+        least = min(value, default=1) if isinstance(value := getattr(args, flag), list) else value
+        if least < 1:
+            raise UserError(f"--{flag} {least} must be 1 or more")
     device = parse_device(args.device)
     if device.type == "cuda" and max(args.ranks) > torch.cuda.device_count():
         raise UserError(f"--ranks {max(args.ranks)}: there are {torch.cuda.device_count()} CUDA devices")

@@ -14,7 +14,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,15 +51,19 @@ def peak_memory() -> int:
 def measured(seconds: list[float], ttft_s: float, peak_bytes: int, version: str, **more) -> dict:
     """What a worker reports. seconds: one figure per decoded token after the prompt; ttft_s: from the prompt to its first new token.
 
-    more: load_s (files to a model that is ready), compile_s, recompiles (while generating), weight_bytes (read per token), and sweeps,
-    [{"what": "position" | "capacity" | "batch", "at": its value, "seconds": one figure per step}]."""
+    more: load_s (files to a model that is ready), compile_s, recompiles (while generating), weight_bytes (read per token), bandwidth (bytes/s that
+    this process read from the memory, in turns with decoding), and sweeps, [{"what": "position" | "capacity" | "batch", "at": its value, "seconds": one figure per step}]."""
     return dict(seconds=seconds, ttft_s=ttft_s, peak_bytes=peak_bytes, version=version, **more)
 
 
-def token_times(tokens, start: float) -> tuple[float, list[float]]:
-    """Seconds to the first of an iterable of tokens, and between the others."""
-    times = [start] + [time.perf_counter() for _ in tokens]
-    return times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:])]
+def token_times(tokens: Iterable, start: float, between: Callable[[], None] = lambda: None) -> tuple[float, list[float]]:
+    """Seconds to the first of the tokens, and between the others, without what is done in between."""
+    seconds = []
+    for _ in tokens:
+        seconds.append(time.perf_counter() - start)
+        between()
+        start = time.perf_counter()
+    return seconds[0], seconds[1:]
 
 
 # The memory
@@ -130,6 +134,15 @@ def write_random_checkpoint(args: ModelArgs, dtype: torch.dtype, path: Path) -> 
         torch.save({"version": 1, "quantization": None, "state_dict": state}, partial)
 
 
+def read_in_between(model: Transformer, rates: list[float] | None) -> None:
+    """Adds to rates how fast the memory can be read right now, where other programs share it: by a sum over the largest tensor there is anyway."""
+    if rates is not None:
+        numbers = model.tok_embeddings.weight.flatten().view(torch.int64)
+        start = time.perf_counter()
+        numbers.sum()
+        rates.append(numbers.nbytes / (time.perf_counter() - start))
+
+
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -153,10 +166,12 @@ def decoded(job: dict, generator: Generator, load_s: float) -> dict:
     list(generator.generate(prompt, 3, **request))
     reset_peak_memory()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    ttft_s, seconds = token_times(generator.generate(prompt, tokens + 1, **request), time.perf_counter())
+    rates = [] if model.device.type == "cpu" else None
+    ttft_s, seconds = token_times(generator.generate(prompt, tokens + 1, **request), time.perf_counter(), lambda: read_in_between(model, rates))
     return measured(seconds, ttft_s, peak_memory(), f"torch {torch.__version__} ({kernels.describe(model.device)})", load_s=load_s,
                     compile_s=compile_s if job["compile"] else None,
-                    recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs, weight_bytes=bytes_read_per_token(model))
+                    recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs, weight_bytes=bytes_read_per_token(model),
+                    **(dict(bandwidth=statistics.median(rates)) if rates else {}))
 
 
 def step_times(generator: Generator, batch: int, position: int, n: int) -> list[float]:
@@ -187,6 +202,7 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
         return [layer.attention.kv_cache for layer in model.layers], model.stack
 
     sweeps, tokens = [], job["tokens"]
+    torch._dynamo.config.recompile_limit = 64                             # for as many shapes of the cache, in one sweep
     shapes = [("position", job["positions"], lambda at: (1, max(job["positions"]) + tokens, at)),
               ("capacity", job["capacities"], lambda at: (1, at, min(64, min(job["capacities"]) - tokens))),
               ("batch", job["batch_sizes"], lambda at: (at, 64 + tokens, 64))]
@@ -200,8 +216,10 @@ def run_ours(job: dict, args: ModelArgs) -> dict:
                 of_layers, model.stack = kept[batch, capacity]
                 for layer, cache in zip(model.layers, of_layers):
                     layer.attention.kv_cache = cache
+                steps = -(-tokens // turns)
                 step_times(generator, batch, position, 3 if turn == 0 else 1)
-                seconds[at] += step_times(generator, batch, position, -(-tokens // turns))
+                seconds[at] += step_times(generator, batch, position + min(turn * steps, tokens - steps), steps)
+        del kept
         sweeps += [dict(what=what, at=at, seconds=seconds[at]) for at in values]
     return main | dict(sweeps=sweeps)
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import benchmark
 import benchmark_peers
+import benchmark_worker
 
 QWEN3, LLAMA2 = ModelArgs.from_name("Qwen3-0.6B"), ModelArgs.from_name("Llama-2-7B")
 
@@ -162,6 +163,7 @@ def test_a_worker_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("flags, named", [
     (["--model", "Llama-2-7B", "--positions", "4050"], "--positions"), (["--capacities", "64"], "--capacities 64"), (["--rounds", "0"], "--rounds 0"),
+    (["--batch_sizes", "0", "2"], "--batch_sizes 0"),
     (["--ranks", "0", "2"], "--ranks 0 must be 1 or more"), (["--ranks", "1", "32"], "--ranks: 32 ranks for 16 attention heads")])
 def test_flags_that_cannot_be_are_refused(flags, named):
     with pytest.raises(UserError, match=named):
@@ -193,6 +195,32 @@ def test_workers_measure_a_tiny_shape(program, quantization, tmp_path):
         assert done["recompiles"] == 0 and done["load_s"] > 0
     if program == "llama.cpp":
         assert sorted(row["position"]) == [16, 40] and sorted(row["batch"]) == [1, 3]
+
+
+def test_compiled_workers_do_not_recompile_while_they_are_measured(tmp_path):
+    """And meet more shapes of the cache than the compiler takes for one function by default."""
+    task = tiny_job(tmp_path, "none", positions=[16, 40], capacities=[64, 128], batch_sizes=list(range(1, 11)), compile=True)
+    done = benchmark.work(task, str(tmp_path))
+    assert "failed" not in done, done
+    assert done["recompiles"] == 0 and done["compile_s"] > 0 and done["bandwidth"] > 1e8
+    assert [len(sweep["seconds"]) for sweep in done["sweeps"]] == [8] * 14                     # 5 tokens, in four turns
+
+
+def test_what_is_done_between_tokens_is_not_measured(monkeypatch):
+    """Three tokens, 2, 3 and 4 s apart, and 100 s of something else after each."""
+    clock = [0.0]
+    monkeypatch.setattr(benchmark_worker.time, "perf_counter", lambda: clock[0])
+
+    def wait(seconds):
+        clock[0] += seconds
+    assert benchmark_worker.token_times((wait(n) for n in (2, 3, 4)), 0.0, lambda: wait(100)) == (2, [3, 4])
+
+
+def test_the_share_of_the_limit_is_that_of_its_own_time():
+    """Measured at 40 GB/s, read while another program took half of them: 20 GB/s were there to be had."""
+    bytes_read = 1_192_099_840 + 289 * 114_688
+    row = benchmark.summarize(job(), [raw([0.1], bandwidth=20e9)], QWEN3, bandwidths=[40e9])
+    assert row["mbu"] == pytest.approx(bytes_read / 0.1 / 20e9) and row["limit_tok_s"] == pytest.approx(20e9 / bytes_read)
 
 
 # ---- several ranks

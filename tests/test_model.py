@@ -75,10 +75,11 @@ def test_logits_only_where_asked(pair):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("mode,dtype,tolerance", [(None, torch.float32, 2e-5), (None, torch.bfloat16, 0.06), ("int8", torch.float32, 2e-5),
-                                                  ("int4", torch.float32, 2e-5)])
+                                                  ("int4", torch.float32, 2e-5), ("int8", torch.bfloat16, 0.08), ("int4", torch.bfloat16, 0.08)])
 def test_all_layers_in_one_operator_equal_the_layers(pair, mode, dtype, tolerance):
     """Relative to the largest logit. bf16: the plain layers round after every step, to 2^-9, some thirty times on the way through three layers
-    (in quadrature 1 %; six times that are allowed). Quantized: with activations as they are; rounded ones may fall to either side of a step."""
+    (in quadrature 1 %; six to eight times that are allowed, for the largest of 30,000 differences). Quantized: with activations as they are;
+    rounded ones may fall to either side of a step."""
     _, ours = pair
     model = copy.deepcopy(ours).to(dtype)
     if mode:
