@@ -1,6 +1,7 @@
 // Kernels for CPUs: matrix-vector products and attention that run at the speed of the memory, and whole stacks of layers made of them, which
 // leave matrix-matrix products to PyTorch. kernels.py builds and registers this file, and holds a plain PyTorch twin of every kernel.
-// AVX512-BF16 and VNNI have their own inner loops; everything else (AVX512, AVX2, NEON) comes out of the compiler's vector types, for whatever -march=native finds.
+// AVX512-BF16 and VNNI have their own inner loops; everything else (AVX512, AVX2, NEON) comes out of the compiler's vector types, for whatever
+// -march=native finds.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -54,7 +55,8 @@ INLINE float sum(f32x16 v) {
 #ifdef __AVX512F__
 INLINE f32x16 sums4(const f32x16 v[4]) {                   // four to every 128 bits, each over that many of its lanes
     const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)), cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     return (f32x16)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
 }
 INLINE f32x16 sums16(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3) {
@@ -179,8 +181,8 @@ struct Lanes<BFloat16> {
 // time of rows one after the other. Two neighbouring rows took half as long again.
 constexpr int64_t AHEAD = 1024, FAR_AHEAD = 8192;          // bytes; the latter where there is more to compute in between
 
-// Shares out 0 .. n: f(begin, end) for a part of what is left, smaller and smaller ones, so that no thread waits long for another at the end. All borders
-// are multiples of `unit`, so that which thread takes what does not matter to the result. row: bytes of one.
+// Shares out 0 .. n: f(begin, end) for a part of what is left, smaller and smaller ones, so that no thread waits long for another at the end. All
+// borders are multiples of `unit`, so that which thread takes what does not matter to the result. row: bytes of one.
 template <typename F>
 void share(int64_t n, int64_t unit, int64_t row, F f) {
     constexpr int64_t LEAST = 1 << 16;                     // bytes
@@ -884,8 +886,8 @@ struct Linear {
         if (own == 1) fits = fits && weight.dim() == 2 && is(weight, dtype) && weight.size(0) == N && weight.size(1) == K;
         if (own == 2) fits = fits && weight.dim() == 2 && is(scales, at::kFloat) && scales.numel() == N && weight.size(0) == N && weight.size(1) == K;
         if (own == 3)                                      // G = 32 * (K / 32) / (K / G), with K padded to a multiple of G
-            fits = fits && weight.dim() == 5 && scales.dim() == 3 && is(scales, at::kBFloat16) && is(zeros, at::kByte) && zeros.sizes() == scales.sizes() &&
-                   weight.size(0) == (N + ROWS - 1) / ROWS && scales.size(0) == weight.size(0) && scales.size(1) > 0 &&
+            fits = fits && weight.dim() == 5 && scales.dim() == 3 && is(scales, at::kBFloat16) && is(zeros, at::kByte) &&
+                   zeros.sizes() == scales.sizes() && weight.size(0) == (N + ROWS - 1) / ROWS && scales.size(0) == weight.size(0) && scales.size(1) > 0 &&
                    weight.size(1) % scales.size(1) == 0 && K <= weight.size(1) * G4 && K > weight.size(1) * G4 - weight.size(1) / scales.size(1) * G4;
         TORCH_CHECK(fits, "linear [", N, ", ", K, "] for ", dtype, ": weight ", weight.sizes(), " ", weight.scalar_type());
     }
@@ -986,8 +988,8 @@ struct Block {
     int64_t window;
 };
 
-// All blocks, checked once. It lives in the memory of a tensor, which the program holds and hands to every call: so the compiler sees one tensor instead
-// of the hundreds in it, and takes that much less time.
+// All blocks, checked once. It lives in the memory of a tensor, which the program holds and hands to every call: so torch.compile sees one tensor
+// instead of the hundreds in it, and takes that much less time.
 struct Stack {
     const Stack* self = this;                              // is not, in a copy of that tensor
     std::vector<Block> blocks;
@@ -1083,9 +1085,10 @@ void feed_forward(const Step<T, U>& step, const Block& block) {
     step.add(step.multiply(block.w2, y));
 }
 
-// weights: of each block in turn its attention_norm, wqkv, q_norm and k_norm (if it has them), wo, ffn_norm, w13 and w2. table, 8 a block: of how many
-// tensors each of these seven is, and the attention's window. H: query heads, F: w2's inputs. -> uint8 [sizeof(Stack)]
-Tensor stack(at::TensorList weights, at::IntArrayRef table, double eps, at::TensorList k_caches, at::TensorList v_caches, int64_t H, int64_t F, bool exact) {
+// weights: of each block in turn its attention_norm, wqkv, q_norm and k_norm (if it has them), wo, ffn_norm, w13 and w2. table, 8 a block: of how
+// many tensors each of these seven is, and the attention's window. H: query heads, F: w2's inputs. -> uint8 [sizeof(Stack)]
+Tensor stack(at::TensorList weights, at::IntArrayRef table, double eps, at::TensorList k_caches, at::TensorList v_caches, int64_t H, int64_t F,
+             bool exact) {
     TORCH_CHECK(!k_caches.empty() && k_caches.size() == v_caches.size() && table.size() == 8 * k_caches.size() && !weights.empty() && H > 0,
                 "stack: ", weights.size(), " weights, ", table.size(), " numbers and ", k_caches.size(), " caches");
     auto stack = std::make_unique<Stack>();
@@ -1099,16 +1102,19 @@ Tensor stack(at::TensorList weights, at::IntArrayRef table, double eps, at::Tens
             return weights.slice(used - row[part], row[part]);
         };
         const auto norm = [&](at::TensorList list, size_t i, int64_t size) {
-            TORCH_CHECK(i < list.size() && Linear::is(list[i], stack->dtype) && list[i].is_contiguous() && list[i].numel() == size, "stack: a norm of ", size);
+            TORCH_CHECK(i < list.size() && Linear::is(list[i], stack->dtype) && list[i].is_contiguous() && list[i].numel() == size,
+                        "stack: a norm of ", size);
             return list[i];
         };
         check_caches(k_caches[i], v_caches[i], stack->dtype);
         const int64_t C = weights[0].numel(), K = k_caches[i].size(1), D = k_caches[i].size(3);
-        TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes() && k_caches[i].numel() > 0 && C > 0 && H % K == 0, "stack: caches ", k_caches[i].sizes(), " for ", H, " heads");
+        TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes() && k_caches[i].numel() > 0 && C > 0 && H % K == 0,
+                    "stack: caches ", k_caches[i].sizes(), " for ", H, " heads");
         const auto attention_norm = norm(take(0), 0, C);
         const Linear wqkv(take(1), (H + 2 * K) * D, C, stack->dtype);
         const auto head_norms = take(2);
-        const auto q_norm = head_norms.empty() ? Tensor() : norm(head_norms, 0, D), k_norm = head_norms.empty() ? Tensor() : norm(head_norms, 1, D);
+        const auto q_norm = head_norms.empty() ? Tensor() : norm(head_norms, 0, D);
+        const auto k_norm = head_norms.empty() ? Tensor() : norm(head_norms, 1, D);
         const Linear wo(take(3), C, H * D, stack->dtype);
         const auto ffn_norm = norm(take(4), 0, C);
         const Linear w13(take(5), 2 * F, C, stack->dtype), w2(take(6), C, F, stack->dtype);
@@ -1119,16 +1125,17 @@ Tensor stack(at::TensorList weights, at::IntArrayRef table, double eps, at::Tens
 }
 
 // x [B, S, C] through all blocks of a stack, at input_pos [B, S] or [S]. cos, sin fp32 [B, S, 1, D], logn fp32 [B, S, 1, 1] or none.
-Tensor layers(const Tensor& x, const Tensor& stack_, const Tensor& cos_, const Tensor& sin_, const std::optional<Tensor>& logn_, const Tensor& input_pos_) {
+Tensor layers(const Tensor& x, const Tensor& stack_, const Tensor& cos_, const Tensor& sin_, const std::optional<Tensor>& logn_,
+              const Tensor& input_pos_) {
     const auto* stack = (const Stack*)stack_.const_data_ptr();
     TORCH_CHECK(stack_.nbytes() == sizeof(Stack) && stack->self == stack, "layers: a copy of a model needs setup_caches of its own");
     const auto cos = cos_.contiguous(), sin = sin_.contiguous(), input_pos = input_pos_.contiguous();
     const auto logn = logn_ ? logn_->contiguous() : Tensor();
     const auto& cache = stack->blocks[0].k_cache;
     const int64_t B = cache.size(0), D = cache.size(3), C = stack->blocks[0].w2.N, S = x.numel() / (B * C), M = B * S;
-    TORCH_CHECK(M > 0 && Linear::is(x, stack->dtype) && x.dim() == 3 && x.size(0) == B && x.size(1) == S && x.size(2) == C && Linear::is(cos, at::kFloat) &&
-                cos.numel() == M * D && Linear::is(sin, at::kFloat) && sin.numel() == M * D && Linear::is(input_pos, at::kLong) && input_pos.size(-1) == S &&
-                (!logn.defined() || (Linear::is(logn, at::kFloat) && logn.numel() == M)),
+    TORCH_CHECK(M > 0 && Linear::is(x, stack->dtype) && x.dim() == 3 && x.size(0) == B && x.size(1) == S && x.size(2) == C &&
+                Linear::is(cos, at::kFloat) && cos.numel() == M * D && Linear::is(sin, at::kFloat) && sin.numel() == M * D &&
+                Linear::is(input_pos, at::kLong) && input_pos.size(-1) == S && (!logn.defined() || (Linear::is(logn, at::kFloat) && logn.numel() == M)),
                 "layers: x ", x.sizes(), ", cos ", cos.sizes(), ", input_pos ", input_pos.sizes(), ", caches ", cache.sizes());
     const Positions pos(input_pos);
     pos.check(B, cache.size(2));
@@ -1154,7 +1161,8 @@ Tensor layers(const Tensor& x, const Tensor& stack_, const Tensor& cos_, const T
 TORCH_LIBRARY(qwen_fast, m) {
     m.def("linear(Tensor x, Tensor[] parts, int out_features, bool exact) -> Tensor", {at::Tag::pt2_compliant_tag});
     m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", {at::Tag::pt2_compliant_tag});
-    m.def("stack(Tensor[] weights, int[] table, float eps, Tensor[] k_caches, Tensor[] v_caches, int n_head, int intermediate_size, bool exact) -> Tensor");
+    m.def("stack(Tensor[] weights, int[] table, float eps, Tensor[] k_caches, Tensor[] v_caches, int n_head, int intermediate_size, bool exact) "
+          "-> Tensor");
     m.def("layers(Tensor x, Tensor(a!) stack, Tensor cos, Tensor sin, Tensor? logn, Tensor input_pos) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 

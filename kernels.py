@@ -6,6 +6,7 @@ For up to 16 tokens reading the weights is what takes the time, and the kernels 
 QWEN_FAST_KERNELS=off in the environment leaves the C++ out.
 """
 import contextlib
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -168,10 +169,18 @@ def large_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device:
 
 
 def place(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """A copy of a weight where it will be used: on the CPU in large pages of anonymous memory, away from the file it was mapped from."""
-    if torch.device(device).type != "cpu":
-        return tensor.to(device, dtype)
+    """A copy of a weight where it will be used: on the CPU in large pages of anonymous memory, away from the file it was mapped from.
+
+    Vectors go elsewhere: they outlive matrices that are packed later, and would keep whole chunks of large pages from being freed."""
+    if torch.device(device).type != "cpu" or tensor.dim() < 2:
+        return tensor.to(device, dtype, copy=True)
     return large_zeros(tensor.shape, dtype).copy_(tensor)
+
+
+def give_back_freed() -> None:
+    """To the system: what packing has used for a while, glibc would keep for later."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # ---- linear

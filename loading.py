@@ -83,6 +83,7 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     parts = weights if part is None else ((name, part.cut(name, tensor)) for name, tensor in weights)
     model.load_state_dict({name: kernels.place(tensor, device, dtypes[name]) for name, tensor in parts}, assign=True)
     formats.pack_for(model, device)
+    kernels.give_back_freed()
     return model.eval(), tokenizer
 
 

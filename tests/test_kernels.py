@@ -7,6 +7,7 @@ fall to either side; one step is 1/127 of the group's largest value in one of K_
 import copy
 import functools
 import gc
+import mmap
 import os
 import platform
 import subprocess
@@ -313,6 +314,22 @@ def test_place_copies() -> None:
     source = torch.randn(1024, 1100)
     placed = kernels.place(source, "cpu", BF16)
     assert torch.equal(placed, source.bfloat16()) and placed.data_ptr() != source.data_ptr() and placed.is_contiguous()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages here")
+def test_vectors_do_not_keep_the_memory_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight matrices of half a chunk, each with a vector, as weights are read: the matrices are packed later and go."""
+    monkeypatch.setattr(kernels, "arena", kernels.Arena())
+    size, matrices, vectors, chunks = kernels.Arena.CHUNK // 2 - kernels.HUGE_PAGE, [], [], {}
+    for _ in range(8):
+        matrices.append(kernels.place(torch.zeros(1, size, dtype=torch.uint8), "cpu", torch.uint8))
+        vectors.append(kernels.place(torch.ones(5), "cpu", FP32))
+        chunks[id(kernels.arena.memory)] = weakref.ref(kernels.arena.memory)
+    assert len(chunks) == 4
+    matrices.clear()
+    gc.collect()
+    assert sum(chunk() is not None for chunk in chunks.values()) == 1      # the one that is being filled
+    assert all(vector.sum() == 5 for vector in vectors)
 
 
 def test_large_zeros_are_apart_and_live_as_long_as_they_are_used() -> None:
