@@ -397,7 +397,8 @@ def layer_errors(path, ids):
 @pytest.mark.slow
 @pytest.mark.parametrize("groupsize", [32, 128])
 def test_much_of_what_rounding_loses_is_won_back(tmp_path, groupsize):
-    """On text that the calibration, the demo's default on a smaller scale, has not seen."""
+    """On text that the calibration, the demo's default on a smaller scale, has not seen. Half as much would not do: the ratio of
+    the perplexities' differences is 0.61 on one half and 0.43 on the other."""
     for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / file, tmp_path)
     tokenizer = load_model(DEMO)[1]
@@ -406,7 +407,7 @@ def test_much_of_what_rounding_loses_is_won_back(tmp_path, groupsize):
     path = tmp_path / "model.pth"
     files = [path, *(quantize_checkpoint(path, mode, groupsize, progress=False, calibration=Calibration(tokens) if "-" in mode else None)
                      for mode in ("int4", "int4-gptq"))]
-    plain, nearest, gptq = compare(files, HELDOUT[:100_000], 512, 512, dtype=torch.float32)
+    plain, nearest, gptq = compare(files, HELDOUT[:200_000], 512, 512, dtype=torch.float32)
     assert gptq.kl < 0.6 * nearest.kl
     assert gptq.score.perplexity - plain.score.perplexity < 0.6 * (nearest.score.perplexity - plain.score.perplexity)
     ids = torch.tensor(tokenizer.encode(HELDOUT[:30_000])[:4096]).view(8, 512)
