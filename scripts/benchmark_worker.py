@@ -52,7 +52,8 @@ def measured(seconds: list[float], ttft_s: float, peak_bytes: int, version: str,
     """What a worker reports. seconds: one figure per decoded token after the prompt; ttft_s: from the prompt to its first new token.
 
     more: load_s (files to a model that is ready), compile_s, recompiles (while generating), weight_bytes (read per token), bandwidth (bytes/s that
-    this process read from the memory, in turns with decoding), and sweeps, [{"what": "position" | "capacity" | "batch", "at": its value, "seconds": one figure per step}]."""
+    this process read from the memory, in turns with decoding), and sweeps, [{"what": "position" | "capacity" | "batch", "at": its value,
+    "seconds": one figure per step}]."""
     return dict(seconds=seconds, ttft_s=ttft_s, peak_bytes=peak_bytes, version=version, **more)
 
 
@@ -134,13 +135,12 @@ def write_random_checkpoint(args: ModelArgs, dtype: torch.dtype, path: Path) -> 
         torch.save({"version": 1, "quantization": None, "state_dict": state}, partial)
 
 
-def read_in_between(model: Transformer, rates: list[float] | None) -> None:
-    """Adds to rates how fast the memory can be read right now, where other programs share it: by a sum over the largest tensor there is anyway."""
-    if rates is not None:
-        numbers = model.tok_embeddings.weight.flatten().view(torch.int64)
-        start = time.perf_counter()
-        numbers.sum()
-        rates.append(numbers.nbytes / (time.perf_counter() - start))
+def read_rate(model: Transformer) -> float:
+    """Bytes/s that the memory gives right now, where other programs share it: from a sum over the largest tensor there is anyway."""
+    numbers = model.tok_embeddings.weight.flatten().view(torch.int64)
+    start = time.perf_counter()
+    numbers.sum()
+    return numbers.nbytes / (time.perf_counter() - start)
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -166,8 +166,9 @@ def decoded(job: dict, generator: Generator, load_s: float) -> dict:
     list(generator.generate(prompt, 3, **request))
     reset_peak_memory()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    rates = [] if model.device.type == "cpu" else None
-    ttft_s, seconds = token_times(generator.generate(prompt, tokens + 1, **request), time.perf_counter(), lambda: read_in_between(model, rates))
+    alone, rates = model.device.type == "cpu" and not model.ranks, []     # several ranks would read their parts at the same time
+    ttft_s, seconds = token_times(generator.generate(prompt, tokens + 1, **request), time.perf_counter(),
+                                  lambda: rates.append(read_rate(model)) if alone else None)
     return measured(seconds, ttft_s, peak_memory(), f"torch {torch.__version__} ({kernels.describe(model.device)})", load_s=load_s,
                     compile_s=compile_s if job["compile"] else None,
                     recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs, weight_bytes=bytes_read_per_token(model),

@@ -245,7 +245,7 @@ def test_several_ranks_against_one():
 def test_two_ranks_measure_a_tiny_shape(tmp_path):
     done = benchmark.work(tiny_job(tmp_path, "int8", ranks=2), str(tmp_path))
     assert "failed" not in done, done
-    assert len(done["seconds"]) == 5 and done["peak_bytes"] > 1e6
+    assert len(done["seconds"]) == 5 and done["peak_bytes"] > 1e6 and "bandwidth" not in done
     told = done["communication"]
     assert (told["all_reduce"], told["all_gather"]) == (2 * 2 + 1, 1) and 0 < told["share"] < 1 and told["exchange_s"] > 0
     alone = benchmark.work(tiny_job(tmp_path, "int8"), str(tmp_path))
