@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from config import rope_frequencies
 from cli import UserError
 from formats import check_finite
-from model import KVCache, Linear, Transformer, TransformerBlock, rope_frequencies
+from model import KVCache, Linear, Transformer, TransformerBlock
 
 LINEARS = {"attention": ("wqkv", "wo"), "feed_forward": ("w13", "w2")}             # of a block's halves, in the order of computation
 BATCH_TOKENS = 4096               # that go through a block at a time

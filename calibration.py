@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config import ModelArgs
 from cli import UserError
-from decoding import Generator
+from generate import Engine
 from formats import check_finite
 from loading import load_model
-from model import ModelArgs
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -101,7 +101,7 @@ def own_text(path: Path, device: torch.device | str = "cpu", progress: bool = Tr
     """int64 [B, S]: what the model in a checkpoint writes after one token drawn from its vocabulary, at temperature 1. It serves about as well as
     text of its training (Williams, Chrysostomou and Aletras 2024, arXiv 2410.17170). UserError if a weight is NaN or infinite."""
     try:
-        generator = Generator(*load_model(path, device, torch.bfloat16 if torch.device(device).type == "cpu" else None))
+        generator = Engine(*load_model(path, device, torch.bfloat16 if torch.device(device).type == "cpu" else None))
         for name, weight in generator.model.named_parameters():
             check_finite(name, weight)
         args, texts = generator.model.args, []

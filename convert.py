@@ -19,9 +19,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from config import ModelArgs
 import kernels
-from cli import UserError, written_whole
-from model import ModelArgs, Transformer
+from cli import UserError, atomic_write
+from model import Transformer
 from tokenizer import rebuild_tiktoken
 
 # Source module -> target module[/part of a fused one]. Source names are without their "model." or "transformer.", which base models lack.
@@ -57,7 +58,7 @@ PREFIX = re.compile(r"^(model|transformer)\.")
 HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$")      # buffers older programs saved
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACKED, INTEGERS = (".qweight", ".qzeros", ".g_idx"), (torch.int32,)     # of quantized checkpoints
-RENEW_BYTES = 1 << 26                    # pages of a mapped file count as memory until the mapping is dropped
+REMAP_BYTES = 1 << 26                    # pages of a mapped file count as memory until the mapping is dropped
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ def open_shard(path: Path) -> dict[str, Tensor]:
 
 
 def read_shard(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for the names asked for, never keeping more than about RENEW_BYTES of a mapped file in memory."""
+    """Yields (name, tensor) for the names asked for, never keeping more than about REMAP_BYTES of a mapped file in memory."""
     shard, held = open_shard(path), 0
     for name in names:
-        if held > RENEW_BYTES and is_mapped(path):
+        if held > REMAP_BYTES and is_mapped(path):
             shard, held = open_shard(path), 0
         held += shard[name].nbytes
         yield name, shard[name]
@@ -170,7 +171,7 @@ class Source:
     dtype: torch.dtype
 
 
-def survey(folder: Path) -> dict[str, Source]:
+def index_tensors(folder: Path) -> dict[str, Source]:
     """Name without prefix -> source, for all tensors of the checkpoint but harmless buffers. Reads headers only."""
     found: dict[str, Source] = {}
     for path, names in find_shards(folder).items():
@@ -235,7 +236,7 @@ def layout_of(sources: dict[str, Source], wanted: dict[str, Slot]) -> dict[str, 
     return found
 
 
-def lay_out(path: Path, layout: dict[str, tuple[torch.Size, torch.dtype]], quantization: dict | None) -> dict[str, tuple[int, torch.dtype]]:
+def preallocate(path: Path, layout: dict[str, tuple[torch.Size, torch.dtype]], quantization: dict | None) -> dict[str, tuple[int, torch.dtype]]:
     """Writes model.pth with empty space for its tensors. Returns key -> (offset of its first byte, dtype)."""
     with FakeTensorMode():
         state_dict = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
@@ -264,7 +265,7 @@ def fill(path: Path, tensors: Iterable[tuple[Slot, Tensor]], places: dict[str, t
 # AWQ (gemm): qweight int32 [K, N / 8], qzeros int32 [groups, N / 8], of eight neighbours first the even ones, then the odd ones; scales [groups, N].
 
 @dataclass(frozen=True)
-class Packing:
+class PublishedQuantization:
     """How the linears of a published quantized checkpoint are packed."""
     method: str
     bits: int
@@ -272,7 +273,7 @@ class Packing:
     offset: int                          # of the zeros stored: 1 or 0
 
     @classmethod
-    def from_hf(cls, config: dict) -> "Packing | None":
+    def from_hf(cls, config: dict) -> "PublishedQuantization | None":
         """From config.json. UserError that names what is not supported."""
         quantization = config.get("quantization_config") or config.get("compression_config")
         if not quantization:
@@ -319,7 +320,7 @@ class Packing:
         return values if self.method == "gptq" else values.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
 
     def decode(self, name: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None) -> dict[str, Tensor]:
-        """The buffers of formats.SourceLinear: order, of the columns as they are stored, only where it is another than the columns' own."""
+        """The buffers of formats.GPTQLinear: order, of the columns as they are stored, only where it is another than the columns' own."""
         K = len(g_idx) if g_idx is not None else qweight.size(0) * (32 // self.bits if self.method == "gptq" else 1)
         ones = self.offset * sum(1 << shift for shift in range(0, 32, self.bits))
         zeros = self.unpack(qzeros + ones).t() * (16 if self.bits == 4 else 1)           # whole words are added, with carries, as gptqmodel does
@@ -335,7 +336,7 @@ class Packing:
         return {"weight": q[:, ::2] | q[:, 1::2] << 4 if self.bits == 4 else q, **buffers}
 
 
-def packed_sources(packing: Packing, sources: dict[str, Source], wanted: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Slot]]]:
+def packed_sources(packing: PublishedQuantization, sources: dict[str, Source], wanted: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Slot]]]:
     """Splits what is wanted: source name -> its place, for plain tensors; module -> its packed tensors (their shapes), for packed ones."""
     plain, modules = dict(wanted), {}
     for name, slot in wanted.items():
@@ -356,7 +357,7 @@ def drop_zero_biases(sources: dict[str, Source], wanted: dict[str, Slot]) -> Non
             del sources[name]
 
 
-def layout_of_packed(packing: Packing, sources: dict[str, Source], wanted: dict[str, Slot], modules: dict[str, dict[str, Slot]],
+def layout_of_packed(packing: PublishedQuantization, sources: dict[str, Source], wanted: dict[str, Slot], modules: dict[str, dict[str, Slot]],
                      ) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], list[str]]:
     """Shape and dtype of the target tensors that the packed ones make, and the names of the linears whose columns are stored in another order."""
     layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
@@ -380,7 +381,7 @@ def layout_of_packed(packing: Packing, sources: dict[str, Source], wanted: dict[
     return layout, sorted(key for key, g_idx in reordered.items() if g_idx is not None)
 
 
-def read_packed(packing: Packing, sources: dict[str, Source], modules: dict[str, dict[str, Slot]]) -> Iterator[tuple[Slot, Tensor]]:
+def read_packed(packing: PublishedQuantization, sources: dict[str, Source], modules: dict[str, dict[str, Slot]]) -> Iterator[tuple[Slot, Tensor]]:
     """Every buffer that the packed tensors make, with its place, module by module."""
     for module, found in modules.items():
         buffers = packing.decode(module, **{key: read_one(sources[f"{module}.{key}"]) for key in found})
@@ -392,8 +393,8 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     """Writes checkpoint_dir/model.pth (and tokenizer.json for a Qwen v1 folder) and returns its path. dtypes stay as they are."""
     folder = Path(checkpoint_dir)
     config = read_json(folder / "config.json")
-    packing, args = Packing.from_hf(config), ModelArgs.from_hf(config)
-    wanted, sources = slots(args), survey(folder)
+    packing, args = PublishedQuantization.from_hf(config), ModelArgs.from_hf(config)
+    wanted, sources = slots(args), index_tensors(folder)
     if args.tie_word_embeddings:
         drop_tied_head(folder, sources, "wte.weight" if args.model_type == "qwen" else "embed_tokens.weight")
     plain, modules = wanted, {}
@@ -414,8 +415,8 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     if (folder / "qwen.tiktoken").exists() and not (folder / "tokenizer.json").exists():
         rebuild_tiktoken(folder)
     target = folder / "model.pth"
-    with written_whole(target) as partial:
+    with atomic_write(target) as partial:
         tensors = itertools.chain(read_plain(sources, plain), read_packed(packing, sources, modules))
         total = sum(shape.numel() * dtype.itemsize for shape, dtype in layout.values())
-        fill(partial, tensors, lay_out(partial, layout, quantization), total, progress)
+        fill(partial, tensors, preallocate(partial, layout, quantization), total, progress)
     return target

@@ -18,9 +18,8 @@ from torch import Tensor
 import kernels
 import tp
 from cli import UserError, run
-from formats import set_activations
-from generate import DEMO
-from loading import load_model, parse_device, parse_dtype
+from formats import set_quantize_activations
+from loading import DEMO, load_model, parse_device, parse_dtype
 from model import Transformer
 from tokenizer import Tokenizer, same_tokenizer
 
@@ -109,7 +108,7 @@ def compare(paths: Sequence[Path], text: str, window: int | None = None, stride:
     """Compares checkpoints with the first of them at every token of the text, in fp32 from the logits on. Two are in memory at a time."""
     def load(path: Path) -> tuple[Transformer, Tokenizer]:
         model, tokenizer = load_model(path, device, dtype, ranks)
-        set_activations(model, activations)
+        set_quantize_activations(model, activations)
         return model, tokenizer
     first, first_tokenizer = load(paths[0])
     window = check_window(window, first)
@@ -224,7 +223,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     if args.compare:
         return print_comparisons(compare(args.compare, text, args.max_seq_length, args.stride, device, dtype, args.chunk, args.activations, ranks))
     model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks)
-    set_activations(model, args.activations)
+    set_quantize_activations(model, args.activations)
     print(f"{args.checkpoint_path}: {str(model.dtype)[6:]}, {device}, {kernels.describe(device)}")
     window = check_window(args.max_seq_length, model)
     if text:

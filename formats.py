@@ -1,7 +1,7 @@
 """int8 and int4: the number formats, the linears that run them, and the checkpoint file.
 
 int8: w = scale * q, q in -127 .. 127, one fp32 scale per row (0.4 % of the bytes at K = 1024).
-int4: w = scale * (q - zero / PARTS), q in 0 .. 15, one bf16 scale and one uint8 zero per row and group of G columns: 4.75 bits a weight at G = 32.
+int4: w = scale * (q - zero / ZERO_STEPS), q in 0 .. 15, one bf16 scale and one uint8 zero per row and group of G columns: 4.75 bits a weight at G = 32.
       The last group of a row may be shorter.
 The output head is int8 in both by default: on an early state of the demo, int4 there cost as much as in all other linears together.
 
@@ -10,8 +10,6 @@ Shapes: N and K the rows and columns of a weight, G the group size.
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Iterator
 
 import torch
 import torch.nn as nn
@@ -20,15 +18,13 @@ from torch import Tensor
 
 import kernels
 from cli import UserError
-from convert import RENEW_BYTES
-from model import Linear, Transformer
+from model import Linear, Transformer, is_unmodified, present
 
-VERSION = 1
 MODES = ("int8", "int4")
 FILE_MODES = (*MODES, "int8-fp16", "int4-fp16")      # the latter: published checkpoints as they are
 GROUPSIZES = (32, 64, 128, 256)
 LM_HEADS = (*MODES, "none")
-PARTS = 16                               # how many units of an int4 zero make a scale; kernels.py and kernels.cpp know it too
+ZERO_STEPS = 16                               # how many units of an int4 zero make a scale; kernels.py and kernels.cpp know it too
 SHRINK = (1.0, 0.92, 0.84, 0.76)         # of the range of a group: what is lost at its ends may be won between them
 CHUNK = 1 << 20                          # weights quantized at a time: each takes some tens of bytes of work space
 
@@ -69,8 +65,8 @@ def int4_scales(weight: Tensor, groupsize: int, importance: Tensor | None = None
         scale = torch.full_like(unit, shrink)
         zero = 7.5 - middle / scale
         for _ in range(2):
-            stored_scale, stored_zero = (scale * unit).bfloat16(), (zero * PARTS).round().clamp(0, 15 * PARTS)
-            scale, zero = nonzero(stored_scale) / nonzero(unit), stored_zero / PARTS
+            stored_scale, stored_zero = (scale * unit).bfloat16(), (zero * ZERO_STEPS).round().clamp(0, 15 * ZERO_STEPS)
+            scale, zero = nonzero(stored_scale) / nonzero(unit), stored_zero / ZERO_STEPS
             q = (x / scale[:, :, None]).add_(zero[:, :, None]).round_().clamp_(0, 15)
             counted = q if importance is None else counts * q
             sum_q, sum_qq, sum_qx = counted.sum(dim=2), (counted * q).sum(dim=2), (counted * x).sum(dim=2)
@@ -81,21 +77,21 @@ def int4_scales(weight: Tensor, groupsize: int, importance: Tensor | None = None
             scales, zeros = torch.where(better, stored_scale, scales), torch.where(better, stored_zero.to(torch.uint8), zeros)
             slope = (sum_qx - sum_q * sum_x / count) / (sum_qq - sum_q.square() / count).clamp(min=1e-6)
             zero = (sum_q - sum_x / torch.where(slope > 0, slope, scale)) / count
-            zero = (zero * PARTS).round().clamp(0, 15 * PARTS) / PARTS
+            zero = (zero * ZERO_STEPS).round().clamp(0, 15 * ZERO_STEPS) / ZERO_STEPS
             sum_dd, sum_dx = sum_qq - 2 * zero * sum_q + count * zero.square(), sum_qx - zero * sum_x
             scale = torch.where(sum_dx > 0, sum_dx / sum_dd.clamp(min=1e-6), scale)
     constant = lowest == highest                                 # exact as one step from zero
-    return torch.where(constant, lowest.abs().bfloat16(), scales), torch.where(constant, PARTS, zeros).to(torch.uint8)
+    return torch.where(constant, lowest.abs().bfloat16(), scales), torch.where(constant, ZERO_STEPS, zeros).to(torch.uint8)
 
 
 def to_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> Tensor:
     """The nearest of the 16 levels: uint8 [N, K]."""
     q = in_groups(weight.float(), groupsize) / nonzero(scales)[:, :, None]
-    return q.add_(zeros[:, :, None] / PARTS).round_().clamp_(0, 15).to(torch.uint8).flatten(1)[:, :weight.size(1)]
+    return q.add_(zeros[:, :, None] / ZERO_STEPS).round_().clamp_(0, 15).to(torch.uint8).flatten(1)[:, :weight.size(1)]
 
 
-def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int, dtype: torch.dtype = torch.float32, parts: int = PARTS) -> Tensor:
-    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype) / parts) * scales[:, :, None].to(dtype)
+def dequantize_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int, dtype: torch.dtype = torch.float32, zero_steps: int = ZERO_STEPS) -> Tensor:
+    weight = (in_groups(q, groupsize).to(dtype) - zeros[:, :, None].to(dtype) / zero_steps) * scales[:, :, None].to(dtype)
     return weight.flatten(1)[:, :q.size(1)]
 
 
@@ -110,24 +106,14 @@ def nonzero(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales.float(), 1.0)
 
 
-def pack(q: Tensor) -> Tensor:
-    """uint8 [N, K] of 0 .. 15 -> [N, ceil(K / 2)]: column 2 i in the lower half of byte i, column 2 i + 1 in its upper half."""
-    q = F.pad(q, (0, q.size(1) % 2))
-    return q[:, ::2] | q[:, 1::2] << 4
-
-
-def unpack(packed: Tensor, in_features: int) -> Tensor:
-    return kernels.unpack_int4(packed)[:, :in_features]
-
-
 # ---- linears
 
 class QuantizedLinear(nn.Module):
-    """In the place of a model.Linear. On CPUs with VNNI, decoding rounds the activations too, unless `exact`."""
+    """In the place of a model.Linear. On CPUs with VNNI, decoding may quantize the activations too."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
-        self.in_features, self.out_features, self.exact = in_features, out_features, False
+        self.in_features, self.out_features, self.quantize_activations = in_features, out_features, True
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
@@ -144,7 +130,7 @@ class QuantizedLinear(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+    def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
         """As model.Linear's."""
         raise NotImplementedError
 
@@ -183,10 +169,10 @@ class Int8Linear(QuantizedLinear):
     def multiply(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16:     # in which sums over q overflow
             return F.linear(x, dequantize_int8(self.weight, self.scales, x.dtype))
-        return kernels.int8_linear(x, self.weight, self.scales, self.exact)
+        return kernels.int8_linear(x, self.weight, self.scales, self.quantize_activations)
 
-    def parts(self, dtype: torch.dtype) -> list[Tensor]:
-        return [t for t in (self.weight, self.scales, self.bias) if t is not None]
+    def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
+        return present(self.weight, self.scales, self.bias) if is_unmodified(self, Int8Linear) else None
 
 
 class Int4Linear(QuantizedLinear):
@@ -200,7 +186,7 @@ class Int4Linear(QuantizedLinear):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         q, scales, zeros = quantize_int4(weight, self.groupsize)
-        return dict(weight=pack(q), scales=scales, zeros=zeros)
+        return dict(weight=kernels.pack_nibbles(q), scales=scales, zeros=zeros)
 
     def fit(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         return int4_scales(weight, weight.size(1), importance / importance.mean())
@@ -211,36 +197,37 @@ class Int4Linear(QuantizedLinear):
 
     def assemble(self, q: Tensor, levels: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         scales, zeros = zip(*levels)
-        return dict(weight=pack(q), scales=torch.cat(scales, dim=1), zeros=torch.cat(zeros, dim=1))
+        return dict(weight=kernels.pack_nibbles(q), scales=torch.cat(scales, dim=1), zeros=torch.cat(zeros, dim=1))
 
     def dequantize(self, dtype: torch.dtype = torch.float32, **buffers: Tensor) -> Tensor:
         own = buffers or dict(self.named_buffers())
-        return dequantize_int4(unpack(own["weight"], self.in_features), own["scales"], own["zeros"], self.groupsize, dtype)
+        return dequantize_int4(kernels.unpack_nibbles(own["weight"], self.in_features), own["scales"], own["zeros"], self.groupsize, dtype)
 
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         assert self.layout == "stored"
-        if device.type == "cpu" and kernels.ready():
+        if device.type == "cpu" and kernels.available():
             self.weight, self.scales, self.zeros = kernels.pack_int4(self.weight, self.scales, self.zeros, self.groupsize)
             self.layout = "cpu"
         elif (tiles := int4pack_tiles(self, device, dtype)) is not None:
             self.weight = convert_int4pack(self.weight >> 4 | self.weight << 4, tiles)           # there, the even column is the upper half
-            offsets = (8 - self.zeros.float() / PARTS) * self.scales.float()                     # w = scale * (q - 8) + offset
+            offsets = (8 - self.zeros.float() / ZERO_STEPS) * self.scales.float()                     # w = scale * (q - 8) + offset
             self.scales, self.zeros = torch.stack((self.scales, offsets.bfloat16()), dim=-1).transpose(0, 1).contiguous(), None   # [K / G, N, 2]
             self.layout = "cuda"
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.layout == "cpu":
-            return kernels.int4_linear(x, self.weight, self.scales, self.zeros, self.out_features, self.exact)
+            return kernels.int4_linear(x, self.weight, self.scales, self.zeros, self.out_features, self.quantize_activations)
         if self.layout == "cuda":
             return int4pack_mm(x.flatten(0, -2), self.weight, self.groupsize, self.scales).unflatten(0, x.shape[:-1])
         return F.linear(x, self.dequantize(x.dtype))
 
-    def parts(self, dtype: torch.dtype) -> list[Tensor]:
-        return [t for t in (self.weight, self.scales, self.zeros, self.bias) if t is not None] if self.layout == "cpu" else []
+    def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
+        fits = self.layout == "cpu" and is_unmodified(self, type(self)) and type(self) in (Int4Linear, GPTQLinear)
+        return present(self.weight, self.scales, self.zeros, self.bias) if fits else None
 
 
-class SourceLinear(Int4Linear):
-    """What convert.Packing makes of a GPTQ or AWQ linear: 4 or 8 bits, scales as published (fp16), zeros uint8 (of 4 bits in sixteenths, as ever).
+class GPTQLinear(Int4Linear):
+    """What convert.PublishedQuantization makes of a GPTQ or AWQ linear: 4 or 8 bits, scales as published (fp16), zeros uint8 (of 4 bits in sixteenths, as ever).
 
     Models in bf16 round the scales to bf16, as they do all weights, and run 4 bits like Int4Linear. 8 bits, and all else, become plain weights.
     """
@@ -254,8 +241,8 @@ class SourceLinear(Int4Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32, **buffers: Tensor) -> Tensor:
         own = buffers or dict(self.named_buffers())
-        q = unpack(own["weight"], self.in_features) if self.bits == 4 else own["weight"]
-        weight = dequantize_int4(q, own["scales"], own["zeros"], self.groupsize, dtype, PARTS if self.bits == 4 else 1)
+        q = kernels.unpack_nibbles(own["weight"], self.in_features) if self.bits == 4 else own["weight"]
+        weight = dequantize_int4(q, own["scales"], own["zeros"], self.groupsize, dtype, ZERO_STEPS if self.bits == 4 else 1)
         return weight if self.order is None else weight[:, self.order.argsort()]
 
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -264,7 +251,7 @@ class SourceLinear(Int4Linear):
             super().pack_for(device, dtype)
         if self.layout == "stored":
             wide = torch.float32 if dtype == torch.bfloat16 else dtype
-            self.weight, self.layout = kernels.place(self.dequantize(wide), device, dtype), "plain"
+            self.weight, self.layout = kernels.copy_to(self.dequantize(wide), device, dtype), "plain"
             self.scales = self.zeros = self.order = None
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -272,10 +259,10 @@ class SourceLinear(Int4Linear):
             return kernels.linear(x, self.weight)
         return super().multiply(x if self.order is None else x[..., self.order])
 
-    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+    def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
         if self.layout == "plain":
-            return [t for t in (self.weight, self.bias) if t is not None]
-        return [] if self.order is not None else super().parts(dtype)
+            return present(self.weight, self.bias) if is_unmodified(self, GPTQLinear) else None
+        return None if self.order is not None else super().kernel_args(dtype)
 
 
 def int4pack_tiles(linear: Int4Linear, device: torch.device, dtype: torch.dtype) -> int | None:
@@ -318,7 +305,7 @@ class Quantization:
         if name in self.skipped or kind == "none":
             return None
         if kind.endswith("-fp16"):
-            return SourceLinear(in_features, out_features, bias, self.groupsize, 4 if kind == "int4-fp16" else 8, name in self.reordered)
+            return GPTQLinear(in_features, out_features, bias, self.groupsize, 4 if kind == "int4-fp16" else 8, name in self.reordered)
         return Int8Linear(in_features, out_features, bias) if kind == "int8" else Int4Linear(in_features, out_features, bias, self.groupsize)
 
 
@@ -335,12 +322,11 @@ def replace_linears(model: Transformer, quantization: Quantization) -> list[tupl
             continue
         if not old.weight.is_meta:
             for key, value in quantize_weight(name, old.weight, new)[0].items():
-                setattr(new, key, kernels.place(value, value.device, value.dtype))
+                setattr(new, key, kernels.copy_to(value, value.device, value.dtype))
         new.bias = bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
         replaced.append((name, new))
-    model.stack = None
     return replaced
 
 
@@ -361,12 +347,12 @@ def pack_for(model: Transformer, device: torch.device) -> None:
             module.pack_for(device, model.dtype)
 
 
-def set_activations(model: Transformer, activations: str) -> None:
-    """bf16: activations are multiplied as they are; int8: they may be rounded to int8 (int4 weights) or 16 bits (int8 weights) where that is faster."""
+def set_quantize_activations(model: Transformer, on: bool) -> None:
+    """Whether activations may be quantized where that is faster: to int8 beside int4 weights, to 16 bits beside int8 weights."""
+    model.quantize_activations = on
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.exact = activations == "bf16"
-    model.stack = None                                 # setup_caches gathers the layers anew
+            module.quantize_activations = on
 
 
 def linear_names(model: Transformer) -> list[str]:
@@ -404,47 +390,3 @@ def quantize_weight(name: str, weight: Tensor, linear: QuantizedLinear, device: 
 def check_finite(name: str, weight: Tensor) -> None:
     if not all(part.isfinite().all() for part in weight.flatten().split(CHUNK)):        # in parts: they take work space
         raise UserError(f"{name} holds NaN or infinity: a damaged checkpoint cannot be quantized")
-
-
-# ---- the checkpoint file
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]:
-    """The state dict inside a model.pth or a quantized one, mapped from the file, and how it is quantized."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        version, quantization, state = checkpoint["version"], checkpoint["quantization"], checkpoint["state_dict"]
-    except Exception as error:              # torch.load reports a damaged file in many ways
-        raise UserError(f"{path} is not a checkpoint that this program wrote, or was cut short ({type(error).__name__})") from None
-    if version != VERSION:
-        raise UserError(f"{path}: version {version} of the format is not supported (supported: {VERSION}): written by a newer program?")
-    if quantization is None:
-        return state, None
-    try:
-        found = Quantization(**{key: tuple(value) if isinstance(value, list) else value for key, value in quantization.items()})
-    except (TypeError, AttributeError):
-        raise UserError(f"{path}: quantization {quantization} is not supported: written by a newer version of the program?") from None
-    found.check(f"{path}: quantization ")
-    return state, found
-
-
-def check_fits(path: Path, model: Transformer, state: dict[str, Tensor]) -> None:
-    """Refuses a state dict whose names and shapes are not the model's."""
-    expected = {name: p.shape for name, p in model.state_dict().items()}
-    wrong = sorted(expected.keys() ^ state.keys()) or [n for n in expected if expected[n] != state[n].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit its config.json: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}")
-
-
-def loaded_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of a stored tensor in a model that computes in `dtype`: the numbers of the quantized formats stay as they are."""
-    return tensor.dtype if not tensor.is_floating_point() or name.endswith(".scales") else dtype
-
-
-def read_weights(path: Path, names: list[str]) -> Iterator[Tensor]:
-    """One tensor after another. The file is mapped anew now and then, because its pages count as memory as long as the mapping lives."""
-    state, held = read_checkpoint(path)[0], 0
-    for name in names:
-        if held > RENEW_BYTES:
-            state, held = read_checkpoint(path)[0], 0
-        held += state[name].nbytes
-        yield state[name]

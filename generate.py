@@ -1,51 +1,209 @@
-"""Generates text: loads a checkpoint, prefills the prompt, decodes one token after another.
+"""Generates text: loads a checkpoint, prefills the KV cache with the prompt, and decodes one token after another.
 
     python generate.py --compile --prompt "def quicksort(arr):"
 """
 import argparse
+import contextlib
 import itertools
+import os
+import random
 import resource
+import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence, TextIO
 
 import torch
+from torch import Tensor
 
-import formats
+import cli
 import kernels
 import tp
-from chat import chat
-from cli import UserError, run
-from decoding import Generator
-from loading import load_model, parse_device, parse_dtype
+from cli import UserError
+from config import PUBLISHED, ModelArgs
+from loading import DEMO, check_memory, load_model, parse_device, parse_dtype
 from model import Transformer
-from sampling import Sampling, sample
-from speculate import Speculator, Statistics, summary
+from sampling import Sampling, begin_step, compile_step, exponential_noise, sample
+from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
 
-DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo" / "model.pth"
+PREFILL_CHUNK = 1024             # tokens of the prompt per pass: bounds the memory that activations take
 
 
-# ---- generation
+# ---- prefill and decode
 
-def generate(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(),
-             seed: int | None = None) -> Iterator[int]:
-    """The new tokens of one prompt, eagerly: the short way for a program that imports this file. Generator compiles, batches and keeps caches."""
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    for row in Generator(model, tokenizer).generate(ids, max_new_tokens, sampling, seed=seed):
-        yield row[0]
+class Engine:
+    """A model, its compiled functions, and what its KV cache holds.
+
+    draft: the engine of a draft model, or "ngram", for speculative decoding with speculate_k drafted tokens a round (None: chosen while running).
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool = False, compile_prefill: bool = False,
+                 draft: "Engine | str | None" = None, speculate_k: int | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size) if tokenizer else model.args.vocab_size
+        self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
+        self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1
+        self.fused: kernels.FusedLayers | None = None  # the layers as the present request found them
+        self.compiled, self.compiled_prefill = compile, compile_prefill
+        self.run_decode = compile_step(self.decode_one_token, model, prefill_too=compile_prefill) if compile else self.decode_one_token
+        self.run_forward = torch.compile(model.forward, fullgraph=True) if compile_prefill else model.forward
+        self.speculator = Speculator(self, draft if isinstance(draft, Engine) else None, speculate_k) if draft else None
+
+    def run_eagerly(self) -> None:
+        """For a machine without a working compiler."""
+        self.run_decode, self.run_forward = self.decode_one_token, self.model.forward
+        if self.speculator:
+            self.speculator.run_eagerly()
+            if self.speculator.draft_engine:
+                self.speculator.draft_engine.run_eagerly()
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = Sampling(), *,
+                 seed: int | None = None, stop_ids: frozenset[int] | None = None, max_seq_length: int = 0, keep_cache: bool = False,
+                 progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[list[int | None]]:
+        """Yields the new ids of all rows, step by step; None for a row that has met a stop id, which is itself not yielded.
+
+        prompts: one list of ids, or a batch of them, of any lengths.  stop_ids: the tokenizer's if None.  max_seq_length: capacity of the
+        KV cache, at least what the request needs.  keep_cache: what the cache already holds of the prompt is not computed again (batch 1).
+        progress: told how many of the prompt's tokens have been read. A change to the model counts from the next request on.
+        """
+        rows = [list(p) for p in prompts] if prompts and not isinstance(prompts[0], int) else [list(prompts)]
+        sampling.check()
+        self.check_request(rows, max_new_tokens)
+        lengths, stop_ids = [len(row) for row in rows], self.stop_ids if stop_ids is None else stop_ids
+        self.reserve(len(rows), max(max(lengths) + max_new_tokens, max_seq_length))
+        rng = torch.Generator(self.model.device).manual_seed(self.fresh_seed() if seed is None else seed)
+
+        logits = self.prefill(rows, keep_cache, progress)                                            # [B, 1, V]
+        noise = exponential_noise(len(rows), sampling.candidates(self.vocab_size), rng)
+        idx = sample(logits[:, -1, :self.vocab_size], sampling, noise)                               # [B, 1]
+        if self.speculator and self.speculator.enabled:
+            steps = ([i] for i in self.speculator.decode(int(idx), max_new_tokens, sampling, rng, keep_cache))
+        else:
+            steps = self.decode_n_tokens(idx, torch.tensor(lengths, device=idx.device)[:, None], max_new_tokens, sampling, rng)
+        ended = [False] * len(rows)
+        for ids in steps:
+            ended = [end or i in stop_ids for end, i in zip(ended, ids)]
+            if all(ended):
+                return
+            yield [None if end else i for end, i in zip(ended, ids)]
+
+    def prefill(self, rows: Sequence[Sequence[int]], keep_cache: bool = False,
+                progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+        """Logits [B, 1, V] of each row's last token. Shorter rows are padded on the right; decoding overwrites the padding's keys and values."""
+        device, lengths, args = self.model.device, torch.tensor([len(row) for row in rows]), self.model.args
+        longest = int(lengths.max())
+        self.model.set_prompt_length(longest)
+        rotated_alike = not (args.dynamic_ntk and longest > args.seq_length)
+        start = common_prefix(self.cached, rows[0][:-1]) if keep_cache and len(rows) == 1 and rotated_alike else 0
+        self.cached = list(rows[0])
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        logits = None
+        for begin in range(start, longest, PREFILL_CHUNK):
+            idx = padded[:, begin:begin + PREFILL_CHUNK].to(device)
+            last = (lengths - 1 - begin)[:, None]                                                    # of each row, in this chunk if inside
+            inside = (last >= 0) & (last < idx.size(1))
+            input_pos = torch.arange(begin, begin + idx.size(1), device=device)
+            new = self.forward_chunk(idx, input_pos, last.clamp(0, idx.size(1) - 1).to(device))
+            logits = new if logits is None else torch.where(inside[:, :, None].to(device), new, logits)
+            progress(begin + idx.size(1), longest)
+        return logits
+
+    def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
+        """Through the compiled model, which takes any length but 1: the compiler would make a special case of it."""
+        if idx.size(1) == 1:
+            return self.model(idx, input_pos, logits_at, self.fused)
+        torch._dynamo.maybe_mark_dynamic(idx, 1)
+        torch._dynamo.maybe_mark_dynamic(input_pos, 0)
+        return self.run_forward(idx, input_pos, logits_at, self.fused)
+
+    def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, sampling: Sampling, rng: torch.Generator) -> Iterator[list[int]]:
+        """The ids of all rows, n times: first idx [B, 1], which belongs at input_pos [B, 1]."""
+        on_gpu = self.model.device.type == "cuda"
+        for left in range(n - 1, -1, -1):
+            # A GPU computes the next token while this one is read; a CPU would only be late with this one.
+            following = self.step(idx, input_pos, sampling, rng) if on_gpu and left else None
+            ids = idx[:, 0].tolist()
+            yield ids
+            if left:
+                self.cached.append(ids[0])
+                idx = following if following is not None else self.step(idx, input_pos, sampling, rng)
+
+    def step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
+        """The next ids [B, 1]; moves input_pos on."""
+        begin_step(self.model.device)
+        noise = exponential_noise(len(idx), sampling.candidates(self.vocab_size), rng)
+        following = self.run_decode(idx, input_pos, sampling, noise).clone()
+        input_pos += 1
+        return following
+
+    def decode_one_token(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
+        """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]."""
+        return sample(self.model(idx, input_pos, fused=self.fused)[:, -1, :self.vocab_size], sampling, noise)
+
+    def check_request(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Errors: UserError."""
+        check_request(self.model.args, rows, max_new_tokens)
+        if self.speculator and len(rows) > 1:
+            raise UserError(f"{len(rows)}: speculative decoding takes one sequence at a time", "batch_size")
+        if self.speculator and self.speculator.draft_engine:
+            check_request(self.speculator.draft_engine.model.args, rows, max_new_tokens, "the draft's context")
+
+    def reserve(self, batch: int, max_seq_length: int) -> bool:
+        """Makes the KV cache large enough and fuses the layers as they are now. Whether what the cache held is lost."""
+        if self.speculator:
+            max_seq_length += self.speculator.lookahead
+            if self.speculator.draft_engine and self.speculator.draft_engine.reserve(batch, max_seq_length):
+                self.speculator.draft.begin([], keep_cache=False)
+        grown = reserve_caches(self.model, batch, max_seq_length)
+        self.cached = [] if grown else self.cached
+        self.fused = self.model.fuse()
+        return grown
+
+    def fresh_seed(self) -> int:
+        """The same on all ranks, so that they draw the same tokens."""
+        seed = random.getrandbits(63)
+        return self.model.ranks.from_first(seed) if self.model.ranks else seed
 
 
-# ---- the command
+def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens: int, context: str = "the model's context") -> None:
+    if not rows or not all(rows):
+        raise UserError("is empty", "prompt")
+    if max_new_tokens < 1:
+        raise UserError(f"{max_new_tokens} must be 1 or more", "max_new_tokens")
+    longest = max(map(len, rows))
+    if longest + max_new_tokens > args.max_position:
+        raise UserError(f"of {longest} tokens and max_new_tokens {max_new_tokens} exceed {context} of {args.max_position} positions", "prompt")
+
+
+def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.dtype) -> int:
+    return 2 * args.n_layer * batch * args.n_local_heads * max_seq_length * args.head_dim * dtype.itemsize
+
+
+def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> bool:
+    """Whether new KV caches were needed."""
+    grows = batch != model.max_batch_size or max_seq_length > model.max_seq_length
+    if grows:
+        needed = cache_bytes(model.local, batch, max_seq_length, model.dtype)
+        check_memory(model.device, needed, f"keys and values of {batch} x {max_seq_length} positions (batch_size, max_seq_length)")
+    model.setup_caches(batch, max_seq_length)
+    return grows
+
+
+# ---- what a run reports
 
 def bytes_read_per_token(model: Transformer) -> int:
-    """All weights but the input embedding; a tied embedding is read as the output head."""
-    tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers()) if t is not model.tok_embeddings.weight}
-    caches = {id(t) for layer in model.layers if layer.attention.kv_cache for t in layer.attention.kv_cache.buffers()}
-    head = model.tok_embeddings.weight if model.output is None else None
-    return sum(t.nbytes for i, t in tensors.items() if i not in caches) + (head.nbytes if head is not None else 0)
+    """All weights once, except the input embedding, of which one row is looked up; tied to the head, it is read whole."""
+    tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    if model.output is not None:
+        del tensors[id(model.tok_embeddings.weight)]
+    for layer in model.layers:
+        for cache in layer.attention.kv_cache.buffers() if layer.attention.kv_cache else ():
+            del tensors[id(cache)]
+    return sum(t.nbytes for t in tensors.values())
 
 
 def memory_used(device: torch.device) -> float:
@@ -68,151 +226,273 @@ class Timing:
         return (self.tokens - self.tokens / self.steps) / (self.total - self.first) if self.steps > 1 else float("nan")
 
 
-def stream(generator: Generator, tokenizer: Tokenizer, prompts, show: bool, **request) -> tuple[list[list[int]], Timing]:
-    """Runs one request to its end, printing row 0's text as it comes."""
-    decoder, out, first, steps = StreamDecoder(tokenizer, True, after=prompts[0]), [[] for _ in prompts], 0.0, 0
-    start = time.perf_counter()
+def stream(engine: Engine, prompts: Sequence[Sequence[int]], show: Callable[[int, str], None] = lambda row, text: None,
+           **request) -> tuple[list[list[int]], Timing]:
+    """Runs one request to its end: the new ids of each row. show: told (row, more text) as it comes."""
+    decoders = [StreamDecoder(engine.tokenizer, True, after=prompt) for prompt in prompts]
+    out, first, steps, start = [[] for _ in prompts], 0.0, 0, time.perf_counter()
     try:
-        for ids in generator.generate(prompts, **request):
+        for ids in engine.generate(prompts, **request):
             first, steps = first or time.perf_counter() - start, steps + 1
-            for row, i in zip(out, ids):
+            for row, i in enumerate(ids):
                 if i is not None:
-                    row.append(i)
-            if show and ids[0] is not None:
-                print(decoder.push(ids[0]), end="", flush=True)
+                    out[row].append(i)
+                    show(row, decoders[row].push(i))
     finally:
-        if show:
-            print(decoder.flush(), flush=True)
+        for row, decoder in enumerate(decoders):
+            show(row, decoder.flush())
     total = time.perf_counter() - start
     return out, Timing(sum(map(len, out)), steps, total, first or total)
 
 
-def report(timing: Timing, number: int, bytes_read: int) -> float:
-    rate = timing.tokens / timing.total
-    print(f"Time for inference {number}: {timing.total:.02f} sec total, {rate:.02f} tokens/sec")
-    print(f"Time to first token: {1000 * timing.first:.1f} ms, decode: {timing.decode_rate:.02f} tokens/sec")
-    print(f"Bandwidth achieved: {bytes_read / timing.total / 1e9:.02f} GB/s")
-    return rate
-
-
-def warm_up(generator: Generator, prompts: list[list[int]], request: dict) -> float:
+def warm_up(engine: Engine, prompts: Sequence[Sequence[int]], request: dict[str, Any]) -> float:
     """Compiles what the request will run; returns seconds. Without a working compiler it says so and goes on eagerly."""
     start = time.perf_counter()
+    tokens = 32 if engine.speculator else 3          # of speculation as many that the first choice of k rests on something
     try:
-        for _ in generator.generate(prompts, **{**request, "max_new_tokens": min(generator.warm_up_tokens, request["max_new_tokens"]), "stop_ids": frozenset()}):
+        for _ in engine.generate(prompts, **{**request, "max_new_tokens": min(tokens, request["max_new_tokens"]), "stop_ids": frozenset()}):
             pass
     except Exception as error:
         if not any(word in f"{type(error).__name__} {error}" for word in ("InvalidCxxCompiler", "CppCompileError", "No working C++ compiler")):
             raise
         print("--compile: no working C++ compiler was found, so the model runs eagerly", file=sys.stderr)
-        generator.run_eagerly()
+        engine.run_eagerly()
     return time.perf_counter() - start
 
 
+# ---- the terminal
+
+def dim(text: str) -> str:
+    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
+
+
+class RowPrinter:
+    """Shows the text of a batch: one row as it grows; of several, on a terminal the end of each in a line of its own. `close` prints them whole."""
+
+    def __init__(self, prompts: Sequence[str]):
+        self.prompts, self.texts = prompts, ["" for _ in prompts]
+        self.live = len(prompts) > 1 and sys.stdout.isatty()
+        if len(prompts) == 1:
+            print(dim(prompts[0]), end="", flush=True)
+        elif self.live:
+            print("\n" * (len(prompts) - 1), flush=True)
+
+    def __call__(self, row: int, text: str) -> None:
+        self.texts[row] += text
+        if len(self.texts) == 1:
+            print(text, end="", flush=True)
+        elif self.live and text:
+            up, width = len(self.texts) - row, shutil.get_terminal_size().columns - 1
+            print(f"\033[{up}A\r\033[2K{(self.prompts[row] + self.texts[row]).replace(chr(10), ' ')[-width:]}\033[{up}B\r", end="", flush=True)
+
+    def close(self) -> None:
+        if len(self.texts) == 1:
+            print()
+        else:
+            print("\n---\n".join(dim(prompt) + text for prompt, text in zip(self.prompts, self.texts)))
+
+
+def prefill_progress(done: int, total: int) -> None:
+    """A line that is gone when the prompt has been read; only for prompts that take several passes."""
+    if total > PREFILL_CHUNK and sys.stderr.isatty():
+        print(f"\rprefill: {done} of {total} tokens" if done < total else "\r\033[2K", end="", file=sys.stderr, flush=True)
+
+
+HELP = """Ctrl-C stops an answer; an empty line or Ctrl-D ends.
+/reset  begins a new conversation
+/help   shows this"""
+
+
+def chat(engine: Engine, args: argparse.Namespace, request: dict[str, Any]) -> None:
+    """Answers lines from the terminal. A conversation stays in the KV cache from turn to turn; a prompt without chat template is continued."""
+    with contextlib.suppress(ImportError):
+        import readline                              # noqa: F401  line editing and history for input()
+    tokenizer, ranks = engine.tokenizer, engine.model.ranks
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(system)
+    print(dim(HELP))
+    while True:
+        try:
+            text = input("> ").strip() if not ranks or ranks.first else ""
+        except (EOFError, KeyboardInterrupt):
+            print()
+            text = ""
+        text = ranks.from_first(text) if ranks else text
+        if not text:
+            return
+        if text.startswith("/"):
+            messages = list(system) if text == "/reset" else messages
+            print(dim("a new conversation" if text == "/reset" else HELP))
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = tokenizer.render_chat(messages, enable_thinking=not args.no_thinking) if args.chat else tokenizer.encode(text)
+        room = request["max_seq_length"] - len(prompt)
+        if room < 1:
+            messages.pop()
+            print(f"This takes {len(prompt)} tokens, and --max_seq_length is {request['max_seq_length']}: /reset begins a new conversation")
+            continue
+        answer = answer_of(engine, prompt, {**request, "max_new_tokens": min(room, request["max_new_tokens"])}, args.quiet)
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+
+
+def answer_of(engine: Engine, prompt: list[int], request: dict[str, Any], quiet: bool) -> list[int]:
+    """Prints an answer as it comes, until its end or Ctrl-C; returns its ids."""
+    answer: list[int] = []
+    decoder, times = StreamDecoder(engine.tokenizer, skip_special=True, after=prompt), []
+    try:
+        for (i,) in engine.generate([prompt], **request, keep_cache=True, progress=prefill_progress):
+            answer.append(i)
+            times.append(time.perf_counter())
+            print(decoder.push(i), end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print(decoder.flush(), flush=True)
+    if len(times) > 1 and not quiet:
+        print(dim(f"({(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/sec)"))
+    return answer
+
+
+# ---- the command
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="def quicksort(arr):\n", help="text, or an integer for a synthetic prompt of that many tokens")
-    parser.add_argument("--prompt_file", type=Path, help="read the prompt from a file")
-    parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the checkpoint's chat template")
-    parser.add_argument("--system", help="system message of the chat")
-    parser.add_argument("--no_thinking", action="store_true", help="ask a thinking model to answer at once")
-    parser.add_argument("--num_samples", type=int, default=5)
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--batch_size", type=int, default=1, help="how many continuations of the prompt at a time")
-    parser.add_argument("--top_k", type=int, default=200, help="0: all tokens")
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--ignore_eos", action="store_true", help="go on past the end of the text")
-    parser.add_argument("--checkpoint_path", type=Path, default=DEMO)
-    parser.add_argument("--max_seq_length", type=int, default=0, help="capacity of the KV cache (default: what the request needs)")
-    parser.add_argument("--compile", action="store_true", help="compile decoding")
-    parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
-    parser.add_argument("--draft_checkpoint_path", type=Path, help="a smaller model of the same tokenizer, for speculative decoding")
-    parser.add_argument("--draft", choices=["ngram"], help="speculative decoding without a model: what followed the last words where they stood before")
-    parser.add_argument("--speculate_k", help="how many tokens to draft at a time, or auto: as many, or none, as is fastest (default)")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
-    parser.add_argument("--activations", choices=["int8", "bf16"], default="int8", help="beside int8 and int4 weights, where the CPU has int8 products")
+    parser = cli.Parser(__doc__)
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("-p", "--prompt", default="def quicksort(arr):\n",
+                        help="text; - reads it from stdin; an integer stands for a synthetic prompt of that many random tokens")
+    prompt.add_argument("--prompt_file", type=Path, metavar="FILE", help="read the prompt from a file")
+    prompt.add_argument("--interactive", action="store_true", help="read prompts from the terminal")
+    prompt.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the prompt is a user's message in the checkpoint's chat "
+                        "template (default: with --interactive, where there is one)")
+    prompt.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    prompt.add_argument("--no_thinking", action="store_true", help="ask a thinking model to answer at once")
+
+    output = parser.add_argument_group("generation")
+    output.add_argument("-n", "--max_new_tokens", type=int, default=200, help="tokens to generate at most")
+    output.add_argument("--num_samples", type=int, default=5, help="samples, one after another")
+    output.add_argument("--batch_size", type=int, default=1, help="continuations of the prompt at a time")
+    output.add_argument("--temperature", "--temp", type=float, default=0.8, help="0: always the most probable token")
+    output.add_argument("--top_k", type=int, default=200, help="sample from the k most probable tokens; 0: from all")
+    output.add_argument("--top_p", type=float, help="sample from the most probable tokens that hold this probability together")
+    output.add_argument("--seed", type=int, help="the same seed gives the same text")
+    output.add_argument("--ignore_eos", action="store_true", help="go on past the end of the text")
+    output.add_argument("--quiet", action="store_true", help="print the text alone")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
+                       help="model.pth, its folder, or a Hugging Face repository such as Qwen/Qwen3-0.6B, to be downloaded")
+    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
+    model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
+    model.add_argument("--quantize_activations", action=argparse.BooleanOptionalAction, default=True,
+                       help="beside int8 and int4 weights, where the CPU multiplies integers faster")
+    model.add_argument("--max_seq_length", type=int, default=0, help="capacity of the KV cache (default: what the request needs)")
+    model.add_argument("--list_models", action="store_true", help="print the shapes of published models and end")
+
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--compile", action="store_true", help="compile decoding")
+    speed.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
+    speed.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH",
+                       help="a smaller model of the same tokenizer, for speculative decoding")
+    speed.add_argument("--draft", choices=["ngram"], help="speculative decoding by prompt lookup, without a draft model")
+    speed.add_argument("--speculate_k", metavar="K", help="tokens to draft at a time, or auto: as many, or none, as is fastest (default: auto)")
+    speed.add_argument("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample")
     return parser.parse_args(argv)
 
 
-def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab: int) -> list[int]:
-    if args.prompt.isdigit() and not args.prompt_file:
-        return torch.randint(0, min(vocab, 1024), (int(args.prompt),), generator=torch.Generator().manual_seed(0)).tolist()
-    try:
-        text = args.prompt_file.read_text("utf-8") if args.prompt_file else args.prompt
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_file {args.prompt_file}: {error}") from None
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.list_models:
+        return list_models()
+    with tp.joined() as ranks:
+        command(args, ranks)
+
+
+def list_models() -> None:
+    print(f"{'model':<20} {'family':<8} {'parameters':>11} {'bf16':>9} {'context':>8}")
+    for name in PUBLISHED:
+        args = ModelArgs.from_name(name)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in Transformer(args).parameters())
+        print(f"{name:<20} {args.model_type:<8} {size / 1e9:>9.2f} B {2 * size / 1e9:>6.1f} GB {args.max_position:>8}")
+
+
+def check_args(args: argparse.Namespace) -> Sampling:
+    for field in ("num_samples", "batch_size", "max_new_tokens"):
+        if getattr(args, field) < 1:
+            raise UserError(f"{getattr(args, field)} must be 1 or more", field)
+    for field in ("system", "no_thinking"):
+        if getattr(args, field) and not (args.chat or args.interactive and args.chat is None):
+            raise UserError("needs --chat", field)
+    if args.speculate_k is not None and not (args.draft_checkpoint_path or args.draft):
+        raise UserError(f"{args.speculate_k} needs --draft_checkpoint_path or --draft ngram", "speculate_k")
+    if args.draft_checkpoint_path and args.draft:
+        raise UserError("and --draft are two ways to draft: give one", "draft_checkpoint_path")
+    sampling = Sampling(args.temperature, args.top_k or None, args.top_p)
+    sampling.check()
+    return sampling
+
+
+def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
+    sampling, log = check_args(args), open(os.devnull, "w") if args.quiet else sys.stdout
+    device = parse_device(args.device)
+    device = ranks.take_device(device) if ranks else device
+    start = time.perf_counter()
+    model, tokenizer = load_model(args.checkpoint_path, device, parse_dtype(args.dtype, device), ranks,
+                                  quantize_activations=args.quantize_activations)
+    print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, {str(model.dtype)[6:]}, {device}, "
+          f"{kernels.describe(device)})", file=log)
+    if args.max_seq_length > model.args.max_position:
+        raise UserError(f"{args.max_seq_length} exceeds the model's context of {model.args.max_position} positions", "max_seq_length")
+    if args.chat is None:
+        args.chat = args.interactive and tokenizer.has_template
+    engine = Engine(model, tokenizer, args.compile, args.compile_prefill, load_draft(args, model, ranks), parse_speculate_k(args.speculate_k))
+    capacity = args.max_seq_length or (min(model.args.max_position, 4096) if args.interactive else 0)
+    request = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, max_seq_length=capacity, seed=args.seed,
+                   stop_ids=frozenset() if args.ignore_eos else None)
+    prompts = [tokenizer.encode("def")] if args.interactive else [read_prompt(args, tokenizer, engine.vocab_size, log)] * args.batch_size
+    engine.check_request(prompts, 1 if args.interactive else args.max_new_tokens)
+    if not args.interactive and args.max_seq_length and len(prompts[0]) + args.max_new_tokens > args.max_seq_length:
+        raise UserError(f"{args.max_seq_length} is less than the prompt's {len(prompts[0])} tokens and max_new_tokens "
+                        f"{args.max_new_tokens}", "max_seq_length")
+    engine.reserve(len(prompts), capacity or len(prompts[0]) + args.max_new_tokens)
+    if ranks:                               # what can fail on one rank alone is behind us
+        prompts = ranks.from_first(prompts)
+        args.profile = args.profile if ranks.first else None
+    if args.compile or args.compile_prefill or engine.speculator:
+        seconds = warm_up(engine, prompts, request)
+        print(f"{'Compilation' if args.compile or args.compile_prefill else 'Warm-up'} time: {seconds:.2f} seconds", file=log)
+    if args.interactive:
+        return chat(engine, args, request)
+    run_samples(args, engine, prompts, request, log)
+
+
+def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, log: TextIO) -> list[int]:
+    if is_synthetic(args):
+        length = int(args.prompt)
+        if not length:
+            raise UserError("0 asks for a synthetic prompt of no tokens (an integer is a number of tokens; --prompt_file reads any text)",
+                            "prompt")
+        print(f"Synthetic prompt of {length} tokens", file=log)
+        return torch.randint(0, min(vocab_size, 1024), (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = cli.read_text(args.prompt_file, "prompt_file") if args.prompt_file else sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text:
-        raise UserError("--prompt is empty")
+        raise UserError("is empty", "prompt")
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
         return tokenizer.render_chat([*system, {"role": "user", "content": text}], enable_thinking=not args.no_thinking)
     return tokenizer.encode(text)
 
 
-def main(argv: list[str] | None = None) -> None:
-    with tp.joined() as ranks:
-        command(parse_args(argv), ranks)
+def is_synthetic(args: argparse.Namespace) -> bool:
+    return args.prompt.isascii() and args.prompt.isdigit() and not args.prompt_file
 
 
-def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
-    for flag in ("num_samples", "batch_size", "max_new_tokens"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be 1 or more")
-    sampling = Sampling(args.temperature, args.top_k or None, args.top_p)
-    sampling.check()
-    device = parse_device(args.device)
-    device = ranks.take_device(device) if ranks else device
-    dtype = parse_dtype(args.dtype, device)
-
-    start = time.perf_counter()
-    model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks)
-    formats.set_activations(model, args.activations)
-    print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, {str(model.dtype)[6:]}, {device}, {kernels.describe(device)})")
-    if args.max_seq_length > model.args.max_position:
-        raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {model.args.max_position} positions")
-    generator = make_generator(args, model, tokenizer, ranks)
-    capacity = args.max_seq_length or (min(model.args.max_position, 4096) if args.interactive else 0)
-    request = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, max_seq_length=capacity, seed=args.seed,
-                   stop_ids=frozenset() if args.ignore_eos else None)
-    prompts = [tokenizer.encode("def")] if args.interactive else [read_prompt(args, tokenizer, generator.vocab)] * args.batch_size
-    generator.check(prompts, 1 if args.interactive else args.max_new_tokens)
-    if not args.interactive and args.max_seq_length and len(prompts[0]) + args.max_new_tokens > args.max_seq_length:
-        raise UserError(f"--max_seq_length {args.max_seq_length} is less than the prompt's {len(prompts[0])} tokens and --max_new_tokens {args.max_new_tokens}")
-    generator.reserve(len(prompts), capacity or len(prompts[0]) + args.max_new_tokens)
-    if ranks:                               # what can fail on one rank alone is behind us
-        prompts = ranks.from_first(prompts)
-        args.profile = args.profile if ranks.first else None
-    if args.compile or args.compile_prefill or isinstance(generator, Speculator):
-        seconds = warm_up(generator, prompts, request)
-        print(f"{'Compilation' if args.compile or args.compile_prefill else 'Warm-up'} time: {seconds:.2f} seconds")
-    if args.interactive:
-        return chat(generator, tokenizer, args, request)
-    run_samples(args, generator, prompts, request)
-
-
-def make_generator(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, ranks: tp.Ranks | None) -> Generator:
-    if not args.draft_checkpoint_path and not args.draft:
-        if args.speculate_k is not None:
-            raise UserError(f"--speculate_k {args.speculate_k} needs --draft_checkpoint_path or --draft ngram")
-        return Generator(model, tokenizer, args.compile, args.compile_prefill)
-    if args.draft_checkpoint_path and args.draft:
-        raise UserError("--draft_checkpoint_path and --draft are two ways to draft: give one")
-    draft = None
-    if args.draft_checkpoint_path:
-        try:
-            draft_model, draft_tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks, may_replicate=True)
-        except UserError as error:
-            raise UserError(str(error).replace("--checkpoint_path", "--draft_checkpoint_path")) from None
-        formats.set_activations(draft_model, args.activations)
-        draft = Generator(draft_model, draft_tokenizer, compile_prefill=args.compile_prefill)
-    speculator = Speculator(model, tokenizer, draft, parse_speculate_k(args.speculate_k), args.compile, args.compile_prefill)
-    speculator.measures = True
-    return speculator
+def load_draft(args: argparse.Namespace, model: Transformer, ranks: tp.Ranks | None) -> Engine | str | None:
+    if not args.draft_checkpoint_path:
+        return args.draft
+    with cli.fields(checkpoint_path="draft_checkpoint_path"):
+        draft, tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks, may_replicate=True,
+                                      quantize_activations=args.quantize_activations)
+    return Engine(draft, tokenizer, compile_prefill=args.compile_prefill)
 
 
 def parse_speculate_k(text: str | None) -> int | None:
@@ -222,38 +502,39 @@ def parse_speculate_k(text: str | None) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"--speculate_k {text!r} is neither a number nor auto") from None
+        raise UserError(f"{text!r} is neither a number nor auto", "speculate_k") from None
 
 
-def run_samples(args: argparse.Namespace, generator: Generator, prompts: list[list[int]], request: dict) -> None:
-    tokenizer, speculates, plain_rate = generator.tokenizer, isinstance(generator, Speculator), 0.0
-    if speculates:
-        generator.enabled = False
-        plain_rate = stream(generator, tokenizer, prompts, show=False,
-                            **{**request, "max_new_tokens": min(64, args.max_new_tokens), "stop_ids": frozenset()})[1].decode_rate
-        generator.enabled, generator.statistics = True, Statistics([])
-    weights, rates, decode_rates = bytes_read_per_token(generator.model), [], []
+def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int]], request: dict[str, Any], log: TextIO) -> None:
+    speculator, plain_rate = engine.speculator, 0.0
+    if speculator:
+        speculator.enabled, speculator.measures = False, True
+        plain = {**request, "max_new_tokens": min(64, args.max_new_tokens), "stop_ids": frozenset()}
+        plain_rate = stream(engine, prompts, **plain)[1].decode_rate
+        speculator.enabled, speculator.statistics = True, Statistics()
+    shown = "" if args.chat or is_synthetic(args) else engine.tokenizer.decode(prompts[0], skip_special=True)
+    weights, rates, decode_rates = bytes_read_per_token(engine.model), [], []
     for number in range(1, args.num_samples + 1):
         request["seed"] = None if args.seed is None else args.seed + number - 1
-        passed = generator.statistics.passes if speculates else 0
+        passed = speculator.statistics.passes if speculator else 0
         profiler = torch.profiler.profile() if args.profile and number == args.num_samples else None
-        if not args.chat and not args.prompt.isdigit():
-            print(tokenizer.decode(prompts[0], skip_special=True), end="", flush=True)
-        with profiler or torch.inference_mode():
-            rows, timing = stream(generator, tokenizer, prompts, show=True, **request)
-        for row in rows[1:]:
-            print(f"---\n{tokenizer.decode(row if args.chat else prompts[0] + row, skip_special=True)}")
-        passes = 1 + generator.statistics.passes - passed if speculates else timing.steps
-        rates.append(report(timing, number, weights * passes))
-        decode_rates.append(timing.decode_rate)
+        printer = RowPrinter([shown] * len(prompts))
+        with profiler or contextlib.nullcontext():
+            timing = stream(engine, prompts, show=printer, progress=prefill_progress, **request)[1]
+        printer.close()
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
-    print("==========")
-    print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}")
-    if speculates:
-        print(summary(generator, plain_rate, sum(decode_rates) / len(decode_rates)))
-    print(f"Memory used: {memory_used(generator.model.device):.02f} GB")
+        passes = 1 + speculator.statistics.passes - passed if speculator else timing.steps
+        rates.append(timing.tokens / timing.total)
+        decode_rates.append(timing.decode_rate)
+        print(f"Time for inference {number}: {timing.total:.02f} sec total, {rates[-1]:.02f} tokens/sec", file=log)
+        print(f"Time to first token: {1000 * timing.first:.1f} ms, decode: {timing.decode_rate:.02f} tokens/sec", file=log)
+        print(f"Bandwidth achieved: {weights * passes / timing.total / 1e9:.02f} GB/s", file=log)
+    print(f"==========\nAverage tokens/sec: {sum(rates) / len(rates):.2f}", file=log)
+    if speculator:
+        print(summary(speculator, plain_rate, sum(decode_rates) / len(decode_rates)), file=log)
+    print(f"Memory used: {memory_used(engine.model.device):.02f} GB", file=log)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

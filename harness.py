@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from cli import UserError, written_whole
-from decoding import Generator, cache_bytes
+from cli import UserError, atomic_write
+from generate import Engine, cache_bytes
 from loading import free_memory
 from model import Transformer
 from sampling import Sampling
@@ -189,7 +189,7 @@ class Scorer:
 
 # ---- generation until a stop string
 
-def generate_texts(generator: Generator, tokenizer: Tokenizer, prompts: list[list[int]], until: Sequence[str], max_new_tokens: int,
+def generate_texts(generator: Engine, tokenizer: Tokenizer, prompts: list[list[int]], until: Sequence[str], max_new_tokens: int,
                    sampling: Sampling, seed: int | None = None, max_seq_length: int = 0) -> list[str]:
     """The text that follows each prompt, up to a stop string or a stop id or max_new_tokens; the stop string may still be at its end."""
     decoders = [StreamDecoder(tokenizer, skip_special=True) for _ in prompts]
@@ -239,7 +239,7 @@ class QwenFast(TemplateLM):
         self.model, self.tokenizer, self.batch_size, self.compile, self.seed = model, tokenizer, batch_size, compile, seed
         self._device, self.capacity = model.device, 0
         self.scorer = Scorer(model, batch_size, max_length, compile)
-        self.generator = Generator(model, tokenizer, compile, compile)
+        self.generator = Engine(model, tokenizer, compile, compile)
         # A rendered chat goes to lm-eval as a string, and comes back with more text around it: a word that no text holds stands for each control
         # token that the template wrote.
         self.nonce = secrets.token_hex(8)
@@ -348,6 +348,6 @@ def write_results(results: dict[str, Any], file: Path | None) -> None:
     if results.get("groups"):
         print(make_table(results, "groups"))
     if file:
-        with written_whole(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(json.dumps(results, indent=2, default=handle_non_serializable), "utf-8")
         print(f"results: {file}")

@@ -48,7 +48,7 @@ def cpu_has_bf16() -> bool:
 
 
 @functools.cache
-def problem() -> str | None:
+def unavailable_reason() -> str | None:
     """Loads the C++ ops, building them if need be. Returns why the PyTorch path must be taken instead, in one line, or None."""
     if os.environ.get("QWEN_FAST_KERNELS", "").lower() in ("off", "0"):
         return "QWEN_FAST_KERNELS=off"
@@ -63,8 +63,8 @@ def problem() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def ready() -> bool:
-    return problem() is None
+def available() -> bool:
+    return unavailable_reason() is None
 
 
 def built_library() -> Path:
@@ -120,7 +120,7 @@ def describe(device: torch.device | str = "cpu") -> str:
     """Which path runs on the device, in one line for the user."""
     if torch.device(device).type != "cpu":
         return "PyTorch kernels"
-    why_not = problem()
+    why_not = unavailable_reason()
     if why_not:
         return f"PyTorch kernels ({why_not})"
     flags = cpu_flags().split()
@@ -160,7 +160,7 @@ class Arena:
 arena = Arena()
 
 
-def large_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+def huge_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """torch.zeros, on the CPU in large pages."""
     size = torch.Size(shape).numel() * dtype.itemsize
     if torch.device(device).type != "cpu" or not size or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -168,16 +168,16 @@ def large_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device:
     return arena.take(size).view(dtype).view(shape)
 
 
-def place(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def copy_to(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """A copy of a weight where it will be used: on the CPU in large pages of anonymous memory, away from the file it was mapped from.
 
     Vectors go elsewhere: they outlive matrices that are packed later, and would keep whole chunks of large pages from being freed."""
     if torch.device(device).type != "cpu" or tensor.dim() < 2:
         return tensor.to(device, dtype, copy=True)
-    return large_zeros(tensor.shape, dtype).copy_(tensor)
+    return huge_zeros(tensor.shape, dtype).copy_(tensor)
 
 
-def give_back_freed() -> None:
+def trim_memory() -> None:
     """To the system: what packing has used for a while, glibc would keep for later."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -188,7 +188,7 @@ def give_back_freed() -> None:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K_in], weight [N, K_in] -> [..., N], summed in fp32."""
     if (x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and 0 < x.numel() <= MAX_TOKENS * x.size(-1)
-            and weight.dtype == x.dtype and weight.is_contiguous() and ready()):
+            and weight.dtype == x.dtype and weight.is_contiguous() and available()):
         return torch.ops.qwen_fast.linear(x, [weight], weight.size(0), True)
     return linear_reference(x, weight)
 
@@ -199,13 +199,13 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 # ---- linear with int8 weights: w = scale * q, one scale per row
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, exact: bool = False) -> Tensor:
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, quantize_activations: bool = True) -> Tensor:
     """x [..., K_in], weight int8 [N, K_in], scale fp32 [N] -> [..., N].
 
     Unless exact, up to 16 tokens of activations may be rounded to int16, in groups of 256 with a scale each (on CPUs with VNNI).
     """
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous() and ready():
-        return torch.ops.qwen_fast.linear(x, [weight, scale], weight.size(0), exact)
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous() and available():
+        return torch.ops.qwen_fast.linear(x, [weight, scale], weight.size(0), not quantize_activations)
     return int8_linear_reference(x, weight, scale)
 
 
@@ -213,7 +213,7 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
 
-def round_activations(x: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+def quantize_activations_reference(x: Tensor, dtype: torch.dtype, group: int) -> Tensor:
     """What the kernels make of activations x [..., K_in] (int16, 256 to a group, beside int8 weights; int8, 32 to a group, beside int4), in fp32."""
     most = 127 if dtype == torch.int8 else 127 * 257               # the kernels take the latter apart into two bytes, each up to 127
     padded = F.pad(x.float(), (0, -x.size(-1) % group)).unflatten(-1, (-1, group))
@@ -229,22 +229,27 @@ def round_activations(x: Tensor, dtype: torch.dtype, group: int) -> Tensor:
 # Packed for the CPU: blocks of 16 rows, [N / 16, K_in / 32, 4, 16, 4] (kernels.cpp says what goes where), scales bf16 and zeros
 # [N / 16, K_in / G, 16]. K_in is padded to whole groups and N to whole blocks.
 
-def unpack_int4(weight: Tensor) -> Tensor:
+def pack_nibbles(q: Tensor) -> Tensor:
+    q = F.pad(q, (0, q.size(1) % 2))
+    return q[:, ::2] | q[:, 1::2] << 4
+
+
+def unpack_nibbles(weight: Tensor, in_features: int | None = None) -> Tensor:
     """uint8 [N, K_in / 2] -> the values 0 .. 15, uint8 [N, K_in]."""
-    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)
+    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)[:, :in_features]
 
 
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
     """The stored form to the CPU's packed form. groupsize: a multiple of 32."""
     N, groups = scales.shape
-    q = F.pad(unpack_int4(weight), (0, groups * groupsize - 2 * weight.size(1), 0, -N % 16))
+    q = F.pad(unpack_nibbles(weight), (0, groups * groupsize - 2 * weight.size(1), 0, -N % 16))
     q = q.view(-1, 16, groups * groupsize // 32, 4, 2, 4)                  # block, row, unit, register, half, byte
     lower, upper = q.permute(4, 0, 2, 3, 1, 5)                             # block, unit, register, row, byte
 
     def in_blocks(t: Tensor) -> Tensor:
         return F.pad(t, (0, 0, 0, -N % 16)).view(-1, 16, groups).transpose(1, 2)
-    packed = torch.bitwise_or(lower, upper << 4, out=large_zeros(lower.shape, torch.uint8))
-    return packed, place(in_blocks(scales), "cpu", torch.bfloat16), place(in_blocks(zeros), "cpu", torch.uint8)
+    packed = torch.bitwise_or(lower, upper << 4, out=huge_zeros(lower.shape, torch.uint8))
+    return packed, copy_to(in_blocks(scales), "cpu", torch.bfloat16), copy_to(in_blocks(zeros), "cpu", torch.uint8)
 
 
 def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -255,13 +260,13 @@ def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
     return w.flatten(2).flatten(0, 1)[:out_features, :in_features]
 
 
-def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, exact: bool = False) -> Tensor:
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, quantize_activations: bool = True) -> Tensor:
     """x [..., K_in] and weights as pack_int4 gave them -> [..., N].
 
     Unless exact, up to 16 tokens of activations may be rounded to int8, in groups of 32 with a scale each (on CPUs with VNNI).
     """
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and ready():
-        return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, exact)
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and available():
+        return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, not quantize_activations)
     return int4_linear_reference(x, packed, scales, zeros, out_features)
 
 
@@ -269,44 +274,48 @@ def int4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tens
     return F.linear(x, dequantize_packed_int4(packed, scales, zeros, out_features, x.size(-1), x.dtype))
 
 
-# ---- a stack of transformer blocks
+# ---- all layers as one operator
 
-class Stack(NamedTuple):
-    """A model's layers for kernels.cpp, which keeps their tensors behind a single one: a compiler would take seconds to look at hundreds."""
+class LayerTensors(NamedTuple):
+    attention_norm: Tensor
+    wqkv: list[Tensor]
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    wo: list[Tensor]
+    ffn_norm: Tensor
+    w13: list[Tensor]
+    w2: list[Tensor]
+    k_cache: Tensor
+    v_cache: Tensor
+    window: int
+
+
+class FusedLayers(NamedTuple):
     handle: Tensor
     dtype: torch.dtype
 
 
-def stack(layers: Sequence[torch.nn.Module]) -> Stack | None:
-    """Of model.TransformerBlocks that have their caches; None where run_stack cannot stand in for their calls."""
-    first, weights, table = layers[0], [], []
-    k_cache, attention = first.attention.kv_cache.k_cache, first.attention
-    if not (k_cache.device.type == "cpu" and k_cache.dtype == first.ffn_norm.weight.dtype in (torch.bfloat16, torch.float32) and ready()
-            and attention.head_dim % 16 == 0 and attention.head_dim <= MAX_HEAD and isinstance(attention.reduce, torch.nn.Identity)):
+def fuse(layers, n_head: int, intermediate_size: int, eps: float, quantize_activations: bool) -> FusedLayers | None:
+    k_cache = layers[0].k_cache
+    if not (k_cache.device.type == "cpu" and k_cache.dtype == layers[0].ffn_norm.dtype in (torch.bfloat16, torch.float32) and available()
+            and k_cache.size(3) % 16 == 0 and k_cache.size(3) <= MAX_HEAD):
         return None
-    linears = [(layer.attention.wqkv, layer.attention.wo, layer.feed_forward.w13, layer.feed_forward.w2) for layer in layers]
-    for layer, of_layer in zip(layers, linears):
-        wqkv, wo, w13, w2 = (linear.parts(k_cache.dtype) for linear in of_layer)
-        if not (wqkv and wo and w13 and w2):
-            return None
-        head_norms = [norm.weight for norm in (layer.attention.q_norm, layer.attention.k_norm) if hasattr(norm, "weight")]
-        parts = ([layer.attention_norm.weight], wqkv, head_norms, wo, [layer.ffn_norm.weight], w13, w2)
+    weights, table = [], []
+    for l in layers:
+        parts = ([l.attention_norm], l.wqkv, [t for t in (l.q_norm, l.k_norm) if t is not None], l.wo, [l.ffn_norm], l.w13, l.w2)
         weights += itertools.chain(*parts)
-        table += [*map(len, parts), layer.attention.window]
-    caches = [layer.attention.kv_cache for layer in layers]
-    handle = torch.ops.qwen_fast.stack(weights, table, first.ffn_norm.eps, [c.k_cache for c in caches], [c.v_cache for c in caches], attention.n_head,
-                                       first.feed_forward.w2.in_features, any(linear.exact for ones in linears for linear in ones))
-    return Stack(handle, k_cache.dtype)
+        table += [*map(len, parts), l.window]
+    handle = torch.ops.qwen_fast.stack(weights, table, eps, [l.k_cache for l in layers], [l.v_cache for l in layers], n_head,
+                                       intermediate_size, not quantize_activations)
+    return FusedLayers(handle, k_cache.dtype)
 
 
-def takes(stack: Stack | None, x: Tensor) -> bool:
-    """Whether run_stack computes x [B, S, C]."""
-    return stack is not None and x.dtype == stack.dtype and x.numel() > 0
+def accepts(fused: FusedLayers, x: Tensor) -> bool:
+    return x.dtype == fused.dtype and x.numel() > 0
 
 
-def run_stack(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
-    """x [B, S, C] through all layers in one operator: what lies between their matrices is not worth a call of its own."""
-    return torch.ops.qwen_fast.layers(x, stack.handle, cos, sin, logn, input_pos)
+def run_fused(fused: FusedLayers, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
+    return torch.ops.qwen_fast.layers(x, fused.handle, cos, sin, logn, input_pos)
 
 
 # ---- attention over the KV cache
@@ -319,7 +328,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
     if q.device.type != "cpu":
         return attend_reference(q, k_cache, v_cache, input_pos, window)
     if (q.dtype in (torch.bfloat16, torch.float32) and k_cache.dtype == q.dtype and q.size(3) % 16 == 0 and q.size(3) <= MAX_HEAD
-            and k_cache.is_contiguous() and v_cache.is_contiguous() and ready()):
+            and k_cache.is_contiguous() and v_cache.is_contiguous() and available()):
         return torch.ops.qwen_fast.attend(q, k_cache, v_cache, input_pos, window)
     return attend_sliced(q, k_cache, v_cache, input_pos, window)
 

@@ -1,304 +1,40 @@
-"""The Transformer: Qwen (v1, 1.5, 2, 2.5, 3), Llama (2, 3, 3.1, 3.2, CodeLlama, open_llama) and Mistral, from one configuration.
+"""The Transformer: Qwen (v1, 1.5, 2, 2.5, 3), Llama (2, 3, 3.1, 3.2, CodeLlama, open_llama) and Mistral, by one configuration.
 
-Shapes: B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C model dim, F feed-forward dim, V vocabulary.
+Shapes: B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C model dim, F feed-forward dim, V vocabulary,
+P positions that logits are wanted for.
+
+`kernels.linear` and `kernels.attend` are F.linear and scaled_dot_product_attention, with faster CPU kernels for a few tokens.
 """
 import math
-from dataclasses import dataclass
+from typing import Any, Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from cli import UserError
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How a checkpoint stretches RoPE past the length it was first trained on."""
-    rope_type: str                       # linear, llama3 or yarn
-    factor: float
-    original_max_position: int = 8192
-    low_freq_factor: float = 1.0         # llama3: wavelengths longer than original / low are divided by factor,
-    high_freq_factor: float = 4.0        # shorter than original / high are kept
-    beta_fast: float = 32.0              # yarn: dimensions that turn more often than this are kept,
-    beta_slow: float = 1.0               # less often than this are divided by factor
-    truncate: bool = True
-    attention_factor: float = 1.0        # multiplies cos and sin
-
-
-@dataclass(frozen=True)
-class ModelArgs:
-    model_type: str
-    dim: int
-    n_layer: int
-    n_head: int
-    n_local_heads: int                   # KV heads
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_position: int
-    norm_eps: float = 1e-6
-    rope_base: float = 10000.0
-    rope: RopeScaling | None = None
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    tie_word_embeddings: bool = False
-    windows: tuple[int, ...] = ()        # per layer: how many positions attention looks back, 0 = all
-    seq_length: int = 0                  # Qwen v1: the training length, from which logn and dynamic NTK count
-    logn: bool = False
-    dynamic_ntk: bool = False
-
-    @classmethod
-    def from_hf(cls, config: dict) -> "ModelArgs":
-        """From the contents of a Hugging Face config.json. A value that the model does not carry is a UserError that names it."""
-        model_type = config.get("model_type")
-        if model_type not in FAMILIES:
-            raise UserError(f"config.json: model_type {model_type!r} is not supported (supported: {', '.join(FAMILIES)})")
-        try:
-            return _from_qwen_v1(config) if model_type == "qwen" else _from_llama_like(config)
-        except KeyError as error:
-            raise UserError(f"config.json has no {error.args[0]!r}") from None
-
-    @classmethod
-    def from_name(cls, name: str) -> "ModelArgs":
-        """A published shape by its name, e.g. "Qwen3-0.6B": see PUBLISHED."""
-        if name not in PUBLISHED:
-            raise UserError(f"unknown model name {name!r} (known: {', '.join(PUBLISHED)})")
-        return cls.from_hf(PUBLISHED[name])
-
-
-FAMILIES = ("qwen", "qwen2", "qwen3", "llama", "mistral")
-
-
-def _refuse_unless(config: dict, key: str, allowed: tuple) -> None:
-    if config.get(key) not in (None, *allowed):
-        raise UserError(f"config.json: {key} {config[key]!r} is not supported (supported: {', '.join(map(str, allowed))})")
-
-
-def _from_qwen_v1(config: dict) -> ModelArgs:
-    """Two generations of key names; the feed-forward width counts gate and up together."""
-    def get(*names: str):
-        return next((config[n] for n in names if n in config), None)
-    _refuse_unless(config, "no_bias", (True,))
-    n_head, dim = get("num_attention_heads", "n_head"), get("hidden_size", "n_embd")
-    if not n_head or not dim:
-        raise KeyError("num_attention_heads" if not n_head else "hidden_size")
-    seq_length = get("seq_length", "n_positions") or 2048
-    return ModelArgs(
-        model_type="qwen", dim=dim, n_layer=get("num_hidden_layers", "n_layer"), n_head=n_head, n_local_heads=n_head,
-        head_dim=get("kv_channels") or dim // n_head, intermediate_size=get("intermediate_size", "ffn_hidden_size") // 2,
-        vocab_size=config["vocab_size"], max_position=max(get("max_position_embeddings", "n_positions") or 0, seq_length),
-        norm_eps=config.get("layer_norm_epsilon", 1e-6), rope_base=config.get("rotary_emb_base", 10000.0), qkv_bias=True,
-        tie_word_embeddings=config.get("tie_word_embeddings", False), seq_length=seq_length,
-        logn=config.get("use_logn_attn", True), dynamic_ntk=config.get("use_dynamic_ntk", True))
-
-
-def _from_llama_like(config: dict) -> ModelArgs:
-    _refuse_unless(config, "hidden_act", ("silu", "swish"))
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if config.get(key):
-            raise UserError(f"config.json: {key} {config[key]}: mixture-of-experts layers are not supported yet")
-    model_type, n_layer, n_head = config["model_type"], config["num_hidden_layers"], config["num_attention_heads"]
-    attention_bias = config.get("attention_bias", False)
-    rope_base, rope = _rope_from(config)
-    max_position = config["max_position_embeddings"]
-    if rope and rope.rope_type == "yarn":
-        max_position = max(max_position, int(rope.original_max_position * rope.factor))
-    return ModelArgs(
-        model_type=model_type, dim=config["hidden_size"], n_layer=n_layer, n_head=n_head,
-        n_local_heads=config.get("num_key_value_heads") or n_head, head_dim=config.get("head_dim") or config["hidden_size"] // n_head,
-        intermediate_size=config["intermediate_size"], vocab_size=config["vocab_size"], max_position=max_position,
-        norm_eps=config.get("rms_norm_eps", 1e-6), rope_base=rope_base, rope=rope,
-        qkv_bias=attention_bias or model_type == "qwen2", o_bias=attention_bias and model_type != "qwen2",
-        mlp_bias=config.get("mlp_bias", False), qk_norm=model_type == "qwen3",
-        tie_word_embeddings=config.get("tie_word_embeddings", False), windows=_windows_from(config, model_type, n_layer))
-
-
-def _windows_from(config: dict, model_type: str, n_layer: int) -> tuple[int, ...]:
-    window, layer_types = config.get("sliding_window"), config.get("layer_types")
-    if not window or model_type == "llama" or (model_type != "mistral" and not config.get("use_sliding_window", False)):
-        return (0,) * n_layer
-    if layer_types:
-        for kind in set(layer_types) - {"full_attention", "sliding_attention"}:
-            raise UserError(f"config.json: layer_types {kind!r} is not supported (supported: full_attention, sliding_attention)")
-        return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
-    first = 0 if model_type == "mistral" else config.get("max_window_layers", 0)
-    return tuple(window if layer >= first else 0 for layer in range(n_layer))
-
-
-def _rope_from(config: dict) -> tuple[float, RopeScaling | None]:
-    """RoPE base and scaling, from rope_theta + rope_scaling (older files) or rope_parameters (newer ones)."""
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    for holder in (config, scaling):
-        if holder.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(f"config.json: partial_rotary_factor {holder['partial_rotary_factor']} is not supported (supported: 1.0)")
-    if rope_type == "default":
-        return base, None
-    if rope_type not in ("linear", "llama3", "yarn"):
-        raise UserError(f"config.json: rope type {rope_type!r} is not supported (supported: default, linear, llama3, yarn)")
-    factor, attention_factor = float(scaling["factor"]), scaling.get("attention_factor")
-    if rope_type != "yarn":
-        attention_factor = 1.0
-    elif attention_factor is None:       # YaRN (Peng et al. 2023), section 3.4
-        def mscale(weight: float) -> float:
-            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-        both = scaling.get("mscale") and scaling.get("mscale_all_dim")
-        attention_factor = mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"]) if both else mscale(1.0)
-    return base, RopeScaling(
-        rope_type, factor, scaling.get("original_max_position_embeddings") or config["max_position_embeddings"],
-        scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0),
-        scaling.get("beta_fast") or 32.0, scaling.get("beta_slow") or 1.0, scaling.get("truncate", True), attention_factor)
-
-
-def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
-    """Angle per position of each rotated pair, fp32 [D/2]. prompt_length matters to Qwen v1's dynamic NTK only."""
-    D, base, rope = args.head_dim, args.rope_base, args.rope
-    if args.dynamic_ntk and prompt_length > args.seq_length:
-        alpha = max(1, 2 ** math.ceil(math.log2(prompt_length / args.seq_length) + 1) - 1)
-        base = base * alpha ** (D / (D - 2))
-    freqs = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
-    if rope is None:
-        return freqs
-    if rope.rope_type == "linear":
-        return freqs / rope.factor
-    if rope.rope_type == "llama3":
-        turns = rope.original_max_position * freqs / (2 * math.pi)
-        keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-        return keep * freqs + (1 - keep) * freqs / rope.factor
-
-    def dimension_that_turns(n: float) -> float:
-        return D * math.log(rope.original_max_position / (n * 2 * math.pi)) / (2 * math.log(base))
-    low, high = dimension_that_turns(rope.beta_fast), dimension_that_turns(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, D - 1)
-    ramp = ((torch.arange(D // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-    return freqs * (1 - ramp) + freqs / rope.factor * ramp
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split RoPE in fp32: x [B, S, H, D]; cos, sin fp32 [B, S, 1, D]."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
-
-
-class Linear(nn.Module):
-    """y = x W^T + b. formats.py puts other modules of the same forward in its place."""
-    exact = False                                      # quantized ones may round their inputs unless this is set
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = kernels.linear(x, self.weight)
-        return y if self.bias is None else y + self.bias
-
-    def parts(self, dtype: torch.dtype) -> list[Tensor]:
-        """What kernels.cpp computes it from for inputs of a dtype; nothing if it cannot."""
-        fits = self.weight.dtype == dtype and self.weight.is_contiguous()
-        return [t for t in (self.weight, self.bias) if t is not None] if fits else []
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.empty(dim), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
-
-
-class KVCache(nn.Module):
-    """Keys and values of every position so far, each [B, K, T, D], allocated once."""
-
-    def __init__(self, batch: int, n_local_heads: int, max_seq_length: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        for name in ("k_cache", "v_cache"):
-            self.register_buffer(name, kernels.large_zeros((batch, n_local_heads, max_seq_length, head_dim), dtype, device), persistent=False)
-
-    def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v [B, S, K, D] at input_pos [B, S]; returns the whole caches."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k_cache[rows, :, input_pos] = k
-        self.v_cache[rows, :, input_pos] = v
-        return self.k_cache, self.v_cache
-
-
-class Attention(nn.Module):
-    def __init__(self, args: ModelArgs, window: int):
-        super().__init__()
-        self.n_head, self.n_local_heads, self.head_dim, self.window = args.n_head, args.n_local_heads, args.head_dim, window
-        self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_local_heads) * args.head_dim, args.qkv_bias)
-        self.wo = Linear(args.n_head * args.head_dim, args.dim, args.o_bias)
-        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
-        self.kv_cache: KVCache | None = None
-        self.reduce = nn.Identity()                    # tensor parallelism: the sum over ranks
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
-        B, S, _ = x.shape
-        qkv = self.wqkv(x).view(B, S, -1, self.head_dim)
-        q, k, v = qkv.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=2)    # [B, S, H or K, D]
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if logn is not None:
-            q = (q.float() * logn).type_as(q)
-        k_cache, v_cache = self.kv_cache.update(input_pos, k, v)
-        return self.reduce(self.wo(kernels.attend(q, k_cache, v_cache, input_pos, self.window)))     # [B, S, C]
-
-
-class FeedForward(nn.Module):
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.w13 = Linear(args.dim, 2 * args.intermediate_size, args.mlp_bias)               # gate, then up
-        self.w2 = Linear(args.intermediate_size, args.dim, args.mlp_bias)
-        self.reduce = nn.Identity()                    # as in Attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.reduce(self.w2(nn.functional.silu(gate) * up))
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, window: int):
-        super().__init__()
-        self.attention, self.feed_forward = Attention(args, window), FeedForward(args)
-        self.attention_norm, self.ffn_norm = RMSNorm(args.dim, args.norm_eps), RMSNorm(args.dim, args.norm_eps)
-
-    # The compiler works on one block and reuses it for every layer.
-    @torch.compiler.nested_compile_region
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), cos, sin, logn, input_pos)
-        return h + self.feed_forward(self.ffn_norm(h))
+from config import ModelArgs, rope_frequencies
 
 
 class Transformer(nn.Module):
     """Built empty, best under torch.device("meta"); weights come by load_state_dict(..., assign=True).
 
-    args describes the whole model. local: the sizes of the share that is in this process, where tp.py spreads a model over several.
+    args describes the whole model; local, the share of it in this process where tp.py splits it over several.
     """
 
     def __init__(self, args: ModelArgs, local: ModelArgs | None = None):
         super().__init__()
         self.args, self.local = args, local or args
-        self.ranks = None                              # tp.Ranks of a model spread over processes
-        local = self.local
-        # given its weight, the embedding skips an initialisation that is slow to import
-        self.tok_embeddings = nn.Embedding(local.vocab_size, args.dim, _weight=torch.empty(local.vocab_size, args.dim))
-        self.layers = nn.ModuleList(TransformerBlock(local, window) for window in args.windows or (0,) * args.n_layer)
+        self.ranks: Any = None                         # tp.Ranks of a model that is split over processes
+        self.quantize_activations = True               # by formats.set_quantize_activations
+        # With its weight given, the embedding skips an initialization that is slow to import.
+        self.tok_embeddings = nn.Embedding(self.local.vocab_size, args.dim, _weight=torch.empty(self.local.vocab_size, args.dim))
+        self.layers = nn.ModuleList(TransformerBlock(self.local, window) for window in args.windows or (0,) * args.n_layer)
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.tie_word_embeddings else Linear(args.dim, local.vocab_size)
+        self.output = None if args.tie_word_embeddings else Linear(args.dim, self.local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
         self.max_batch_size = self.max_seq_length = 0
-        self.stack: kernels.Stack | None = None        # the layers once more, for a CPU
 
     @property
     def device(self) -> torch.device:
@@ -309,37 +45,55 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
     def setup_caches(self, batch: int, max_seq_length: int, dtype: torch.dtype | None = None) -> None:
-        """Allocates every layer's KV cache (kept if the present ones are as large) for positions 0 .. max_seq_length - 1.
+        """Allocates every layer's KV cache for positions 0 .. max_seq_length - 1; caches that are large enough are kept."""
+        dtype = dtype or self.dtype
+        if (batch == self.max_batch_size and max_seq_length <= self.max_seq_length
+                and dtype == self.layers[0].attention.kv_cache.k_cache.dtype):
+            return
+        for layer in self.layers:                      # the old caches go before the new ones come
+            layer.attention.kv_cache = None
+        shape = (batch, self.local.n_local_heads, max_seq_length, self.args.head_dim)
+        self.use_caches([(kernels.huge_zeros(shape, dtype, self.device), kernels.huge_zeros(shape, dtype, self.device))
+                         for _ in self.layers])
+        self.register_buffer("inv_freq", rope_frequencies(self.args).to(self.device), persistent=False)
 
-        To be called again before the next forward where weights or their form have been exchanged."""
-        if batch != self.max_batch_size or max_seq_length > self.max_seq_length or dtype not in (None, self.layers[0].attention.kv_cache.k_cache.dtype):
-            self.stack = None                              # the old caches go before the new ones come
-            for layer in self.layers:
-                layer.attention.kv_cache = None
-            for layer in self.layers:
-                layer.attention.kv_cache = KVCache(batch, self.local.n_local_heads, max_seq_length, self.args.head_dim,
-                                                   dtype or self.dtype, self.device)
-            self.max_batch_size, self.max_seq_length = batch, max_seq_length
-            self.register_buffer("inv_freq", rope_frequencies(self.args).to(self.device), persistent=False)
-        self.stack = kernels.stack(self.layers)
+    def use_caches(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Takes these keys and values, [B, K, T, D] of each layer, for the KV cache."""
+        for layer, (k_cache, v_cache) in zip(self.layers, caches, strict=True):
+            if layer.attention.kv_cache is None:
+                layer.attention.kv_cache = KVCache(k_cache, v_cache)
+            else:                                      # the same module for a compiler, which has seen it
+                layer.attention.kv_cache.k_cache, layer.attention.kv_cache.v_cache = k_cache, v_cache
+        self.max_batch_size, self.max_seq_length = k_cache.size(0), k_cache.size(2)
 
     def set_prompt_length(self, length: int) -> None:
-        """Qwen v1's dynamic NTK counts from the prompt's length and stays the same for the whole generation."""
+        """Qwen v1's dynamic NTK depends on the prompt's length and stays the same for the whole generation."""
         if self.args.dynamic_ntk:
             self.inv_freq.copy_(rope_frequencies(self.args, length))
 
-    def forward(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor | None = None) -> Tensor:
+    def fuse(self) -> kernels.FusedLayers | None:
+        """All layers as one CPU operator, for `fused` of forward. None where it cannot stand in for the modules.
+
+        It holds the tensors that the layers have now: to be made anew wherever a weight, a module or a cache may have changed."""
+        layers = [layer.kernel_args() for layer in self.layers]
+        if not layers or any(layer is None for layer in layers):
+            return None
+        return kernels.fuse(layers, self.local.n_head, self.local.intermediate_size, self.args.norm_eps, self.quantize_activations)
+
+    def forward(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor | None = None,
+                fused: kernels.FusedLayers | None = None) -> Tensor:
         """Logits [B, P, V] for tokens idx [B, S] at positions input_pos ([S], or [B, S] where rows differ).
 
-        logits_at: int64 [P] or [B, P], which of the S to compute logits for; the last one if None.
-        The keys and values of these tokens are written to the cache; attention sees all cached positions up to each token's own.
+        logits_at: int64 [P] or [B, P], which of the S tokens to compute logits for; the last one if None.
+        fused: what `fuse` returned, to run instead of the loop over the layers.
+        The keys and values of these tokens go to the cache; a token sees all cached positions up to its own.
         """
         input_pos = input_pos.expand(idx.shape)
         cos, sin = self.rope(input_pos)
         logn = self.logn_scale(input_pos) if self.args.logn else None
-        x = self.tok_embeddings(idx)
-        if kernels.takes(self.stack, x):
-            x = kernels.run_stack(self.stack, x, cos, sin, logn, input_pos)
+        x = self.tok_embeddings(idx)                   # [B, S, C]
+        if fused is not None and kernels.accepts(fused, x):
+            x = kernels.run_fused(fused, x, cos, sin, logn, input_pos)
         else:
             for layer in self.layers:
                 x = layer(x, cos, sin, logn, input_pos)
@@ -349,7 +103,7 @@ class Transformer(nn.Module):
             x = x[:, logits_at]
         else:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.size(-1)))
-        x = self.norm(x)
+        x = self.norm(x)                               # [B, P, C]
         return self.gather(kernels.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x))
 
     def rope(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,54 +118,134 @@ class Transformer(nn.Module):
         return ((input_pos + 1).float().log() / math.log(self.args.seq_length)).clamp(min=1.0)[:, :, None, None]
 
 
-def _shape(model_type: str, layers: int, dim: int, heads: int, kv: int, head_dim: int, ffn: int, vocab: int, theta: float, context: int, **more) -> dict:
-    return dict(model_type=model_type, num_hidden_layers=layers, hidden_size=dim, num_attention_heads=heads, num_key_value_heads=kv,
-                head_dim=head_dim, intermediate_size=ffn, vocab_size=vocab, rope_theta=theta, max_position_embeddings=context, **more)
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, window: int):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(args, window), FeedForward(args)
+        self.attention_norm, self.ffn_norm = RMSNorm(args.dim, args.norm_eps), RMSNorm(args.dim, args.norm_eps)
+
+    # The compiler works on one block and reuses the result for every layer.
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), cos, sin, logn, input_pos)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+    def kernel_args(self) -> kernels.LayerTensors | None:
+        """The tensors that the fused layers compute this block from; None if it is not, in all its parts, what they stand for."""
+        attention, feed_forward, head_norm = self.attention, self.feed_forward, type(self.attention.q_norm)
+        expected = [(self, TransformerBlock), (attention, Attention), (feed_forward, FeedForward), (self.attention_norm, RMSNorm),
+                    (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm), (attention.k_norm, head_norm),
+                    (attention.reduce, nn.Identity), (feed_forward.reduce, nn.Identity)]
+        linears = [attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2]
+        if (head_norm not in (RMSNorm, nn.Identity) or not all(is_unmodified(module, kind) for module, kind in expected)
+                or not all(hasattr(linear, "kernel_args") for linear in linears)):
+            return None
+        wqkv, wo, w13, w2 = (linear.kernel_args(self.ffn_norm.weight.dtype) for linear in linears)
+        if not (wqkv and wo and w13 and w2):
+            return None
+        q_norm, k_norm = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
+        return kernels.LayerTensors(self.attention_norm.weight, wqkv, q_norm, k_norm, wo, self.ffn_norm.weight, w13, w2,
+                                    attention.kv_cache.k_cache, attention.kv_cache.v_cache, attention.window)
 
 
-def _qwen_v1(layers: int, dim: int, heads: int, ffn: int, vocab: int, theta: float = 10000.0, context: int = 8192, extended: bool = True) -> dict:
-    return dict(model_type="qwen", num_hidden_layers=layers, hidden_size=dim, num_attention_heads=heads, intermediate_size=2 * ffn, vocab_size=vocab,
-                rotary_emb_base=theta, seq_length=context, max_position_embeddings=context, use_logn_attn=extended, use_dynamic_ntk=extended)
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, window: int):
+        super().__init__()
+        self.n_head, self.n_local_heads, self.head_dim = args.n_head, args.n_local_heads, args.head_dim
+        self.window = window                           # how many positions a token looks back, 0 for all
+        self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_local_heads) * args.head_dim, args.qkv_bias)
+        self.wo = Linear(args.n_head * args.head_dim, args.dim, args.o_bias)
+        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
+        self.kv_cache: KVCache = None                  # by Transformer.setup_caches
+        self.reduce = nn.Identity()                    # tensor parallelism: the sum over ranks
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
+        return self.reduce(self.wo(self.heads(x, cos, sin, logn, input_pos)))                        # [B, S, C]
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
+        """What all query heads attend to, [B, S, H * D]: the input of wo. Writes x's keys and values to the cache."""
+        B, S, _ = x.shape
+        qkv = self.wqkv(x).view(B, S, -1, self.head_dim)
+        q, k, v = qkv.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=2)            # [B, S, H or K, D]
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if logn is not None:
+            q = (q.float() * logn).type_as(q)
+        k_cache, v_cache = self.kv_cache.update(input_pos, k, v)
+        return kernels.attend(q, k_cache, v_cache, input_pos, self.window)
 
 
-_LLAMA31 = dict(rope_scaling=dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192))
-_LLAMA32 = dict(rope_scaling=dict(rope_type="llama3", factor=32.0, original_max_position_embeddings=8192), tie_word_embeddings=True)
-_TIED = dict(tie_word_embeddings=True)
-PUBLISHED = {
-    "Qwen-1.8B": _qwen_v1(24, 2048, 16, 5504, 151936),
-    "Qwen-7B": _qwen_v1(32, 4096, 32, 11008, 151936),
-    "Qwen-14B": _qwen_v1(40, 5120, 40, 13696, 152064),
-    "Qwen-72B": _qwen_v1(80, 8192, 64, 24576, 152064, 1e6, 32768, extended=False),
-    "Qwen1.5-0.5B": _shape("qwen2", 24, 1024, 16, 16, 64, 2816, 151936, 1e6, 32768, **_TIED),
-    "Qwen1.5-1.8B": _shape("qwen2", 24, 2048, 16, 16, 128, 5504, 151936, 1e6, 32768),
-    "Qwen1.5-4B": _shape("qwen2", 40, 2560, 20, 20, 128, 6912, 151936, 5e6, 32768),
-    "Qwen1.5-7B": _shape("qwen2", 32, 4096, 32, 32, 128, 11008, 151936, 1e6, 32768),
-    "Qwen1.5-14B": _shape("qwen2", 40, 5120, 40, 40, 128, 13696, 152064, 1e6, 32768),
-    "Qwen1.5-32B": _shape("qwen2", 64, 5120, 40, 8, 128, 27392, 152064, 1e6, 32768),
-    "Qwen1.5-72B": _shape("qwen2", 80, 8192, 64, 64, 128, 24576, 152064, 1e6, 32768),
-    "Qwen2-0.5B": _shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, 1e6, 131072, **_TIED),
-    "Qwen2-1.5B": _shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 1e6, 131072, **_TIED),
-    "Qwen2-7B": _shape("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, 1e6, 131072),
-    "Qwen2-72B": _shape("qwen2", 80, 8192, 64, 8, 128, 29568, 152064, 1e6, 131072),
-    "Qwen2.5-0.5B": _shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, 1e6, 32768, **_TIED),
-    "Qwen2.5-1.5B": _shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 1e6, 131072, **_TIED),
-    "Qwen2.5-3B": _shape("qwen2", 36, 2048, 16, 2, 128, 11008, 151936, 1e6, 32768, **_TIED),
-    "Qwen2.5-7B": _shape("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, 1e6, 131072),
-    "Qwen2.5-14B": _shape("qwen2", 48, 5120, 40, 8, 128, 13824, 152064, 1e6, 131072),
-    "Qwen2.5-32B": _shape("qwen2", 64, 5120, 40, 8, 128, 27648, 152064, 1e6, 131072),
-    "Qwen2.5-72B": _shape("qwen2", 80, 8192, 64, 8, 128, 29568, 152064, 1e6, 131072),
-    "Qwen3-0.6B": _shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 1e6, 40960, **_TIED),
-    "Qwen3-1.7B": _shape("qwen3", 28, 2048, 16, 8, 128, 6144, 151936, 1e6, 40960, **_TIED),
-    "Qwen3-4B": _shape("qwen3", 36, 2560, 32, 8, 128, 9728, 151936, 1e6, 40960, **_TIED),
-    "Qwen3-8B": _shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 1e6, 40960),
-    "Qwen3-14B": _shape("qwen3", 40, 5120, 40, 8, 128, 17408, 151936, 1e6, 40960),
-    "Qwen3-32B": _shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 1e6, 40960),
-    "Llama-2-7B": _shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e4, 4096, rms_norm_eps=1e-5),
-    "Llama-2-13B": _shape("llama", 40, 5120, 40, 40, 128, 13824, 32000, 1e4, 4096, rms_norm_eps=1e-5),
-    "Llama-2-70B": _shape("llama", 80, 8192, 64, 8, 128, 28672, 32000, 1e4, 4096, rms_norm_eps=1e-5),
-    "Llama-3.1-8B": _shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA31),
-    "Llama-3.2-1B": _shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA32),
-    "Llama-3.2-3B": _shape("llama", 28, 3072, 24, 8, 128, 8192, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA32),
-    "CodeLlama-7B-Python": _shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e6, 16384, rms_norm_eps=1e-5),
-    "CodeLlama-34B": _shape("llama", 48, 8192, 64, 8, 128, 22016, 32000, 1e6, 16384, rms_norm_eps=1e-5),
-}
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w13 = Linear(args.dim, 2 * args.intermediate_size, args.mlp_bias)                       # gate, then up
+        self.w2 = Linear(args.intermediate_size, args.dim, args.mlp_bias)
+        self.reduce = nn.Identity()                    # as in Attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.w2(self.hidden(x)))                                                  # [B, S, C]
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The input of w2, [B, S, F]."""
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. A quantized linear (formats.py) takes its place with the same forward."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = kernels.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+    def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
+        """What the fused layers compute it from, for inputs of a dtype; None if they cannot."""
+        fits = self.weight.dtype == dtype and self.weight.is_contiguous()
+        return present(self.weight, self.bias) if fits and is_unmodified(self, Linear) else None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class KVCache(nn.Module):
+    """Keys and values of every position so far, each [B, K, T, D]."""
+
+    def __init__(self, k_cache: Tensor, v_cache: Tensor):
+        super().__init__()
+        self.register_buffer("k_cache", k_cache, persistent=False)
+        self.register_buffer("v_cache", v_cache, persistent=False)
+
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v [B, S, K, D] at input_pos [B, S]; returns the whole caches."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        self.k_cache[rows, :, input_pos] = k
+        self.v_cache[rows, :, input_pos] = v
+        return self.k_cache, self.v_cache
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split RoPE in fp32: x [B, S, H, D]; cos, sin fp32 [B, S, 1, D]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+
+
+def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what its class says: no subclass of it, no hooks, no forward of its own."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]

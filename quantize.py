@@ -18,12 +18,11 @@ from tqdm import tqdm
 
 import GPTQ
 from calibration import calibration_tokens, own_text, read_sources, source_files, texts_of_tasks, widest_inputs
-from cli import UserError, run, written_whole
-from convert import read_json
-from formats import (GROUPSIZES, LM_HEADS, MODES, VERSION, Int4Linear, Quantization, QuantizedLinear, check_fits, quantize_weight, read_checkpoint,
-                     read_weights, replace_linears, skipped_names)
-from loading import parse_device
-from model import ModelArgs, Transformer
+from config import ModelArgs
+from cli import atomic_write, read_json, run, UserError
+from formats import GROUPSIZES, LM_HEADS, MODES, Int4Linear, Quantization, QuantizedLinear, quantize_weight, replace_linears, skipped_names
+from loading import check_fits, parse_device, read_checkpoint, read_weights, VERSION
+from model import Transformer
 from tokenizer import Tokenizer
 
 GPTQ_MODES = ("int8-gptq", "int4-gptq")  # the same formats, rounded with GPTQ.py
@@ -91,7 +90,7 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
         state |= {f"{name}.{key}": value for key, value in buffers.items()}
         lines.append((name, linears[name], error, sum(value.nbytes for value in buffers.values()), kept[sources[name]].nbytes))
     target = path.with_name(f"model_{mode}.pth" if format == "int8" else f"model_{mode}.g{groupsize}.pth")
-    with written_whole(target) as partial:
+    with atomic_write(target) as partial:
         recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(quantization).items()}
         torch.save({"version": VERSION, "quantization": recorded, "state_dict": state}, partial)
         with open(partial, "rb") as file:

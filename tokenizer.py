@@ -15,7 +15,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from cli import UserError, written_whole
+from cli import UserError, atomic_write
 
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -125,6 +125,10 @@ class Tokenizer:
         for i, part in enumerate(re.split(f"({self._pattern.pattern})", text)):
             parts.append(self.control[part] if i % 2 else re.sub(f"{nonce}([0-9]+)x", lambda found: spelt[int(found[1])], part))
         return self.encode_parts(parts, bos=False)
+
+    @property
+    def has_template(self) -> bool:
+        return (self.folder / "chat_template.jinja").is_file() or bool(self._config.get("chat_template"))
 
     def template(self) -> str:
         """The chat template's source. UserError where the checkpoint has none."""
@@ -254,7 +258,7 @@ def rebuild_tiktoken(folder: str | Path) -> None:
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{folder / 'qwen.tiktoken'}: not a readable tokenizer ({str(error)[:200]})") from error
     for name, content in (("tokenizer_config.json", json.dumps(config, indent=2)), ("tokenizer.json", text)):
-        with written_whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             partial.write_text(content, encoding="utf-8")
 
 

@@ -23,9 +23,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import ModelArgs
 from cli import UserError, fail
 from formats import Int4Linear, Quantization, replace_linears
-from model import ModelArgs, Transformer
+from model import Transformer
 
 ROWS, COLUMNS = 0, 1
 # Bytes that a rank reads from its memory in the time of one collective: 0.6 ms (measured) at 30 GB/s, 15 us (assumed) at 2.7 TB/s.

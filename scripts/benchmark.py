@@ -26,10 +26,9 @@ import torch
 import formats
 import tp
 from benchmark_report import OURS, PEERS, plot, report
-from cli import UserError, run
-from convert import read_json
+from config import PUBLISHED, ModelArgs
+from cli import read_json, run, UserError
 from loading import parse_device
-from model import PUBLISHED, ModelArgs
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("transformers",)}
@@ -276,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.checkpoint_path:
         if args.checkpoint_path.is_dir():
             args.checkpoint_path /= "model.pth"
-        if not args.checkpoint_path.exists() or formats.read_checkpoint(args.checkpoint_path)[1]:
+        if not args.checkpoint_path.exists() or loading.read_checkpoint(args.checkpoint_path)[1]:
             raise UserError(f"--checkpoint_path {args.checkpoint_path}: an unquantized model.pth is needed; --quant quantizes it for the measurement")
         config, name = read_json(args.checkpoint_path.parent / "config.json"), args.checkpoint_path.resolve().parent.name
     else:

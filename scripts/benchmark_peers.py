@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmark_worker import measured, peak_memory, reset_peak_memory, serve, token_times
-from model import ModelArgs, rope_frequencies, rotate
+from config import ModelArgs, rope_frequencies
+from model import rotate
 
 
 # llama.cpp

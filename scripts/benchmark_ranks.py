@@ -18,7 +18,7 @@ import torch
 import tp
 from benchmark_worker import decoded, loaded, step_times
 from cli import run
-from decoding import Generator
+from generate import Engine
 from model import Transformer
 
 PROFILED_STEPS = 16
@@ -28,13 +28,13 @@ def run_ranks(job: dict, ranks: tp.Ranks) -> dict:
     job["device"] = str(ranks.take_device(torch.device(job["device"])))
     torch.set_num_threads(job["threads"])
     model, load_s = loaded(job, ranks)
-    generator = Generator(model, compile=job["compile"])
+    generator = Engine(model, compile=job["compile"])
     result = decoded(job, generator, load_s)
     result["peak_bytes"] = max(ranks.gather(result["peak_bytes"]))
     return result | dict(communication=communication(generator, ranks, job["prompt_length"]))
 
 
-def communication(generator: Generator, ranks: tp.Ranks, position: int) -> dict:
+def communication(generator: Engine, ranks: tp.Ranks, position: int) -> dict:
     """Of a token: numbers of collectives; share: the part of the time that the ranks spend in them, waiting for each other included (their mean,
     from a profile of decoding); exchange_s: what as many collectives of the same sizes take when all ranks are there and do nothing else."""
     model = generator.model

@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from config import ModelArgs
 import kernels
 import quantize
 import tp
-from cli import written_whole
-from decoding import Generator, reserve_cache
-from generate import DEMO, bytes_read_per_token, warm_up
+from cli import atomic_write
+from generate import bytes_read_per_token, DEMO, Engine, reserve_caches, warm_up
 from loading import load_model
-from model import KVCache, ModelArgs, Transformer
+from model import KVCache, Transformer
 from sampling import Sampling
 
 
@@ -73,7 +73,7 @@ def run_bandwidth(job: dict, args: ModelArgs) -> dict:
     """Bytes/s read from a buffer far larger than the caches, several ways; the median of each way's repetitions, as of every other figure here:
     what other programs leave of the memory's speed is not the same from one second to the next."""
     cuda = job["device"].startswith("cuda")
-    numbers = kernels.large_zeros(((4 if cuda else 1) << 28,), torch.float32, job["device"]).fill_(1)       # in the pages that weights are in
+    numbers = kernels.huge_zeros(((4 if cuda else 1) << 28,), torch.float32, job["device"]).fill_(1)       # in the pages that weights are in
     parts, pool = numbers.chunk(job["threads"]), ThreadPoolExecutor(job["threads"])
     ways: dict[str, Callable] = {"sum of fp32": numbers.sum, "sum of int64": numbers.view(torch.int64).sum, "maximum": numbers.amax,
                                  "sum of bf16": numbers.view(torch.bfloat16).sum, "dot product": lambda: torch.dot(numbers, numbers)}
@@ -131,7 +131,7 @@ def write_random_checkpoint(args: ModelArgs, dtype: torch.dtype, path: Path) -> 
     for name, value in expected.items():
         n = value.numel()
         state[name] = pool.repeat(-(-n // pool.numel()))[:n].clone().view(value.shape) if value.dim() == 2 else torch.ones(n, dtype=dtype)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         torch.save({"version": 1, "quantization": None, "state_dict": state}, partial)
 
 
@@ -157,8 +157,8 @@ def loaded(job: dict, ranks: tp.Ranks | None = None) -> tuple[Transformer, float
     return model, time.perf_counter() - start
 
 
-def decoded(job: dict, generator: Generator, load_s: float) -> dict:
-    """Figures of greedy decoding through Generator, as generate.py does it."""
+def decoded(job: dict, generator: Engine, load_s: float) -> dict:
+    """Figures of greedy decoding through Engine, as generate.py does it."""
     model, tokens = generator.model, job["tokens"]
     prompt = torch.randint(0, model.args.vocab_size, (job["prompt_length"],)).tolist()
     request = dict(sampling=GREEDY, max_seq_length=max(512, len(prompt) + tokens + 1), stop_ids=frozenset())
@@ -175,7 +175,7 @@ def decoded(job: dict, generator: Generator, load_s: float) -> dict:
                     **(dict(bandwidth=statistics.median(rates)) if rates else {}))
 
 
-def step_times(generator: Generator, batch: int, position: int, n: int) -> list[float]:
+def step_times(generator: Engine, batch: int, position: int, n: int) -> list[float]:
     """Seconds of each of n steps from this position on."""
     device = generator.model.device
     idx, input_pos = (torch.full((batch, 1), i, device=device) for i in (0, position))
@@ -190,13 +190,13 @@ def step_times(generator: Generator, batch: int, position: int, n: int) -> list[
 def run_ours(job: dict, args: ModelArgs) -> dict:
     """Decoding after a prompt; the sweeps step the decoder at a position of a cache filled beforehand, a few steps at each place in turn."""
     model, load_s = loaded(job)
-    main = decoded(job, Generator(model, compile=job["compile"]), load_s)
-    generator, turns = Generator(model, compile=job["compile"]), 1 if model.device.type == "cuda" else 4
+    main = decoded(job, Engine(model, compile=job["compile"]), load_s)
+    generator, turns = Engine(model, compile=job["compile"]), 1 if model.device.type == "cuda" else 4
 
     def caches(batch: int, capacity: int) -> tuple[list[KVCache], kernels.Stack | None]:
         """Of a shape of their own; every page of them is real."""
         model.max_seq_length = 0
-        reserve_cache(model, batch, capacity)
+        reserve_caches(model, batch, capacity)
         for layer in model.layers:
             layer.attention.kv_cache.k_cache.fill_(0.01)
             layer.attention.kv_cache.v_cache.fill_(0.01)

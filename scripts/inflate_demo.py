@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cli import UserError, run, written_whole
-from convert import convert, read_json
-from generate import DEMO
+from cli import atomic_write, read_json, run, UserError
+from convert import convert
+from loading import DEMO
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         if (args.checkpoint_dir / name).exists():
             shutil.copy(args.checkpoint_dir / name, args.out / name)
     (args.out / "config.json").write_text(json.dumps(config, indent=2))
-    with written_whole(args.out / "model.safetensors") as partial:
+    with atomic_write(args.out / "model.safetensors") as partial:
         save_file(weights, partial, metadata={"format": "pt"})
     print(f"{convert(args.out)}: {sum(w.numel() for w in weights.values()) / 1e6:.0f} million parameters")
 

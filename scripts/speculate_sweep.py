@@ -25,8 +25,7 @@ import torch
 import formats
 import tp
 from cli import UserError, run
-from decoding import Generator
-from generate import DEMO, bytes_read_per_token, memory_used, stream, warm_up
+from generate import bytes_read_per_token, DEMO, Engine, memory_used, stream, warm_up
 from loading import load_model, parse_device
 from sampling import Sampling
 from speculate import Speculator, Statistics, predicted_speedup
@@ -85,7 +84,7 @@ def measure(experiment: Experiment, ranks: tp.Ranks | None) -> dict:
     model, tokenizer = load_model(experiment.checkpoint_path, device, None, ranks)
     draft = None
     if experiment.draft_checkpoint_path != NGRAM:
-        draft = Generator(*load_model(experiment.draft_checkpoint_path, device, model.dtype, ranks, may_replicate=True), compile_prefill=experiment.compile_prefill)
+        draft = Engine(*load_model(experiment.draft_checkpoint_path, device, model.dtype, ranks, may_replicate=True), compile_prefill=experiment.compile_prefill)
     speculator = Speculator(model, tokenizer, draft, None, experiment.compile, experiment.compile_prefill)
     sampling, rounds = Sampling(experiment.temperature), []
     for text in texts_of(experiment.prompt):
@@ -172,7 +171,7 @@ def format_of(path: str) -> str:
     if path == NGRAM:
         return "none"
     file = Path(path) if Path(path).suffix == ".pth" else Path(path) / "model.pth"
-    quantization = formats.read_checkpoint(file)[1]
+    quantization = loading.read_checkpoint(file)[1]
     return quantization.mode if quantization else "none"
 
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 import formats
+from config import PUBLISHED, ModelArgs
 from cli import UserError
-from model import PUBLISHED, ModelArgs
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

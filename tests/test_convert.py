@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import convert as convert_module
+from config import ModelArgs
 from cli import UserError
 from convert import convert
-from model import ModelArgs, Transformer
+from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -112,7 +113,7 @@ def test_families_and_tying(tmp_path: Path, family: str, tied: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", ["single", "shards", "shards without index", "other index name", "bin", "bin shards", "legacy bin"])
 def test_layouts_and_dtypes(tmp_path: Path, layout: str, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(convert_module, "RENEW_BYTES", 5000)               # mappings are renewed within a file
+    monkeypatch.setattr(convert_module, "REMAP_BYTES", 5000)               # mappings are renewed within a file
     model = tiny(dtype=dtype)
     if "bin" in layout:
         model.config.save_pretrained(tmp_path)

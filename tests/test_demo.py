@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 import formats
-from generate import Generator, Sampling, load_model
+from generate import Engine, Sampling, load_model
 from tokenizer import same_tokenizer
 
 HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
@@ -52,7 +52,7 @@ def test_held_out_bits_per_byte_are_as_the_readme_says(demo, draft):
 def test_demo_writes_python_after_quicksort(demo):
     """Of six samples of 120 tokens some hold statements, and the lines before the last form a function that Python can parse."""
     model, tokenizer = demo
-    generator, parsed = Generator(model, tokenizer), 0
+    generator, parsed = Engine(model, tokenizer), 0
     for seed in range(6):
         text = "def quicksort(arr):\n"
         for row in generator.generate(tokenizer.encode(text), 120, Sampling(0.7), seed=seed):
@@ -73,7 +73,7 @@ def _parses(source):
 def test_demo_ends_its_turn(demo):
     model, tokenizer = demo
     prompt = tokenizer.render_chat([{"role": "user", "content": "Write the function push: Add an item to the list."}])
-    answer = [row[0] for row in Generator(model, tokenizer).generate(prompt, 400, Sampling(temperature=0))]
+    answer = [row[0] for row in Engine(model, tokenizer).generate(prompt, 400, Sampling(temperature=0))]
     assert 5 < len(answer) < 400 and tokenizer.decode(answer).lstrip().startswith("def ")
 
 
@@ -91,7 +91,7 @@ def test_int8_decodes_as_bf16_does():
         model, tokenizer = load_model(ROOT / "checkpoints" / "demo" / "model.pth", "cpu", torch.bfloat16)
         if mode:
             formats.quantize_model(model, mode)
-        generator, step = Generator(model, tokenizer), len(HELDOUT) // 10
+        generator, step = Engine(model, tokenizer), len(HELDOUT) // 10
         prompts = [tokenizer.encode(HELDOUT[i * step:i * step + 400])[:64] for i in range(10)]
         texts.append([list(generator.generate(prompt, 64, Sampling(0), stop_ids=frozenset())) for prompt in prompts])
     assert sum(a == b for a, b in zip(*texts)) >= 8

@@ -9,11 +9,11 @@ import torch
 from conftest import ROOT
 
 import cli
-import decoding
+import generate
 import generate
 import loading
 from cli import UserError
-from generate import Generator, Sampling, load_model, main, sample
+from generate import Engine, Sampling, load_model, main, sample
 from tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -32,7 +32,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def compiled(loaded):
-    return Generator(*loaded, compile=True, compile_prefill=True)
+    return Engine(*loaded, compile=True, compile_prefill=True)
 
 
 def tokens(generator, prompt, n=32, sampling=GREEDY, **more):
@@ -43,7 +43,7 @@ def tokens(generator, prompt, n=32, sampling=GREEDY, **more):
 # ---- decoding
 
 def test_compiled_equals_eager_and_does_not_recompile(loaded, compiled):
-    eager = Generator(*loaded)
+    eager = Engine(*loaded)
     with torch.inference_mode():
         loaded[0].setup_caches(1, 160)
     expected = [tokens(eager, p) for p in PROMPTS]
@@ -58,7 +58,7 @@ def test_compiled_equals_eager_and_does_not_recompile(loaded, compiled):
 
 @pytest.mark.parametrize("sampling", [Sampling(0.8, 20, None), Sampling(1.0, None, 0.9)])
 def test_the_same_seed_gives_the_same_text_compiled_or_not(loaded, compiled, sampling):
-    eager = Generator(*loaded)
+    eager = Engine(*loaded)
     first = tokens(eager, PROMPTS[0], sampling=sampling, seed=5)
     assert tokens(eager, PROMPTS[0], sampling=sampling, seed=5) == first
     assert tokens(eager, PROMPTS[0], sampling=sampling, seed=6) != first
@@ -67,14 +67,14 @@ def test_the_same_seed_gives_the_same_text_compiled_or_not(loaded, compiled, sam
 
 
 def test_rows_of_a_batch_are_independent(loaded):
-    generator = Generator(*loaded)
+    generator = Engine(*loaded)
     alone = [tokens(generator, p, 20) for p in PROMPTS]
     together = list(zip(*generator.generate(PROMPTS, 20, GREEDY, stop_ids=frozenset())))
     assert [list(row) for row in together] == alone
 
 
 def test_each_row_stops_at_its_own_stop_id(loaded):
-    generator = Generator(*loaded)
+    generator = Engine(*loaded)
     alone = [tokens(generator, p, 20) for p in PROMPTS]
     stop = frozenset([alone[0][5], alone[1][2]])
     rows = [list(row) for row in zip(*generator.generate(PROMPTS, 20, GREEDY, stop_ids=stop))]
@@ -84,7 +84,7 @@ def test_each_row_stops_at_its_own_stop_id(loaded):
 
 
 def test_stop_id_is_not_part_of_the_text_and_ends_a_single_row(loaded):
-    generator = Generator(*loaded)
+    generator = Engine(*loaded)
     whole = tokens(generator, PROMPTS[0], 20)
     end = whole.index(whole[6])
     assert tokens(generator, PROMPTS[0], 20, stop_ids=frozenset([whole[6]])) == whole[:end]
@@ -92,41 +92,41 @@ def test_stop_id_is_not_part_of_the_text_and_ends_a_single_row(loaded):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_few_new_tokens(loaded, n):
-    assert len(tokens(Generator(*loaded), PROMPTS[0], n)) == n
+    assert len(tokens(Engine(*loaded), PROMPTS[0], n)) == n
 
 
 def test_prefill_in_chunks_equals_one_pass(loaded, monkeypatch):
-    generator, prompts = Generator(*loaded), [list(range(100)), list(range(40, 70))]
+    generator, prompts = Engine(*loaded), [list(range(100)), list(range(40, 70))]
     expected = list(generator.generate(prompts, 8, GREEDY, stop_ids=frozenset()))
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
     assert list(generator.generate(prompts, 8, GREEDY, stop_ids=frozenset())) == expected
 
 
 def test_a_kept_cache_gives_what_a_fresh_one_gives(loaded):
-    generator, calls = Generator(*loaded), []
+    generator, calls = Engine(*loaded), []
     plain = generator.prefill
     generator.prefill = lambda idx, *rest: calls.append(idx.size(1)) or plain(idx, *rest)
     first = tokens(generator, PROMPTS[0], 12, max_seq_length=128)
     second = PROMPTS[0] + first + [50, 51, 52]
     kept = tokens(generator, second, 12, keep_cache=True)
     assert calls[-1] == 4                                # the last answer's last token, which was never fed, and the three new ones
-    assert kept == tokens(Generator(*loaded), second, 12)
+    assert kept == tokens(Engine(*loaded), second, 12)
     changed = PROMPTS[0][:4] + [60, 61]
-    assert tokens(generator, changed, 12, keep_cache=True) == tokens(Generator(*loaded), changed, 12)
+    assert tokens(generator, changed, 12, keep_cache=True) == tokens(Engine(*loaded), changed, 12)
 
 
 def test_an_answer_broken_off_leaves_a_usable_cache(loaded):
-    generator = Generator(*loaded)
+    generator = Engine(*loaded)
     answer = generator.generate(PROMPTS[0], 30, GREEDY, stop_ids=frozenset(), max_seq_length=128)
     part = [next(answer)[0] for _ in range(5)]
     answer.close()
     longer = PROMPTS[0] + part + [7]
-    assert tokens(generator, longer, 12, keep_cache=True) == tokens(Generator(*loaded), longer, 12)
+    assert tokens(generator, longer, 12, keep_cache=True) == tokens(Engine(*loaded), longer, 12)
 
 
 def test_plain_function(loaded):
     model, tokenizer = loaded
-    assert list(generate.generate(model, tokenizer, PROMPTS[0], 5, GREEDY)) == tokens(Generator(*loaded), PROMPTS[0], 5)
+    assert list(generate.generate(model, tokenizer, PROMPTS[0], 5, GREEDY)) == tokens(Engine(*loaded), PROMPTS[0], 5)
 
 
 # ---- sampling
@@ -169,7 +169,7 @@ def test_temperature_zero_is_argmax_even_between_near_ties():
 def test_ids_past_the_tokenizer_are_never_sampled(loaded):
     model, tokenizer = loaded
     assert tokenizer.vocab_size == 257 < model.args.vocab_size
-    generator = Generator(model, tokenizer)
+    generator = Engine(model, tokenizer)
     drawn = [i for seed in range(4) for row in generator.generate([PROMPTS[0]] * 8, 40, Sampling(50.0, None), seed=seed, stop_ids=frozenset()) for i in row]
     assert max(drawn) < 257 and len(set(drawn)) > 200
 
@@ -217,13 +217,13 @@ def chat_folder(tmp_path):
 def test_conversation(tmp_path, capsys, monkeypatch):
     folder = chat_folder(tmp_path)
     lines = iter(["hello", "more", "/reset", "x" * 600, "again", ""])
-    prompts, plain = [], Generator.generate
+    prompts, plain = [], Engine.generate
 
     def spy(self, rows, *rest, **more):
         prompts.append(self_tokenizer.decode(rows[0]))
         return plain(self, rows, *rest, **more)
     self_tokenizer = Tokenizer.from_dir(folder)
-    monkeypatch.setattr(Generator, "generate", spy)
+    monkeypatch.setattr(Engine, "generate", spy)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     out = run_main(capsys, "--checkpoint_path", folder / "model.pth", "--interactive", "--chat", "--system", "be", "--max_new_tokens", 8, "--seed", 1,
                    "--dtype", "fp32", "--device", "cpu")
@@ -238,13 +238,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path, capsys, monkeypat
     folder = chat_folder(tmp_path)
     lines, asked = iter(["one", "two", ""]), []
     monkeypatch.setattr("builtins.input", lambda prompt: asked.append(1) or next(lines))
-    plain = Generator.advance
+    plain = Engine.advance
 
     def interrupted(self, *args):
         if len(asked) == 1:
             raise KeyboardInterrupt
         return plain(self, *args)
-    monkeypatch.setattr(Generator, "advance", interrupted)
+    monkeypatch.setattr(Engine, "advance", interrupted)
     run_main(capsys, "--checkpoint_path", folder / "model.pth", "--interactive", "--chat", "--max_new_tokens", 8, "--device", "cpu", "--dtype", "fp32")
     assert len(asked) == 3
 
@@ -310,7 +310,7 @@ def test_out_of_memory_says_what_was_needed(folder, loaded, monkeypatch):
     with pytest.raises(UserError, match="out of memory: the weights of .* take .* GB, and .* GB are free"):
         load_model(folder / "model.pth")
     with pytest.raises(UserError, match="out of memory: keys and values of 7 x 500 positions"):
-        next(Generator(*loaded).generate([[1]] * 7, 10, max_seq_length=500))
+        next(Engine(*loaded).generate([[1]] * 7, 10, max_seq_length=500))
 
 
 def test_without_a_compiler_it_says_so_and_runs_eagerly(folder):

@@ -15,14 +15,15 @@ from test_tp import start_ranks, text_of
 import calibration
 import cli
 import formats
+import loading
 import generate
 import GPTQ
 import harness
 import quantize
-from convert import Packing, convert
+from convert import PublishedQuantization, convert
 from eval import compare
 from eval import main as eval_main
-from formats import Int4Linear, Int8Linear, SourceLinear
+from formats import Int4Linear, Int8Linear, GPTQLinear
 from generate import load_model
 from quantize import Calibration, quantize_checkpoint
 
@@ -165,7 +166,7 @@ def test_every_family(folders, family):
         calibration = Calibration(TOKENS) if "-" in mode else None
         file = quantize_checkpoint(path, mode, 32, skip=("layers.1.feed_forward.w2",), progress=False, calibration=calibration)
         errors[mode] = (logits_of(file) - plain).norm() / plain.norm()
-    assert file.name == "model_int4-gptq.g32.pth" and formats.read_checkpoint(file)[1].mode == "int4"
+    assert file.name == "model_int4-gptq.g32.pth" and loading.read_checkpoint(file)[1].mode == "int4"
     assert errors["int4-gptq"] < 0.95 * errors["int4"]
 
 
@@ -180,7 +181,7 @@ def test_each_linear_sees_what_the_quantized_ones_before_it_produce(folders, mon
     monkeypatch.setattr(GPTQ, "quantize_matrix", keep)
     path = quantize_checkpoint(folders("qwen3") / "model.pth", "int4-gptq", 32, progress=False, calibration=Calibration(TOKENS))
     model, _ = load_model(path, "cpu", torch.float32)
-    formats.set_activations(model, "bf16")
+    formats.set_quantize_activations(model, False)
     found = {}
     for name in given:
         model.get_submodule(name).register_forward_pre_hook(
@@ -376,7 +377,7 @@ def test_the_file_runs_through_the_commands(folders, tmp_path, capsys):
 def layer_errors(path, ids):
     """Mean squared error of each linear's output, its inputs being those of the unquantized model."""
     model, _ = load_model(DEMO / "model.pth", "cpu", torch.float32)
-    state, quantization = formats.read_checkpoint(path)
+    state, quantization = loading.read_checkpoint(path)
     errors = {}
 
     def measure(name):
@@ -439,7 +440,7 @@ def test_published_checkpoints_keep_their_weights(reference, tmp_path, variant):
     folder = tiny.save(reference, tmp_path)
     meant = publish(folder, **VARIANTS[variant])
     model, tokenizer = load_model(folder, "cpu", torch.float32)
-    state, quantization = formats.read_checkpoint(folder / "model.pth")
+    state, quantization = loading.read_checkpoint(folder / "model.pth")
     assert len(meant) == 14 and bool(quantization.reordered) == ("desc_act" in variant and "rows" not in variant or variant == "8 bits v2")
     for layer in range(2):
         for name, parts in PARTS.items():
@@ -543,9 +544,9 @@ def test_gptqmodels_gptq(bits, groupsize, desc_act, form):
     expected = theirs.dequantize_weight().T
     if form == "gptq":
         model.convert_gptq_v2_to_v1_format_module(theirs, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
-    packing = Packing.from_hf({"quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": groupsize, "checkpoint_format": form}})
+    packing = PublishedQuantization.from_hf({"quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": groupsize, "checkpoint_format": form}})
     buffers = packing.decode("linear", theirs.qweight, theirs.qzeros, theirs.scales, theirs.g_idx)
-    ours = SourceLinear(K, N, groupsize=packing.stored_groupsize, bits=bits)
+    ours = GPTQLinear(K, N, groupsize=packing.stored_groupsize, bits=bits)
     ours.order = buffers.get("order")
     weight = ours.dequantize(torch.float16, **buffers)
     assert expected.dtype == torch.float16 and torch.equal(weight, expected) and (weight - source.weight).abs().max() < 1e-2
@@ -563,7 +564,7 @@ def test_gptqmodels_awq(groupsize):
     source.weight.data = torch.randint(16, (N, K)).sub(zeros[:, groups]) * scales.float()[:, groups]
     theirs.pack(source, scales.float(), zeros.float())
     expected = utils.dequantize_gemm(theirs.qweight, theirs.qzeros, theirs.scales, 4, groupsize).T
-    packing = Packing.from_hf({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": groupsize, "version": "gemm"}})
+    packing = PublishedQuantization.from_hf({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": groupsize, "version": "gemm"}})
     buffers = packing.decode("linear", theirs.qweight, theirs.qzeros, theirs.scales)
-    weight = SourceLinear(K, N, groupsize=groupsize).dequantize(torch.float16, **buffers)
+    weight = GPTQLinear(K, N, groupsize=groupsize).dequantize(torch.float16, **buffers)
     assert expected.dtype == torch.float16 and torch.equal(weight, expected) and (weight - source.weight).abs().max() < 1e-2

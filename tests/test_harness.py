@@ -11,8 +11,8 @@ from test_tp import start_ranks
 
 import harness
 from cli import UserError
-from formats import set_activations
-from generate import Generator, Sampling, load_model
+from formats import set_quantize_activations
+from generate import Engine, Sampling, load_model
 from harness import QwenFast, Scorer, generate_texts, load_tasks, sampling_from
 from quantize import quantize_checkpoint
 
@@ -49,7 +49,7 @@ def test_scores_equal_transformers(loaded, reference, batch_size):
 
 def test_the_greedy_continuation_is_recognised(loaded, reference):
     prompt = ids(30)
-    new = [row[0] for row in Generator(*loaded).generate(prompt, 5, Sampling(temperature=0), stop_ids=frozenset())]
+    new = [row[0] for row in Engine(*loaded).generate(prompt, 5, Sampling(temperature=0), stop_ids=frozenset())]
     scores = Scorer(loaded[0]).score([(prompt, new), (prompt, new[:1]), (prompt, [*new[:4], (new[4] + 1) % 256])])
     assert [greedy for _, greedy in scores] == [True, True, False]
 
@@ -83,7 +83,7 @@ def test_a_shared_context_is_read_once(loaded):
 # ---- generation
 
 def test_texts_end_at_a_stop_string_or_a_stop_id(loaded):
-    generator, prompts = Generator(*loaded), [ids(10), ids(25), ids(3)]
+    generator, prompts = Engine(*loaded), [ids(10), ids(25), ids(3)]
     free = generate_texts(generator, loaded[1], prompts, [], 12, Sampling(temperature=0))
     alone = [generate_texts(generator, loaded[1], [p], [], 12, Sampling(temperature=0))[0] for p in prompts]
     assert free == alone
@@ -141,7 +141,7 @@ def assert_same_results(ours, theirs, names):
 def both(folder, batch_size=8, file=None):
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval[hf]")
     model, tokenizer = load_model(file or folder, "cpu", torch.float32)
-    set_activations(model, "bf16")
+    set_quantize_activations(model, False)
     return QwenFast(model, tokenizer, batch_size), huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
 
 

@@ -27,7 +27,7 @@ import kernels
 BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = {BF16: 4e-3, FP32: 3e-6}
 ROUNDED = 2e-3
-HAVE_OPS = kernels.problem() is None
+HAVE_OPS = kernels.unavailable_reason() is None
 needs_ops = pytest.mark.skipif(not HAVE_OPS, reason="kernels.cpp could not be built here")
 vnni = "avx512_vnni" in kernels.cpu_flags().split() and os.environ.get("TEST_MARCH", "cascadelake") == "cascadelake"
 SHAPES = [(64, 64), (33, 78), (7, 1024), (1000, 896), (130, 4864)]      # [N, K_in], with tails in both
@@ -140,7 +140,7 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int8_linear(x, weight, scale, exact=True), x.double() @ w.T) < tolerance, M
-        rounded = kernels.round_activations(x, torch.int16, 256) if HAVE_OPS and vnni and M <= 16 else x
+        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if HAVE_OPS and vnni and M <= 16 else x
         assert error(kernels.int8_linear(x, weight, scale), rounded.double() @ w.T) < tolerance + ROUNDED / 256, M
         assert error(kernels.int8_linear_reference(x, weight, scale), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -155,7 +155,7 @@ def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> N
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int4_linear(x, *packed, N, exact=True), x.double() @ w.T) < tolerance, M
-        rounded = kernels.round_activations(x, torch.int8, 32) if HAVE_OPS and vnni and M <= 16 else x
+        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if HAVE_OPS and vnni and M <= 16 else x
         assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
         assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -168,7 +168,7 @@ def test_int4_linear_for_other_numbers_of_tokens(dtype: torch.dtype) -> None:
     for M in [2, 5, 6, 7]:
         x = torch.randn(M, 896).to(dtype)
         assert error(kernels.int4_linear(x, *packed, 1000, exact=True), x.double() @ w.T) < TOLERANCE[dtype] * (1 if HAVE_OPS else 2), M
-        rounded = kernels.round_activations(x, torch.int8, 32) if HAVE_OPS and vnni else x
+        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if HAVE_OPS and vnni else x
         assert error(kernels.int4_linear(x, *packed, 1000), rounded.double() @ w.T) < TOLERANCE[dtype] * (1 if HAVE_OPS else 2) + ROUNDED, M
 
 
@@ -183,11 +183,11 @@ def test_packed_int4_stands_for_the_same_weights(groupsize: int) -> None:
 def test_rounded_activations_are_within_half_a_step() -> None:
     x = torch.randn(5, 600) * torch.logspace(-3, 3, 600)
     for dtype, group in ((torch.int16, 256), (torch.int8, 32)):
-        rounded = kernels.round_activations(x, dtype, group)
+        rounded = kernels.quantize_activations_reference(x, dtype, group)
         for start in range(0, 600, group):
             part, high = slice(start, start + group), x[:, start:start + group].abs().amax(1, keepdim=True)
             assert ((rounded - x)[:, part].abs() <= high / {torch.int8: 127, torch.int16: 127 * 257}[dtype] * 0.51).all()
-    assert torch.equal(kernels.round_activations(torch.zeros(2, 64), torch.int8, 32), torch.zeros(2, 64))
+    assert torch.equal(kernels.quantize_activations_reference(torch.zeros(2, 64), torch.int8, 32), torch.zeros(2, 64))
 
 
 @needs_ops
@@ -312,7 +312,7 @@ def test_a_stack_of_what_does_not_fit_is_refused(change: str) -> None:
 
 def test_place_copies() -> None:
     source = torch.randn(1024, 1100)
-    placed = kernels.place(source, "cpu", BF16)
+    placed = kernels.copy_to(source, "cpu", BF16)
     assert torch.equal(placed, source.bfloat16()) and placed.data_ptr() != source.data_ptr() and placed.is_contiguous()
 
 
@@ -322,8 +322,8 @@ def test_vectors_do_not_keep_the_memory_of_matrices(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels, "arena", kernels.Arena())
     size, matrices, vectors, chunks = kernels.Arena.CHUNK // 2 - kernels.HUGE_PAGE, [], [], {}
     for _ in range(8):
-        matrices.append(kernels.place(torch.zeros(1, size, dtype=torch.uint8), "cpu", torch.uint8))
-        vectors.append(kernels.place(torch.ones(5), "cpu", FP32))
+        matrices.append(kernels.copy_to(torch.zeros(1, size, dtype=torch.uint8), "cpu", torch.uint8))
+        vectors.append(kernels.copy_to(torch.ones(5), "cpu", FP32))
         chunks[id(kernels.arena.memory)] = weakref.ref(kernels.arena.memory)
     assert len(chunks) == 4
     matrices.clear()
@@ -335,13 +335,13 @@ def test_vectors_do_not_keep_the_memory_of_matrices(monkeypatch: pytest.MonkeyPa
 def test_large_zeros_are_apart_and_live_as_long_as_they_are_used() -> None:
     """Small ones, one larger than a chunk of the arena, and more than a chunk of others after them."""
     sizes = [1, 100, kernels.Arena.CHUNK + 5, 3, *[kernels.Arena.CHUNK // 4] * 9, 7]
-    tensors = [kernels.large_zeros((size,), torch.uint8) for size in sizes]
+    tensors = [kernels.huge_zeros((size,), torch.uint8) for size in sizes]
     assert not any(t.any() for t in tensors) and all(t.data_ptr() % 64 == 0 for t in tensors)
     for i, t in enumerate(tensors):
         t.fill_(i + 1)
     del t
     assert all((tensors.pop() == len(tensors) + 1).all() for _ in sizes)
-    assert kernels.large_zeros((0, 4), FP32).shape == (0, 4) and kernels.large_zeros((2, 3), FP32).storage_offset() == 0
+    assert kernels.huge_zeros((0, 4), FP32).shape == (0, 4) and kernels.huge_zeros((2, 3), FP32).storage_offset() == 0
 
 
 @pytest.mark.parametrize("setting,said", [({"CXX": "/nonexistent/c++"}, "nonexistent"), ({"CXX": "/bin/false"}, "failed"),
@@ -349,7 +349,7 @@ def test_large_zeros_are_apart_and_live_as_long_as_they_are_used() -> None:
 def test_without_a_compiler_pytorch_runs(setting: dict[str, str], said: str | None, tmp_path: Path, monkeypatch, capsys) -> None:
     for name, value in {"TORCH_EXTENSIONS_DIR": str(tmp_path), **setting}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(kernels, "problem", functools.cache(kernels.problem.__wrapped__))
+    monkeypatch.setattr(kernels, "problem", functools.cache(kernels.unavailable_reason.__wrapped__))
     x, w, q, cache = torch.randn(2, 64), torch.randn(5, 64), torch.randn(1, 2, 4, 16), torch.randn(1, 2, 9, 16)
 
     def use() -> tuple[Tensor, ...]:

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 
 import cli
 import formats
+import loading
+from config import ModelArgs
 import kernels
 import quantize
 from cli import UserError
 from eval import compare
 from formats import Int4Linear, Int8Linear, QuantizedLinear
-from generate import Generator, Sampling, load_model
-from model import Linear, ModelArgs, Transformer
+from generate import Engine, Sampling, load_model
+from model import Linear, Transformer
 from quantize import quantize_checkpoint
 
 GREEDY = Sampling(temperature=0)
@@ -232,7 +234,7 @@ def stepwise_logits_of(model: Transformer, ids=PROMPT) -> torch.Tensor:
 
 def dequantized(path) -> Transformer:
     """The plain fp32 model whose weights are those that a quantized file stands for."""
-    state, quantization = formats.read_checkpoint(path)
+    state, quantization = loading.read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(ModelArgs.from_hf(json.loads((path.parent / "config.json").read_text())))
     linears = formats.replace_linears(model, quantization)
@@ -251,16 +253,16 @@ def test_every_family_from_int8_and_int4(folders, family):
         path = folders(family) / file
         model, tokenizer = load_model(path, "cpu", torch.float32)
         expected = logits_of(dequantized(path))
-        formats.set_activations(model, "bf16")
+        formats.set_quantize_activations(model, False)
         assert (logits_of(model) - expected).abs().max() < 2e-4
         assert (stepwise_logits_of(model) - expected).abs().max() < 2e-4
-        formats.set_activations(model, "int8")
+        formats.set_quantize_activations(model, True)
         assert (stepwise_logits_of(model) - expected).norm() < 0.1 * expected.norm()         # 0.6 % in one linear: random models magnify it
         for dtype in (torch.float32, torch.bfloat16):
             if dtype == torch.bfloat16:
                 model, tokenizer = load_model(path, "cpu", dtype)
                 assert model.dtype == dtype and (logits_of(model) - expected).norm() < 0.1 * expected.norm()
-            rows = list(Generator(model, tokenizer).generate(PROMPT, 8, GREEDY, stop_ids=frozenset()))
+            rows = list(Engine(model, tokenizer).generate(PROMPT, 8, GREEDY, stop_ids=frozenset()))
             assert len(rows) == 8 and all(0 <= row[0] < tokenizer.vocab_size for row in rows)
 
 
@@ -268,8 +270,8 @@ def test_biases_and_heads(folders):
     for family, tied in (("qwen2", False), ("qwen2-tied", True)):
         for mode, file in FILES.items():
             path = folders(family) / file
-            state, quantization = formats.read_checkpoint(path)
-            plain, _ = formats.read_checkpoint(path.with_name("model.pth"))
+            state, quantization = loading.read_checkpoint(path)
+            plain, _ = loading.read_checkpoint(path.with_name("model.pth"))
             assert torch.equal(state["layers.0.attention.wqkv.bias"], plain["layers.0.attention.wqkv.bias"])
             assert torch.equal(state["tok_embeddings.weight"], plain["tok_embeddings.weight"])
             assert state["output.weight"].dtype == torch.int8 and "layers.0.attention.wqkv.scales" in state
@@ -288,7 +290,7 @@ def test_head_formats_and_skipped_layers(folders, tmp_path, family, lm_head):
     assert isinstance(model.output, {"int8": Int8Linear, "int4": Int4Linear, "none": type(None) if "tied" in family else Linear}[lm_head])
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, (Linear, QuantizedLinear))}
     assert kinds["layers.0.feed_forward.w2"] is kinds["layers.1.attention.wo"] is Linear and kinds["layers.1.attention.wqkv"] is Int4Linear
-    formats.set_activations(model, "bf16")
+    formats.set_quantize_activations(model, False)
     assert (logits_of(model) - logits_of(dequantized(path))).abs().max() < 2e-4
 
 
@@ -315,14 +317,14 @@ def test_compiled_equals_eager(folders, tmp_path, mode):
     folder = shutil.copytree(folders("qwen2-tied"), tmp_path / "copy")
     path = quantize_checkpoint(folder / "model.pth", mode, skip=("layers.1.*",), progress=False)
     model, tokenizer = load_model(path, "cpu", torch.float32)
-    eager, compiled = Generator(model, tokenizer), Generator(model, tokenizer, compile=True)
+    eager, compiled = Engine(model, tokenizer), Engine(model, tokenizer, compile=True)
     expected, found = ([row[0] for row in generator.generate(PROMPT, 24, GREEDY, stop_ids=frozenset())] for generator in (eager, compiled))
     assert found == expected
 
 
 def test_file_is_small_and_its_size_is_reported(folders, tmp_path, capsys):
     folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
-    cut = {name: tensor.bfloat16() for name, tensor in formats.read_checkpoint(folder / "model.pth")[0].items()}
+    cut = {name: tensor.bfloat16() for name, tensor in loading.read_checkpoint(folder / "model.pth")[0].items()}
     torch.save({"version": 1, "quantization": None, "state_dict": cut}, folder / "model.pth")
     quantize.main(["--checkpoint_path", str(folder), "--mode", "int4", "--groupsize", "64", "--lm_head", "int4", "--report", "--round_to_nearest"])
     out, err = capsys.readouterr()
@@ -331,7 +333,7 @@ def test_file_is_small_and_its_size_is_reported(folders, tmp_path, capsys):
     errors = [float(line.split()[-3].rstrip("%")) for name, line in lines.items() if name.startswith("layers.")]
     assert all(5 < error < 12 for error in errors)
     assert "3 linears whose columns are no multiple of 64 have a shorter last group: layers.0.feed_forward.w2 (96)" in err
-    state, _ = formats.read_checkpoint(folder / "model_int4.g64.pth")
+    state, _ = loading.read_checkpoint(folder / "model_int4.g64.pth")
     weights = [name for name, t in cut.items() if t.dim() == 2 and name != "tok_embeddings.weight"]
     assert sum(t.nbytes for n, t in state.items() if n.rpartition(".")[0] + ".weight" in weights) < 0.31 * sum(cut[n].nbytes for n in weights)
     assert (folder / "model_int4.g64.pth").stat().st_size < sum(t.nbytes for t in state.values()) + 64 * 1024
@@ -387,7 +389,7 @@ def test_files_that_cannot_be_quantized(folders, tmp_path, capsys):
     (folder / "model.pth").write_bytes(whole[:len(whole) // 2])
     assert "was cut short" in reason()
     (folder / "model.pth").write_bytes(whole)
-    state = {name: tensor.clone() for name, tensor in formats.read_checkpoint(folder / "model.pth")[0].items()}
+    state = {name: tensor.clone() for name, tensor in loading.read_checkpoint(folder / "model.pth")[0].items()}
     for value in (float("nan"), float("-inf")):
         state["layers.1.feed_forward.w2.weight"][3, 5] = value
         torch.save({"version": 1, "quantization": None, "state_dict": state}, folder / "model.pth")

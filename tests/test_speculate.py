@@ -13,12 +13,13 @@ from conftest import ROOT
 
 import generate
 import speculate
+from config import ModelArgs
 from cli import UserError
-from decoding import Generator
+from generate import Engine
 from loading import load_model
-from model import ModelArgs, Transformer
+from model import Transformer
 from sampling import Sampling
-from speculate import Costs, Lookup, Speculator, Statistics, accept, predicted_speedup
+from speculate import KPolicy, PromptLookup, Speculator, Statistics, accept, predicted_speedup
 from tokenizer import Tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -56,7 +57,7 @@ def tiny_pair(tmp_path_factory):
 def compile(request, monkeypatch):
     """Compiled: the check and the draft's steps too, which are left alone where they are one operator."""
     if request.param:
-        monkeypatch.setattr(speculate, "one_operator", lambda model: False)
+        monkeypatch.setattr(speculate, "runs_fused", lambda model: False)
     return request.param
 
 
@@ -66,7 +67,7 @@ def tokens(generator, prompt, n=32, sampling=GREEDY, **more):
 
 
 def draft_of(kind, pair, target):
-    return {"model": lambda: Generator(*pair), "itself": lambda: Generator(*target), "ngram": lambda: None}[kind]()
+    return {"model": lambda: Engine(*pair), "itself": lambda: Engine(*target), "ngram": lambda: None}[kind]()
 
 
 # ---- greedy: token by token what plain decoding writes, in fp32
@@ -77,7 +78,7 @@ PROMPT = list(range(40, 70)) + list(range(40, 52))
 @pytest.mark.parametrize("kind", ["model", "ngram"])
 def test_greedy_equals_plain_decoding(tiny_pair, compile, kind):
     (target, tokenizer), draft = tiny_pair
-    expected = tokens(Generator(target, tokenizer), PROMPT, 64)
+    expected = tokens(Engine(target, tokenizer), PROMPT, 64)
     speculator = Speculator(target, tokenizer, draft_of(kind, draft, None), 1, compile)
     for speculator.k in (1, 2, 4, 8):
         assert tokens(speculator, PROMPT, 64, max_seq_length=160) == expected
@@ -89,7 +90,7 @@ def test_greedy_equals_plain_decoding(tiny_pair, compile, kind):
 def test_greedy_on_the_demo(demo, small, kind, k):
     prompt = demo[1].encode(HELDOUT[5000:5600])
     speculator = Speculator(*demo, draft_of(kind, small, load_demo() if kind == "itself" else None), k)
-    assert tokens(speculator, prompt, 96) == tokens(Generator(*demo), prompt, 96)
+    assert tokens(speculator, prompt, 96) == tokens(Engine(*demo), prompt, 96)
     if kind == "itself" and k:
         assert speculator.statistics.acceptance == 1                 # its own draft is always right: so the cache is, after full acceptance too
         assert speculator.statistics.passes == math.ceil(95 / (k + 1))
@@ -100,7 +101,7 @@ def fifty_texts(demo, small, tiny_pair):
     """Two targets and their drafts, with fifty prompts each and what plain decoding makes of them."""
     texts = []
     for (target, tokenizer), draft in ((demo, small), tiny_pair):
-        ids, plain = tokenizer.encode(HELDOUT[:60_000]), Generator(target, tokenizer)
+        ids, plain = tokenizer.encode(HELDOUT[:60_000]), Engine(target, tokenizer)
         prompts = [ids[i * 200:i * 200 + 20 + 3 * i] for i in range(50)]
         texts.append((target, tokenizer, draft, [(prompt, tokens(plain, prompt, 128)) for prompt in prompts]))
     return texts
@@ -110,7 +111,7 @@ def fifty_texts(demo, small, tiny_pair):
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
 def test_greedy_over_fifty_prompts(fifty_texts, compile, k):
     for target, tokenizer, draft, texts in fifty_texts:
-        speculator = Speculator(target, tokenizer, Generator(*draft), k, compile)
+        speculator = Speculator(target, tokenizer, Engine(*draft), k, compile)
         for i, (prompt, expected) in enumerate(texts):
             assert tokens(speculator, prompt, 128) == expected, i
 
@@ -123,7 +124,7 @@ def test_bf16_differs_only_between_near_ties(small):
     exact.setup_caches(1, 512)
     for start in range(0, 12_000, 1500):
         prompt = tokenizer.encode(HELDOUT[start:start + 500])
-        plain, quick = tokens(Generator(target, tokenizer), prompt, 80), tokens(Speculator(target, tokenizer, Generator(*draft), 4), prompt, 80)
+        plain, quick = tokens(Engine(target, tokenizer), prompt, 80), tokens(Speculator(target, tokenizer, Engine(*draft), 4), prompt, 80)
         at = next((i for i, (a, b) in enumerate(zip(plain, quick)) if a != b), None)
         if at is not None:
             text = torch.tensor([prompt + plain[:at]])
@@ -141,17 +142,17 @@ def test_quantized_target_and_draft(tmp_path, mode):
         folder = tiny.save(tiny.reference("qwen2", num_hidden_layers=layers, hidden_size=64), tmp_path / name)
         load_model(folder)
         models.append(load_model(quantize.quantize_checkpoint(folder / "model.pth", mode, progress=False), "cpu", FP32))
-        formats.set_activations(models[-1][0], "bf16")
+        formats.set_quantize_activations(models[-1][0], False)
     (target, tokenizer), draft = models
-    expected = tokens(Generator(target, tokenizer), PROMPT, 48)
-    assert tokens(Speculator(target, tokenizer, Generator(*draft), 3), PROMPT, 48) == expected
-    assert tokens(Speculator(target, tokenizer, Generator(target, tokenizer), 3), PROMPT, 48)[:1] == expected[:1]
+    expected = tokens(Engine(target, tokenizer), PROMPT, 48)
+    assert tokens(Speculator(target, tokenizer, Engine(*draft), 3), PROMPT, 48) == expected
+    assert tokens(Speculator(target, tokenizer, Engine(target, tokenizer), 3), PROMPT, 48)[:1] == expected[:1]
 
 
 def test_stop_ids_and_length_in_the_middle_of_a_round(tiny_pair):
     """A draft that is always right: rounds of five tokens, cut wherever the text has to end."""
     (target, tokenizer), _ = tiny_pair
-    whole = tokens(Generator(target, tokenizer), PROMPT, 24)
+    whole = tokens(Engine(target, tokenizer), PROMPT, 24)
     for n in range(1, 13):
         assert tokens(Speculator(target, tokenizer, copy_of(target, tokenizer), 4), PROMPT, n) == whole[:n]
     for stop in set(whole):
@@ -164,7 +165,7 @@ def copy_of(model, tokenizer):
     with torch.device("meta"):
         other = Transformer(model.args)
     other.load_state_dict(model.state_dict(), assign=True)
-    return Generator(other.eval(), tokenizer)
+    return Engine(other.eval(), tokenizer)
 
 
 def test_a_kept_cache_after_a_round_that_was_cut(tiny_pair):
@@ -173,12 +174,12 @@ def test_a_kept_cache_after_a_round_that_was_cut(tiny_pair):
         speculator = Speculator(target, tokenizer, draft_of(kind, draft, None), 4)
         first = tokens(speculator, PROMPT, 13, max_seq_length=160)
         text = PROMPT + first + [50, 51, 52]
-        assert tokens(speculator, text, 20, keep_cache=True) == tokens(Generator(target, tokenizer), text, 20)
+        assert tokens(speculator, text, 20, keep_cache=True) == tokens(Engine(target, tokenizer), text, 20)
         answer = speculator.generate(text, 30, GREEDY, stop_ids=frozenset(), keep_cache=True)
         part = [next(answer)[0] for _ in range(4)]
         answer.close()
         text = text + part + [7]
-        assert tokens(speculator, text, 12, keep_cache=True) == tokens(Generator(target, tokenizer), text, 12)
+        assert tokens(speculator, text, 12, keep_cache=True) == tokens(Engine(target, tokenizer), text, 12)
 
 
 # ---- sampling: the distribution
@@ -202,12 +203,12 @@ def drafted_and_accepted(target, draft, before, last, k, sampling, source, accep
     steps, text = [], [before, last]
     for _ in range(k):
         scaled, ids = speculate.shortlist(draft.logits(text[-2], text[-1]), sampling)
-        noise = speculate.exponential(*ids.shape, source)
+        noise = speculate.exponential_noise(*ids.shape, source)
         text.append(ids.gather(-1, (scaled - noise.log()).argmax(-1, keepdim=True))[:, 0])
         steps.append((scaled.softmax(-1), ids))
     logits = torch.stack([target.logits(*text[i:i + 2]) for i in range(k + 1)], 1)
     probs, ids = (torch.stack(parts, 1) for parts in zip(*steps))
-    uniform, noise = torch.rand(len(last), k, generator=source), speculate.exponential(len(last), sampling.candidates(8), source)[:, None]
+    uniform, noise = torch.rand(len(last), k, generator=source), speculate.exponential_noise(len(last), sampling.candidates(8), source)[:, None]
     found = torch.vmap(lambda *tensors: accepts(*tensors[:2], sampling, *tensors[2:]))(logits, torch.stack(text[2:], 1), probs, ids, uniform, noise)
     return found[:, 0], found[:, 1:]
 
@@ -306,7 +307,7 @@ def random_model(seed, vocab=8, dim=32):
 def test_samples_of_the_whole_program(sampling, drafts):
     """Rounds of a Speculator from the same text, against the model's own probabilities."""
     target, prompt, source = random_model(0), [1, 2, 3, 1, 2, 3, 1], torch.Generator().manual_seed(5)
-    speculator = Speculator(target, None, Generator(random_model(1)) if drafts == "model" else None, 2)
+    speculator = Speculator(target, None, Engine(random_model(1)) if drafts == "model" else None, 2)
     list(speculator.generate(prompt, 8, sampling))
     counts = {}
     with torch.inference_mode():
@@ -332,7 +333,7 @@ def exact_probabilities(target, prompt, sampling):
 # ---- prompt lookup
 
 def drafted(text, k):
-    lookup = Lookup(torch.device("cpu"))
+    lookup = PromptLookup(torch.device("cpu"))
     lookup.begin(text, False)
     draft = lookup.propose(k, GREEDY, None)
     return draft and draft.tokens[0].tolist()
@@ -347,7 +348,7 @@ def test_lookup(text, k, expected):
 
 
 def test_lookup_sees_what_is_added():
-    lookup, text = Lookup(torch.device("cpu")), [1, 2, 3]
+    lookup, text = PromptLookup(torch.device("cpu")), [1, 2, 3]
     lookup.begin(text, False)
     assert lookup.propose(2, GREEDY, None) is None
     text += [8, 1, 2]
@@ -374,7 +375,7 @@ def simulated(costs, acceptance, plain, rounds, tokens=2000, seed=0):
 
 def costs_of(c, v):
     verify = {k: 1.0 + v * k for k in range(1, 9)}
-    return Costs(1.0, c, verify), {k: t + k * c for k, t in verify.items()}
+    return KPolicy(1.0, c, verify), {k: t + k * c for k, t in verify.items()}
 
 
 @pytest.mark.parametrize("a", [0.3, 0.6, 0.8, 0.95])
@@ -476,7 +477,7 @@ def test_bad_input_is_refused_in_a_line(argv, named):
 
 def test_a_draft_of_another_tokenizer_is_refused_and_the_difference_named(demo, tiny_pair, tmp_path):
     with pytest.raises(UserError, match="--draft_checkpoint_path: the draft's tokenizer is not the model's: .* has 4096 tokens and .* has 257"):
-        Speculator(*demo, Generator(*tiny_pair[1]))
+        Speculator(*demo, Engine(*tiny_pair[1]))
     text = (tiny_pair[1][1].folder / "tokenizer.json").read_text()
     swapped = json.loads(text)
     vocab = swapped["model"]["vocab"]
@@ -485,7 +486,7 @@ def test_a_draft_of_another_tokenizer_is_refused_and_the_difference_named(demo, 
         shutil.copy(file, tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(swapped))
     with pytest.raises(UserError, match=rf"token {vocab['b']} is b'a' in .* and b'b' in "):
-        Speculator(*tiny_pair[0], Generator(tiny_pair[1][0], Tokenizer.from_dir(tmp_path)))
+        Speculator(*tiny_pair[0], Engine(tiny_pair[1][0], Tokenizer.from_dir(tmp_path)))
 
 
 def test_a_draft_of_a_shorter_context_is_refused(demo):
@@ -493,7 +494,7 @@ def test_a_draft_of_a_shorter_context_is_refused(demo):
     import dataclasses
     draft[0].args = dataclasses.replace(draft[0].args, max_position=64)
     with pytest.raises(UserError, match="--prompt of 60 tokens and --max_new_tokens 20 exceed the draft's context of 64 positions"):
-        next(Speculator(*demo, Generator(*draft)).generate([5] * 60, 20))
+        next(Speculator(*demo, Engine(*draft)).generate([5] * 60, 20))
 
 
 # ---- a large model that behaves like the demo

@@ -17,10 +17,11 @@ from conftest import ROOT
 from published import publish
 
 import tp
+from config import PUBLISHED, ModelArgs
 from cli import UserError
-from formats import Quantization, replace_linears, set_activations
-from generate import Generator, Sampling, command, load_model, main, parse_args
-from model import PUBLISHED, ModelArgs, Transformer
+from formats import Quantization, replace_linears, set_quantize_activations
+from generate import Engine, Sampling, command, load_model, main, parse_args
+from model import Transformer
 from quantize import quantize_checkpoint
 from speculate import Speculator
 
@@ -178,8 +179,8 @@ def make_large(folder: Path) -> None:
 def results(path: Path, ranks: tp.Ranks | None, compiled: bool) -> dict:
     """What a checkpoint computes: logits of a batch's prompt and of six steps, greedy text, sampled text."""
     model, tokenizer = load_model(path, "cpu", torch.float32, ranks)
-    set_activations(model, "bf16")
-    generator = Generator(model, tokenizer)
+    set_quantize_activations(model, False)
+    generator = Engine(model, tokenizer)
     idx = torch.tensor([row[:3] for row in PROMPTS])
     model.setup_caches(3, 64)
     with torch.inference_mode():
@@ -195,7 +196,7 @@ def results(path: Path, ranks: tp.Ranks | None, compiled: bool) -> dict:
     out["unseeded"] = tokens(generator, PROMPTS[0], 16, Sampling(1.0, None))
     if compiled:
         out["alone"] = tokens(generator, PROMPTS[0], 12, GREEDY, max_seq_length=64)
-        fast = Generator(model, tokenizer, compile=True)
+        fast = Engine(model, tokenizer, compile=True)
         out["compiled"] = tokens(fast, PROMPTS[0], 12, GREEDY, max_seq_length=64)
         torch._dynamo.utils.counters.clear()
         tokens(fast, PROMPTS[1], 12, GREEDY, max_seq_length=64)
@@ -214,7 +215,7 @@ def speculation(folder: Path, ranks: tp.Ranks) -> dict[str, list]:
         if name == "whole":
             draft.norm.weight.data += 0.5 * torch.randn(draft.norm.weight.shape, generator=torch.Generator().manual_seed(ranks.rank))
         for k in (3, None):
-            speculator = Speculator(model, tokenizer, Generator(draft, tokenizer), k)
+            speculator = Speculator(model, tokenizer, Engine(draft, tokenizer), k)
             for kind, sampling in (("greedy", GREEDY), ("sampled", Sampling(1.0, 50))):
                 out[f"{kind} {name} {k}"] = list(speculator.generate(PROMPTS[0], 48, sampling, seed=5, stop_ids=frozenset()))
     return out
@@ -339,7 +340,7 @@ def test_equals_one_process(name, parallel, single):
 
 @pytest.mark.slow
 def test_speculation_writes_the_models_own_text(folder, parallel):
-    plain = Generator(*load_model(folder / "qwen3", "cpu", torch.float32))
+    plain = Engine(*load_model(folder / "qwen3", "cpu", torch.float32))
     expected = list(plain.generate(PROMPTS[0], 48, GREEDY, stop_ids=frozenset()))
     found = [of_rank["speculation"] for of_rank in parallel["found"]]
     assert all(rank == found[0] for rank in found), "the ranks drew different tokens"
