@@ -1,4 +1,4 @@
-"""What every command shares: mistakes told in one line, the argument parser, and files that are written whole or not at all."""
+"""What every command shares: mistakes told in one line, the argument parser, reading and writing files."""
 import argparse
 import contextlib
 import errno
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn
 
 VERSION = "0.9"
-FLAGS = {"world_size": "nproc_per_node"}         # a field that is called otherwise on the command line (here torchrun's)
+FLAGS = {"world_size": "nproc_per_node"}         # fields that the command line (here torchrun's) calls otherwise
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TORCH_WRITE_FAILED = ("unexpected pos", "iostream error", "PytorchStreamWriter failed", "file write failed")   # torch.save's
+TORCH_SAVE_FAILED = ("unexpected pos", "iostream error", "PytorchStreamWriter failed", "file write failed")
 
 
 class UserError(Exception):
-    """Something the user can put right, in one line that names the file, or the field: an argument, or a key of a configuration."""
+    """Something the user can put right, in one line. field: the argument at fault, unless the message names a file."""
 
     def __init__(self, message: str, field: str = ""):
         super().__init__(message, field)         # both, so that pickling keeps them
@@ -40,7 +40,7 @@ def fields(**names: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls main(); a UserError becomes one line on stderr and exit status 2. Anything else is a bug and keeps its traceback."""
+    """Calls main(); a UserError becomes one line on stderr and exit status 2. A bug keeps its traceback."""
     try:
         main()
     except UserError as error:
@@ -115,10 +115,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; on success it is renamed to `path`, otherwise removed. A full disk is a UserError."""
+    """Yields a temporary name beside `path`, renamed to `path` on success, else removed. A full disk is a UserError."""
     path = Path(path)
     prefix = f".{path.name}.{socket.gethostname()}."
-    for abandoned in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):          # by a process that was killed while writing
+    for abandoned in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):          # by a process that was killed
         if not _is_running(abandoned.name.removeprefix(prefix).removesuffix(".tmp")):
             abandoned.unlink(missing_ok=True)
     partial = path.with_name(f"{prefix}{os.getpid()}.tmp")
@@ -126,7 +126,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) in DISK_FULL or any(text in str(error) for text in TORCH_WRITE_FAILED):
+        if getattr(error, "errno", None) in DISK_FULL or any(text in str(error) for text in TORCH_SAVE_FAILED):
             raise UserError(f"could not write {path}: is the disk full? Nothing was left behind") from error
         raise
     finally:

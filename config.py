@@ -1,9 +1,10 @@
-"""A checkpoint's configuration: ModelArgs from its config.json, the frequencies of RoPE, and the shapes of published models.
+"""A checkpoint's configuration: ModelArgs from its config.json, RoPE's frequencies, the shapes of published models.
 
 A value that the models here do not carry is refused by name when config.json is read, never ignored.
 """
 import math
 from dataclasses import dataclass
+from typing import Any, Iterable
 
 import torch
 from torch import Tensor
@@ -51,10 +52,10 @@ class ModelArgs:
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelArgs":
-        """From the contents of a Hugging Face config.json. A value that the model does not carry is a UserError that names it."""
+        """From the contents of a Hugging Face config.json. Errors: UserError, for a value that is not supported."""
         model_type = config.get("model_type")
         if model_type not in FAMILIES:
-            raise UserError(f"config.json: model_type {model_type!r} is not supported (supported: {', '.join(FAMILIES)})")
+            raise not_supported("model_type", model_type, FAMILIES)
         try:
             return _from_qwen_v1(config) if model_type == "qwen" else _from_llama_like(config)
         except KeyError as error:
@@ -71,31 +72,33 @@ class ModelArgs:
 FAMILIES = ("qwen", "qwen2", "qwen3", "llama", "mistral")
 
 
-def _refuse_unless(config: dict, key: str, allowed: tuple) -> None:
-    if config.get(key) not in (None, *allowed):
-        raise UserError(f"config.json: {key} {config[key]!r} is not supported (supported: {', '.join(map(str, allowed))})")
+def not_supported(key: str, value: Any, supported: Iterable) -> UserError:
+    return UserError(f"config.json: {key} {value!r} is not supported (supported: {', '.join(map(str, supported))})")
 
 
 def _from_qwen_v1(config: dict) -> ModelArgs:
     """Two generations of key names; the feed-forward width counts gate and up together."""
     def get(*names: str):
         return next((config[n] for n in names if n in config), None)
-    _refuse_unless(config, "no_bias", (True,))
+    if config.get("no_bias") not in (None, True):
+        raise not_supported("no_bias", config["no_bias"], (True,))
     n_head, dim = get("num_attention_heads", "n_head"), get("hidden_size", "n_embd")
     if not n_head or not dim:
         raise KeyError("num_attention_heads" if not n_head else "hidden_size")
     seq_length = get("seq_length", "n_positions") or 2048
     return ModelArgs(
         model_type="qwen", dim=dim, n_layer=get("num_hidden_layers", "n_layer"), n_head=n_head, n_local_heads=n_head,
-        head_dim=get("kv_channels") or dim // n_head, intermediate_size=get("intermediate_size", "ffn_hidden_size") // 2,
-        vocab_size=config["vocab_size"], max_position=max(get("max_position_embeddings", "n_positions") or 0, seq_length),
-        norm_eps=config.get("layer_norm_epsilon", 1e-6), rope_base=config.get("rotary_emb_base", 10000.0), qkv_bias=True,
-        tie_word_embeddings=config.get("tie_word_embeddings", False), seq_length=seq_length,
+        head_dim=get("kv_channels") or dim // n_head,
+        intermediate_size=get("intermediate_size", "ffn_hidden_size") // 2, vocab_size=config["vocab_size"],
+        max_position=max(get("max_position_embeddings", "n_positions") or 0, seq_length),
+        norm_eps=config.get("layer_norm_epsilon", 1e-6), rope_base=config.get("rotary_emb_base", 10000.0),
+        qkv_bias=True, tie_word_embeddings=config.get("tie_word_embeddings", False), seq_length=seq_length,
         logn=config.get("use_logn_attn", True), dynamic_ntk=config.get("use_dynamic_ntk", True))
 
 
 def _from_llama_like(config: dict) -> ModelArgs:
-    _refuse_unless(config, "hidden_act", ("silu", "swish"))
+    if config.get("hidden_act") not in (None, "silu", "swish"):
+        raise not_supported("hidden_act", config["hidden_act"], ("silu", "swish"))
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if config.get(key):
             raise UserError(f"config.json: {key} {config[key]}: mixture-of-experts layers are not supported yet")
@@ -107,12 +110,14 @@ def _from_llama_like(config: dict) -> ModelArgs:
         max_position = max(max_position, int(rope.original_max_position * rope.factor))
     return ModelArgs(
         model_type=model_type, dim=config["hidden_size"], n_layer=n_layer, n_head=n_head,
-        n_local_heads=config.get("num_key_value_heads") or n_head, head_dim=config.get("head_dim") or config["hidden_size"] // n_head,
+        n_local_heads=config.get("num_key_value_heads") or n_head,
+        head_dim=config.get("head_dim") or config["hidden_size"] // n_head,
         intermediate_size=config["intermediate_size"], vocab_size=config["vocab_size"], max_position=max_position,
         norm_eps=config.get("rms_norm_eps", 1e-6), rope_base=rope_base, rope=rope,
         qkv_bias=attention_bias or model_type == "qwen2", o_bias=attention_bias and model_type != "qwen2",
         mlp_bias=config.get("mlp_bias", False), qk_norm=model_type == "qwen3",
-        tie_word_embeddings=config.get("tie_word_embeddings", False), windows=_windows_from(config, model_type, n_layer))
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        windows=_windows_from(config, model_type, n_layer))
 
 
 def _windows_from(config: dict, model_type: str, n_layer: int) -> tuple[int, ...]:
@@ -121,7 +126,7 @@ def _windows_from(config: dict, model_type: str, n_layer: int) -> tuple[int, ...
         return (0,) * n_layer
     if layer_types:
         for kind in set(layer_types) - {"full_attention", "sliding_attention"}:
-            raise UserError(f"config.json: layer_types {kind!r} is not supported (supported: full_attention, sliding_attention)")
+            raise not_supported("layer_types", kind, ("full_attention", "sliding_attention"))
         return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
     first = 0 if model_type == "mistral" else config.get("max_window_layers", 0)
     return tuple(window if layer >= first else 0 for layer in range(n_layer))
@@ -134,11 +139,11 @@ def _rope_from(config: dict) -> tuple[float, RopeScaling | None]:
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     for holder in (config, scaling):
         if holder.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(f"config.json: partial_rotary_factor {holder['partial_rotary_factor']} is not supported (supported: 1.0)")
+            raise not_supported("partial_rotary_factor", holder["partial_rotary_factor"], (1.0,))
     if rope_type == "default":
         return base, None
     if rope_type not in ("linear", "llama3", "yarn"):
-        raise UserError(f"config.json: rope type {rope_type!r} is not supported (supported: default, linear, llama3, yarn)")
+        raise not_supported("rope type", rope_type, ("default", "linear", "llama3", "yarn"))
     factor, attention_factor = float(scaling["factor"]), scaling.get("attention_factor")
     if rope_type != "yarn":
         attention_factor = 1.0
@@ -150,11 +155,14 @@ def _rope_from(config: dict) -> tuple[float, RopeScaling | None]:
     return base, RopeScaling(
         rope_type, factor, scaling.get("original_max_position_embeddings") or config["max_position_embeddings"],
         scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0),
-        scaling.get("beta_fast") or 32.0, scaling.get("beta_slow") or 1.0, scaling.get("truncate", True), attention_factor)
+        scaling.get("beta_fast") or 32.0, scaling.get("beta_slow") or 1.0, scaling.get("truncate", True),
+        attention_factor)
 
 
 def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
-    """Angle per position of each rotated pair, fp32 [D/2]. prompt_length matters to Qwen v1's dynamic NTK only."""
+    """Angle per position of each rotated pair, fp32 [D/2]: base^(-2i/D), scaled as the checkpoint says.
+
+    prompt_length matters to Qwen v1's dynamic NTK only."""
     D, base, rope = args.head_dim, args.rope_base, args.rope
     if args.dynamic_ntk and prompt_length > args.seq_length:
         alpha = max(1, 2 ** math.ceil(math.log2(prompt_length / args.seq_length) + 1) - 1)
@@ -165,13 +173,14 @@ def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
     if rope.rope_type == "linear":
         return freqs / rope.factor
     if rope.rope_type == "llama3":
-        turns = rope.original_max_position * freqs / (2 * math.pi)
-        keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+        rotations = rope.original_max_position * freqs / (2 * math.pi)               # over the original context
+        keep = ((rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
         return keep * freqs + (1 - keep) * freqs / rope.factor
 
-    def dimension_that_turns(n: float) -> float:
-        return D * math.log(rope.original_max_position / (n * 2 * math.pi)) / (2 * math.log(base))
-    low, high = dimension_that_turns(rope.beta_fast), dimension_that_turns(rope.beta_slow)
+    def pair_with(rotations: float) -> float:
+        """YaRN: the index i of the pair that turns so often over the original context."""
+        return D * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(base))
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, D - 1)
@@ -179,18 +188,25 @@ def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
     return freqs * (1 - ramp) + freqs / rope.factor * ramp
 
 
-def _shape(model_type: str, layers: int, dim: int, heads: int, kv: int, head_dim: int, ffn: int, vocab: int, theta: float, context: int, **more) -> dict:
-    return dict(model_type=model_type, num_hidden_layers=layers, hidden_size=dim, num_attention_heads=heads, num_key_value_heads=kv,
-                head_dim=head_dim, intermediate_size=ffn, vocab_size=vocab, rope_theta=theta, max_position_embeddings=context, **more)
+# ---- published shapes, as their config.json has them
+
+def _shape(model_type: str, layers: int, dim: int, heads: int, kv: int, head_dim: int, ffn: int, vocab: int,
+           theta: float, context: int, **more) -> dict:
+    return dict(model_type=model_type, num_hidden_layers=layers, hidden_size=dim, num_attention_heads=heads,
+                num_key_value_heads=kv, head_dim=head_dim, intermediate_size=ffn, vocab_size=vocab, rope_theta=theta,
+                max_position_embeddings=context, **more)
 
 
-def _qwen_v1(layers: int, dim: int, heads: int, ffn: int, vocab: int, theta: float = 10000.0, context: int = 8192, extended: bool = True) -> dict:
-    return dict(model_type="qwen", num_hidden_layers=layers, hidden_size=dim, num_attention_heads=heads, intermediate_size=2 * ffn, vocab_size=vocab,
-                rotary_emb_base=theta, seq_length=context, max_position_embeddings=context, use_logn_attn=extended, use_dynamic_ntk=extended)
+def _qwen_v1(layers: int, dim: int, heads: int, ffn: int, vocab: int, theta: float = 10000.0, context: int = 8192,
+             extended: bool = True) -> dict:
+    return dict(model_type="qwen", num_hidden_layers=layers, hidden_size=dim, num_attention_heads=heads,
+                intermediate_size=2 * ffn, vocab_size=vocab, rotary_emb_base=theta, seq_length=context,
+                max_position_embeddings=context, use_logn_attn=extended, use_dynamic_ntk=extended)
 
 
 _LLAMA31 = dict(rope_scaling=dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192))
-_LLAMA32 = dict(rope_scaling=dict(rope_type="llama3", factor=32.0, original_max_position_embeddings=8192), tie_word_embeddings=True)
+_LLAMA32 = dict(rope_scaling=dict(rope_type="llama3", factor=32.0, original_max_position_embeddings=8192),
+                tie_word_embeddings=True)
 _TIED = dict(tie_word_embeddings=True)
 PUBLISHED = {
     "Qwen-1.8B": _qwen_v1(24, 2048, 16, 5504, 151936),

@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import resource
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 import cli
 import kernels
 import tp
+from chat import RowPrinter, chat, show_prefill
 from cli import UserError
 from config import PUBLISHED, ModelArgs
 from loading import DEMO, check_memory, load_model, parse_device, parse_dtype
@@ -30,6 +30,7 @@ from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
 
 PREFILL_CHUNK = 1024             # tokens of the prompt per pass: bounds the memory that activations take
+Progress = Callable[[int, int], None]
 
 
 # ---- prefill and decode
@@ -37,20 +38,26 @@ PREFILL_CHUNK = 1024             # tokens of the prompt per pass: bounds the mem
 class Engine:
     """A model, its compiled functions, and what its KV cache holds.
 
-    draft: the engine of a draft model, or "ngram", for speculative decoding with speculate_k drafted tokens a round (None: chosen while running).
+    draft: the engine of a draft model, or "ngram", for speculative decoding with speculate_k drafted tokens a round
+    (None: chosen while running).
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool = False, compile_prefill: bool = False,
-                 draft: "Engine | str | None" = None, speculate_k: int | None = None):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool = False,
+                 compile_prefill: bool = False, draft: "Engine | str | None" = None, speculate_k: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size) if tokenizer else model.args.vocab_size
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
         self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1
         self.fused: kernels.FusedLayers | None = None  # the layers as the present request found them
         self.compiled, self.compiled_prefill = compile, compile_prefill
-        self.run_decode = compile_step(self.decode_one_token, model, prefill_too=compile_prefill) if compile else self.decode_one_token
-        self.run_forward = torch.compile(model.forward, fullgraph=True) if compile_prefill else model.forward
-        self.speculator = Speculator(self, draft if isinstance(draft, Engine) else None, speculate_k) if draft else None
+        self.run_decode, self.run_forward = self.decode_one_token, model.forward
+        if compile:
+            self.run_decode = compile_step(self.decode_one_token, model, prefill_too=compile_prefill)
+        if compile_prefill:
+            self.run_forward = torch.compile(model.forward, fullgraph=True)
+        self.speculator = None
+        if draft:
+            self.speculator = Speculator(self, draft if isinstance(draft, Engine) else None, speculate_k)
 
     def run_eagerly(self) -> None:
         """For a machine without a working compiler."""
@@ -61,14 +68,19 @@ class Engine:
                 self.speculator.draft_engine.run_eagerly()
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = Sampling(), *,
-                 seed: int | None = None, stop_ids: frozenset[int] | None = None, max_seq_length: int = 0, keep_cache: bool = False,
-                 progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[list[int | None]]:
-        """Yields the new ids of all rows, step by step; None for a row that has met a stop id, which is itself not yielded.
+    def generate(self, prompts: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int,
+                 sampling: Sampling = Sampling(), *, seed: int | None = None, stop_ids: frozenset[int] | None = None,
+                 max_seq_length: int = 0, keep_cache: bool = False,
+                 progress: Progress | None = None) -> Iterator[list[int | None]]:
+        """Yields the new ids of all rows, step by step; None for a row that has met a stop id, which is not yielded.
 
-        prompts: one list of ids, or a batch of them, of any lengths.  stop_ids: the tokenizer's if None.  max_seq_length: capacity of the
-        KV cache, at least what the request needs.  keep_cache: what the cache already holds of the prompt is not computed again (batch 1).
-        progress: told how many of the prompt's tokens have been read. A change to the model counts from the next request on.
+        prompts: one list of ids, or a batch of them, of any lengths.
+        stop_ids: the tokenizer's if None.
+        max_seq_length: capacity of the KV cache, at least what the request needs.
+        keep_cache: what the cache already holds of the prompt is not computed again (batch 1).
+        progress: called with the numbers of the prompt's tokens that have been read, and that there are.
+
+        A change to the model takes effect with the next request. Errors: UserError.
         """
         rows = [list(p) for p in prompts] if prompts and not isinstance(prompts[0], int) else [list(prompts)]
         sampling.check()
@@ -77,13 +89,14 @@ class Engine:
         self.reserve(len(rows), max(max(lengths) + max_new_tokens, max_seq_length))
         rng = torch.Generator(self.model.device).manual_seed(self.fresh_seed() if seed is None else seed)
 
-        logits = self.prefill(rows, keep_cache, progress)                                            # [B, 1, V]
+        logits = self.prefill(rows, keep_cache, progress)                                  # [B, 1, V]
         noise = exponential_noise(len(rows), sampling.candidates(self.vocab_size), rng)
-        idx = sample(logits[:, -1, :self.vocab_size], sampling, noise)                               # [B, 1]
+        idx = sample(logits[:, -1, :self.vocab_size], sampling, noise)                     # [B, 1]
         if self.speculator and self.speculator.enabled:
             steps = ([i] for i in self.speculator.decode(int(idx), max_new_tokens, sampling, rng, keep_cache))
         else:
-            steps = self.decode_n_tokens(idx, torch.tensor(lengths, device=idx.device)[:, None], max_new_tokens, sampling, rng)
+            input_pos = torch.tensor(lengths, device=idx.device)[:, None]
+            steps = self.decode_n_tokens(idx, input_pos, max_new_tokens, sampling, rng)
         ended = [False] * len(rows)
         for ids in steps:
             ended = [end or i in stop_ids for end, i in zip(ended, ids)]
@@ -92,8 +105,9 @@ class Engine:
             yield [None if end else i for end, i in zip(ended, ids)]
 
     def prefill(self, rows: Sequence[Sequence[int]], keep_cache: bool = False,
-                progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
-        """Logits [B, 1, V] of each row's last token. Shorter rows are padded on the right; decoding overwrites the padding's keys and values."""
+                progress: Progress | None = None) -> Tensor:
+        """Logits [B, 1, V] of each row's last token. Shorter rows are padded on the right: their first decoded tokens
+        overwrite the padding's keys and values."""
         device, lengths, args = self.model.device, torch.tensor([len(row) for row in rows]), self.model.args
         longest = int(lengths.max())
         self.model.set_prompt_length(longest)
@@ -104,12 +118,13 @@ class Engine:
         logits = None
         for begin in range(start, longest, PREFILL_CHUNK):
             idx = padded[:, begin:begin + PREFILL_CHUNK].to(device)
-            last = (lengths - 1 - begin)[:, None]                                                    # of each row, in this chunk if inside
+            last = (lengths - 1 - begin)[:, None]                      # each row's last token: is it in this chunk?
             inside = (last >= 0) & (last < idx.size(1))
             input_pos = torch.arange(begin, begin + idx.size(1), device=device)
             new = self.forward_chunk(idx, input_pos, last.clamp(0, idx.size(1) - 1).to(device))
             logits = new if logits is None else torch.where(inside[:, :, None].to(device), new, logits)
-            progress(begin + idx.size(1), longest)
+            if progress and longest > PREFILL_CHUNK:
+                progress(begin + idx.size(1), longest)
         return logits
 
     def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
@@ -120,7 +135,8 @@ class Engine:
         torch._dynamo.maybe_mark_dynamic(input_pos, 0)
         return self.run_forward(idx, input_pos, logits_at, self.fused)
 
-    def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, sampling: Sampling, rng: torch.Generator) -> Iterator[list[int]]:
+    def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, sampling: Sampling,
+                        rng: torch.Generator) -> Iterator[list[int]]:
         """The ids of all rows, n times: first idx [B, 1], which belongs at input_pos [B, 1]."""
         on_gpu = self.model.device.type == "cuda"
         for left in range(n - 1, -1, -1):
@@ -169,14 +185,17 @@ class Engine:
         return self.model.ranks.from_first(seed) if self.model.ranks else seed
 
 
-def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens: int, context: str = "the model's context") -> None:
+def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens: int,
+                  context: str = "the model's context") -> None:
+    """Errors: UserError."""
     if not rows or not all(rows):
         raise UserError("is empty", "prompt")
     if max_new_tokens < 1:
         raise UserError(f"{max_new_tokens} must be 1 or more", "max_new_tokens")
     longest = max(map(len, rows))
     if longest + max_new_tokens > args.max_position:
-        raise UserError(f"of {longest} tokens and max_new_tokens {max_new_tokens} exceed {context} of {args.max_position} positions", "prompt")
+        raise UserError(f"of {longest} tokens and max_new_tokens {max_new_tokens} exceed {context} of "
+                        f"{args.max_position} positions", "prompt")
 
 
 def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.dtype) -> int:
@@ -188,7 +207,8 @@ def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> bool:
     grows = batch != model.max_batch_size or max_seq_length > model.max_seq_length
     if grows:
         needed = cache_bytes(model.local, batch, max_seq_length, model.dtype)
-        check_memory(model.device, needed, f"keys and values of {batch} x {max_seq_length} positions (batch_size, max_seq_length)")
+        check_memory(model.device, needed,
+                     f"keys and values of {batch} x {max_seq_length} positions (batch_size, max_seq_length)")
     model.setup_caches(batch, max_seq_length)
     return grows
 
@@ -196,7 +216,7 @@ def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> bool:
 # ---- what a run reports
 
 def bytes_read_per_token(model: Transformer) -> int:
-    """All weights once, except the input embedding, of which one row is looked up; tied to the head, it is read whole."""
+    """All weights but the input embedding, of which a token needs one row; tied to the head, it is read whole."""
     tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
     if model.output is not None:
         del tensors[id(model.tok_embeddings.weight)]
@@ -226,8 +246,8 @@ class Timing:
         return (self.tokens - self.tokens / self.steps) / (self.total - self.first) if self.steps > 1 else float("nan")
 
 
-def stream(engine: Engine, prompts: Sequence[Sequence[int]], show: Callable[[int, str], None] = lambda row, text: None,
-           **request) -> tuple[list[list[int]], Timing]:
+def stream(engine: Engine, prompts: Sequence[Sequence[int]],
+           show: Callable[[int, str], None] = lambda row, text: None, **request) -> tuple[list[list[int]], Timing]:
     """Runs one request to its end: the new ids of each row. show: told (row, more text) as it comes."""
     decoders = [StreamDecoder(engine.tokenizer, True, after=prompt) for prompt in prompts]
     out, first, steps, start = [[] for _ in prompts], 0.0, 0, time.perf_counter()
@@ -246,110 +266,20 @@ def stream(engine: Engine, prompts: Sequence[Sequence[int]], show: Callable[[int
 
 
 def warm_up(engine: Engine, prompts: Sequence[Sequence[int]], request: dict[str, Any]) -> float:
-    """Compiles what the request will run; returns seconds. Without a working compiler it says so and goes on eagerly."""
+    """Compiles what the request will run; returns seconds. Without a working compiler the engine goes on eagerly."""
     start = time.perf_counter()
-    tokens = 32 if engine.speculator else 3          # of speculation as many that the first choice of k rests on something
+    tokens = 32 if engine.speculator else 3          # so that the first choice of k rests on some rounds
+    request = {**request, "max_new_tokens": min(tokens, request["max_new_tokens"]), "stop_ids": frozenset()}
     try:
-        for _ in engine.generate(prompts, **{**request, "max_new_tokens": min(tokens, request["max_new_tokens"]), "stop_ids": frozenset()}):
+        for _ in engine.generate(prompts, **request):
             pass
     except Exception as error:
-        if not any(word in f"{type(error).__name__} {error}" for word in ("InvalidCxxCompiler", "CppCompileError", "No working C++ compiler")):
+        said = f"{type(error).__name__} {error}"
+        if not any(words in said for words in ("InvalidCxxCompiler", "CppCompileError", "No working C++ compiler")):
             raise
         print("--compile: no working C++ compiler was found, so the model runs eagerly", file=sys.stderr)
         engine.run_eagerly()
     return time.perf_counter() - start
-
-
-# ---- the terminal
-
-def dim(text: str) -> str:
-    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
-
-
-class RowPrinter:
-    """Shows the text of a batch: one row as it grows; of several, on a terminal the end of each in a line of its own. `close` prints them whole."""
-
-    def __init__(self, prompts: Sequence[str]):
-        self.prompts, self.texts = prompts, ["" for _ in prompts]
-        self.live = len(prompts) > 1 and sys.stdout.isatty()
-        if len(prompts) == 1:
-            print(dim(prompts[0]), end="", flush=True)
-        elif self.live:
-            print("\n" * (len(prompts) - 1), flush=True)
-
-    def __call__(self, row: int, text: str) -> None:
-        self.texts[row] += text
-        if len(self.texts) == 1:
-            print(text, end="", flush=True)
-        elif self.live and text:
-            up, width = len(self.texts) - row, shutil.get_terminal_size().columns - 1
-            print(f"\033[{up}A\r\033[2K{(self.prompts[row] + self.texts[row]).replace(chr(10), ' ')[-width:]}\033[{up}B\r", end="", flush=True)
-
-    def close(self) -> None:
-        if len(self.texts) == 1:
-            print()
-        else:
-            print("\n---\n".join(dim(prompt) + text for prompt, text in zip(self.prompts, self.texts)))
-
-
-def prefill_progress(done: int, total: int) -> None:
-    """A line that is gone when the prompt has been read; only for prompts that take several passes."""
-    if total > PREFILL_CHUNK and sys.stderr.isatty():
-        print(f"\rprefill: {done} of {total} tokens" if done < total else "\r\033[2K", end="", file=sys.stderr, flush=True)
-
-
-HELP = """Ctrl-C stops an answer; an empty line or Ctrl-D ends.
-/reset  begins a new conversation
-/help   shows this"""
-
-
-def chat(engine: Engine, args: argparse.Namespace, request: dict[str, Any]) -> None:
-    """Answers lines from the terminal. A conversation stays in the KV cache from turn to turn; a prompt without chat template is continued."""
-    with contextlib.suppress(ImportError):
-        import readline                              # noqa: F401  line editing and history for input()
-    tokenizer, ranks = engine.tokenizer, engine.model.ranks
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(system)
-    print(dim(HELP))
-    while True:
-        try:
-            text = input("> ").strip() if not ranks or ranks.first else ""
-        except (EOFError, KeyboardInterrupt):
-            print()
-            text = ""
-        text = ranks.from_first(text) if ranks else text
-        if not text:
-            return
-        if text.startswith("/"):
-            messages = list(system) if text == "/reset" else messages
-            print(dim("a new conversation" if text == "/reset" else HELP))
-            continue
-        messages.append({"role": "user", "content": text})
-        prompt = tokenizer.render_chat(messages, enable_thinking=not args.no_thinking) if args.chat else tokenizer.encode(text)
-        room = request["max_seq_length"] - len(prompt)
-        if room < 1:
-            messages.pop()
-            print(f"This takes {len(prompt)} tokens, and --max_seq_length is {request['max_seq_length']}: /reset begins a new conversation")
-            continue
-        answer = answer_of(engine, prompt, {**request, "max_new_tokens": min(room, request["max_new_tokens"])}, args.quiet)
-        messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
-
-
-def answer_of(engine: Engine, prompt: list[int], request: dict[str, Any], quiet: bool) -> list[int]:
-    """Prints an answer as it comes, until its end or Ctrl-C; returns its ids."""
-    answer: list[int] = []
-    decoder, times = StreamDecoder(engine.tokenizer, skip_special=True, after=prompt), []
-    try:
-        for (i,) in engine.generate([prompt], **request, keep_cache=True, progress=prefill_progress):
-            answer.append(i)
-            times.append(time.perf_counter())
-            print(decoder.push(i), end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    print(decoder.flush(), flush=True)
-    if len(times) > 1 and not quiet:
-        print(dim(f"({(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/sec)"))
-    return answer
 
 
 # ---- the command
@@ -357,34 +287,41 @@ def answer_of(engine: Engine, prompt: list[int], request: dict[str, Any], quiet:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("-p", "--prompt", default="def quicksort(arr):\n",
-                        help="text; - reads it from stdin; an integer stands for a synthetic prompt of that many random tokens")
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", default="def quicksort(arr):\n",
+                        help="text; - reads it from stdin; an integer asks for a synthetic prompt of that many tokens")
     prompt.add_argument("--prompt_file", type=Path, metavar="FILE", help="read the prompt from a file")
     prompt.add_argument("--interactive", action="store_true", help="read prompts from the terminal")
-    prompt.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the prompt is a user's message in the checkpoint's chat "
-                        "template (default: with --interactive, where there is one)")
+    prompt.add_argument("--chat", action=argparse.BooleanOptionalAction,
+                        help="the prompt is a user's message in the checkpoint's chat template (default: with "
+                        "--interactive, if there is one)")
     prompt.add_argument("--system", metavar="TEXT", help="system message of the chat")
     prompt.add_argument("--no_thinking", action="store_true", help="ask a thinking model to answer at once")
 
     output = parser.add_argument_group("generation")
-    output.add_argument("-n", "--max_new_tokens", type=int, default=200, help="tokens to generate at most")
-    output.add_argument("--num_samples", type=int, default=5, help="samples, one after another")
-    output.add_argument("--batch_size", type=int, default=1, help="continuations of the prompt at a time")
-    output.add_argument("--temperature", "--temp", type=float, default=0.8, help="0: always the most probable token")
-    output.add_argument("--top_k", type=int, default=200, help="sample from the k most probable tokens; 0: from all")
-    output.add_argument("--top_p", type=float, help="sample from the most probable tokens that hold this probability together")
-    output.add_argument("--seed", type=int, help="the same seed gives the same text")
+    output.add_argument("-n", "--max_new_tokens", type=int, default=200, metavar="N",
+                        help="tokens to generate at most")
+    output.add_argument("--num_samples", type=int, default=5, metavar="N", help="samples, one after another")
+    output.add_argument("--batch_size", type=int, default=1, metavar="N",
+                        help="continuations of the prompt at a time")
+    output.add_argument("--temperature", "--temp", type=float, default=0.8, metavar="T",
+                        help="0: always the most probable token")
+    output.add_argument("--top_k", type=int, default=200, metavar="K",
+                        help="sample from the K most probable tokens; 0: from all")
+    output.add_argument("--top_p", type=float, metavar="P",
+                        help="sample from the most probable tokens that have a probability of P together")
+    output.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     output.add_argument("--ignore_eos", action="store_true", help="go on past the end of the text")
     output.add_argument("--quiet", action="store_true", help="print the text alone")
 
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
-                       help="model.pth, its folder, or a Hugging Face repository such as Qwen/Qwen3-0.6B, to be downloaded")
+                       help="a model.pth, its folder, or a Hugging Face repository to download, e.g. Qwen/Qwen3-0.6B (default: the bundled demo)")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     model.add_argument("--quantize_activations", action=argparse.BooleanOptionalAction, default=True,
                        help="beside int8 and int4 weights, where the CPU multiplies integers faster")
-    model.add_argument("--max_seq_length", type=int, default=0, help="capacity of the KV cache (default: what the request needs)")
+    model.add_argument("--max_seq_length", type=int, default=0, metavar="N",
+                       help="capacity of the KV cache in tokens (default: what the request needs)")
     model.add_argument("--list_models", action="store_true", help="print the shapes of published models and end")
 
     speed = parser.add_argument_group("speed")
@@ -392,8 +329,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     speed.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
     speed.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH",
                        help="a smaller model of the same tokenizer, for speculative decoding")
-    speed.add_argument("--draft", choices=["ngram"], help="speculative decoding by prompt lookup, without a draft model")
-    speed.add_argument("--speculate_k", metavar="K", help="tokens to draft at a time, or auto: as many, or none, as is fastest (default: auto)")
+    speed.add_argument("--draft", choices=["ngram"],
+                       help="speculative decoding without a draft model, by prompt lookup")
+    speed.add_argument("--speculate_k", metavar="K",
+                       help="tokens to draft at a time, or auto: as many, or none, as is fastest (default: auto)")
     speed.add_argument("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample")
     return parser.parse_args(argv)
 
@@ -438,30 +377,39 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, parse_dtype(args.dtype, device), ranks,
                                   quantize_activations=args.quantize_activations)
-    print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, {str(model.dtype)[6:]}, {device}, "
-          f"{kernels.describe(device)})", file=log)
-    if args.max_seq_length > model.args.max_position:
-        raise UserError(f"{args.max_seq_length} exceeds the model's context of {model.args.max_position} positions", "max_seq_length")
+    print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, "
+          f"{str(model.dtype)[6:]}, {device}, {kernels.describe(device)})", file=log)
+    context = model.args.max_position
+    if args.max_seq_length > context:
+        raise UserError(f"{args.max_seq_length} exceeds the model's context of {context} positions", "max_seq_length")
     if args.chat is None:
         args.chat = args.interactive and tokenizer.has_template
-    engine = Engine(model, tokenizer, args.compile, args.compile_prefill, load_draft(args, model, ranks), parse_speculate_k(args.speculate_k))
-    capacity = args.max_seq_length or (min(model.args.max_position, 4096) if args.interactive else 0)
+    draft, speculate_k = load_draft(args, model, ranks), parse_speculate_k(args.speculate_k)
+    engine = Engine(model, tokenizer, args.compile, args.compile_prefill, draft, speculate_k)
+    if engine.speculator:
+        engine.speculator.measures = True            # for the summary, whether or not k is to be chosen
+    capacity = args.max_seq_length or (min(context, 4096) if args.interactive else 0)
     request = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, max_seq_length=capacity, seed=args.seed,
                    stop_ids=frozenset() if args.ignore_eos else None)
-    prompts = [tokenizer.encode("def")] if args.interactive else [read_prompt(args, tokenizer, engine.vocab_size, log)] * args.batch_size
-    engine.check_request(prompts, 1 if args.interactive else args.max_new_tokens)
-    if not args.interactive and args.max_seq_length and len(prompts[0]) + args.max_new_tokens > args.max_seq_length:
-        raise UserError(f"{args.max_seq_length} is less than the prompt's {len(prompts[0])} tokens and max_new_tokens "
-                        f"{args.max_new_tokens}", "max_seq_length")
+    prompts = [tokenizer.encode("def")]              # to warm up with
+    if not args.interactive:
+        prompts = [read_prompt(args, tokenizer, engine.vocab_size, log)] * args.batch_size
+        length = len(prompts[0])
+        engine.check_request(prompts, args.max_new_tokens)
+        if args.max_seq_length and length + args.max_new_tokens > args.max_seq_length:
+            raise UserError(f"{args.max_seq_length} is less than the prompt's {length} tokens and max_new_tokens "
+                            f"{args.max_new_tokens}", "max_seq_length")
     engine.reserve(len(prompts), capacity or len(prompts[0]) + args.max_new_tokens)
-    if ranks:                               # what can fail on one rank alone is behind us
+    if ranks:                                        # what can fail on one rank alone is behind us
         prompts = ranks.from_first(prompts)
         args.profile = args.profile if ranks.first else None
     if args.compile or args.compile_prefill or engine.speculator:
         seconds = warm_up(engine, prompts, request)
-        print(f"{'Compilation' if args.compile or args.compile_prefill else 'Warm-up'} time: {seconds:.2f} seconds", file=log)
+        what = "Compilation" if args.compile or args.compile_prefill else "Warm-up"
+        print(f"{what} time: {seconds:.2f} seconds", file=log)
     if args.interactive:
-        return chat(engine, args, request)
+        return chat(engine.generate, tokenizer, ranks, request, args.chat, args.system, not args.no_thinking,
+                    args.quiet)
     run_samples(args, engine, prompts, request, log)
 
 
@@ -469,11 +417,12 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int,
     if is_synthetic(args):
         length = int(args.prompt)
         if not length:
-            raise UserError("0 asks for a synthetic prompt of no tokens (an integer is a number of tokens; --prompt_file reads any text)",
-                            "prompt")
+            raise UserError("0 asks for a synthetic prompt of 0 tokens (--prompt_file reads any text)", "prompt")
         print(f"Synthetic prompt of {length} tokens", file=log)
-        return torch.randint(0, min(vocab_size, 1024), (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    text = cli.read_text(args.prompt_file, "prompt_file") if args.prompt_file else sys.stdin.read() if args.prompt == "-" else args.prompt
+        return torch.randint(min(vocab_size, 1024), (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.prompt_file:
+        text = cli.read_text(args.prompt_file, "prompt_file")
     if not text:
         raise UserError("is empty", "prompt")
     if args.chat:
@@ -505,10 +454,11 @@ def parse_speculate_k(text: str | None) -> int | None:
         raise UserError(f"{text!r} is neither a number nor auto", "speculate_k") from None
 
 
-def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int]], request: dict[str, Any], log: TextIO) -> None:
+def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int]], request: dict[str, Any],
+                log: TextIO) -> None:
     speculator, plain_rate = engine.speculator, 0.0
     if speculator:
-        speculator.enabled, speculator.measures = False, True
+        speculator.enabled = False
         plain = {**request, "max_new_tokens": min(64, args.max_new_tokens), "stop_ids": frozenset()}
         plain_rate = stream(engine, prompts, **plain)[1].decode_rate
         speculator.enabled, speculator.statistics = True, Statistics()
@@ -520,16 +470,16 @@ def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int
         profiler = torch.profiler.profile() if args.profile and number == args.num_samples else None
         printer = RowPrinter([shown] * len(prompts))
         with profiler or contextlib.nullcontext():
-            timing = stream(engine, prompts, show=printer, progress=prefill_progress, **request)[1]
+            timing = stream(engine, prompts, show=printer, progress=show_prefill, **request)[1]
         printer.close()
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
         passes = 1 + speculator.statistics.passes - passed if speculator else timing.steps
         rates.append(timing.tokens / timing.total)
         decode_rates.append(timing.decode_rate)
-        print(f"Time for inference {number}: {timing.total:.02f} sec total, {rates[-1]:.02f} tokens/sec", file=log)
-        print(f"Time to first token: {1000 * timing.first:.1f} ms, decode: {timing.decode_rate:.02f} tokens/sec", file=log)
-        print(f"Bandwidth achieved: {weights * passes / timing.total / 1e9:.02f} GB/s", file=log)
+        print(f"Time for inference {number}: {timing.total:.02f} sec total, {rates[-1]:.02f} tokens/sec\n"
+              f"Time to first token: {1000 * timing.first:.1f} ms, decode: {timing.decode_rate:.02f} tokens/sec\n"
+              f"Bandwidth achieved: {weights * passes / timing.total / 1e9:.02f} GB/s", file=log)
     print(f"==========\nAverage tokens/sec: {sum(rates) / len(rates):.2f}", file=log)
     if speculator:
         print(summary(speculator, plain_rate, sum(decode_rates) / len(decode_rates)), file=log)

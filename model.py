@@ -1,9 +1,10 @@
-"""The Transformer: Qwen (v1, 1.5, 2, 2.5, 3), Llama (2, 3, 3.1, 3.2, CodeLlama, open_llama) and Mistral, by one configuration.
+"""The Transformer: Qwen (v1 to 3), Llama (2, 3, 3.1, 3.2, CodeLlama, open_llama) and Mistral, from one configuration.
 
-Shapes: B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C model dim, F feed-forward dim, V vocabulary,
-P positions that logits are wanted for.
+Shapes: B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C model dim, F feed-forward dim,
+V vocabulary, P positions that logits are wanted for.
 
-`kernels.linear` and `kernels.attend` are F.linear and scaled_dot_product_attention, with faster CPU kernels for a few tokens.
+`kernels.linear` and `kernels.attend` compute F.linear and scaled_dot_product_attention; for a few tokens on a CPU they
+run faster kernels of our own.
 """
 import math
 from typing import Any, Sequence
@@ -28,9 +29,10 @@ class Transformer(nn.Module):
         self.args, self.local = args, local or args
         self.ranks: Any = None                         # tp.Ranks of a model that is split over processes
         self.quantize_activations = True               # by formats.set_quantize_activations
-        # With its weight given, the embedding skips an initialization that is slow to import.
-        self.tok_embeddings = nn.Embedding(self.local.vocab_size, args.dim, _weight=torch.empty(self.local.vocab_size, args.dim))
-        self.layers = nn.ModuleList(TransformerBlock(self.local, window) for window in args.windows or (0,) * args.n_layer)
+        rows = self.local.vocab_size                   # with its weight given, the embedding skips an initialization,
+        self.tok_embeddings = nn.Embedding(rows, args.dim, _weight=torch.empty(rows, args.dim))    # slow to import
+        windows = args.windows or (0,) * args.n_layer
+        self.layers = nn.ModuleList(TransformerBlock(self.local, window) for window in windows)
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = None if args.tie_word_embeddings else Linear(args.dim, self.local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
@@ -45,7 +47,7 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
     def setup_caches(self, batch: int, max_seq_length: int, dtype: torch.dtype | None = None) -> None:
-        """Allocates every layer's KV cache for positions 0 .. max_seq_length - 1; caches that are large enough are kept."""
+        """Allocates every layer's KV cache for positions 0 .. max_seq_length - 1; large enough ones are kept."""
         dtype = dtype or self.dtype
         if (batch == self.max_batch_size and max_seq_length <= self.max_seq_length
                 and dtype == self.layers[0].attention.kv_cache.k_cache.dtype):
@@ -74,11 +76,12 @@ class Transformer(nn.Module):
     def fuse(self) -> kernels.FusedLayers | None:
         """All layers as one CPU operator, for `fused` of forward. None where it cannot stand in for the modules.
 
-        It holds the tensors that the layers have now: to be made anew wherever a weight, a module or a cache may have changed."""
+        It holds the tensors that the layers have now, so make it anew after any change to a weight, module or cache."""
         layers = [layer.kernel_args() for layer in self.layers]
         if not layers or any(layer is None for layer in layers):
             return None
-        return kernels.fuse(layers, self.local.n_head, self.local.intermediate_size, self.args.norm_eps, self.quantize_activations)
+        return kernels.fuse(layers, self.local.n_head, self.local.intermediate_size, self.args.norm_eps,
+                            self.quantize_activations)
 
     def forward(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor | None = None,
                 fused: kernels.FusedLayers | None = None) -> Tensor:
@@ -131,11 +134,11 @@ class TransformerBlock(nn.Module):
         return h + self.feed_forward(self.ffn_norm(h))
 
     def kernel_args(self) -> kernels.LayerTensors | None:
-        """The tensors that the fused layers compute this block from; None if it is not, in all its parts, what they stand for."""
+        """The tensors that the fused layers compute this block from; None if it was modified: they would not see it."""
         attention, feed_forward, head_norm = self.attention, self.feed_forward, type(self.attention.q_norm)
-        expected = [(self, TransformerBlock), (attention, Attention), (feed_forward, FeedForward), (self.attention_norm, RMSNorm),
-                    (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm), (attention.k_norm, head_norm),
-                    (attention.reduce, nn.Identity), (feed_forward.reduce, nn.Identity)]
+        expected = [(self, TransformerBlock), (attention, Attention), (feed_forward, FeedForward),
+                    (self.attention_norm, RMSNorm), (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm),
+                    (attention.k_norm, head_norm), (attention.reduce, nn.Identity), (feed_forward.reduce, nn.Identity)]
         linears = [attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2]
         if (head_norm not in (RMSNorm, nn.Identity) or not all(is_unmodified(module, kind) for module, kind in expected)
                 or not all(hasattr(linear, "kernel_args") for linear in linears)):
@@ -244,7 +247,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what its class says: no subclass of it, no hooks, no forward of its own."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return type(module) is kind and not hooked
 
 
 def present(*tensors: Tensor | None) -> list[Tensor]:

@@ -32,8 +32,8 @@ class Sampling:
 
 
 def shortlist(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn from logits [B, V] at a temperature above 0: logits / T, fp32, -inf for what top_p leaves out, and their
-    ids; both [B, candidates]."""
+    """The tokens that may be drawn from logits [B, V] at a temperature above 0: their logits / T in fp32, -inf for what
+    top_p leaves out, and their ids; both [B, candidates]."""
     V, n = logits.size(-1), sampling.candidates(logits.size(-1))
     logits = logits.float() / sampling.temperature
     if n == V and sampling.top_p is None:
@@ -41,13 +41,15 @@ def shortlist(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     logits, ids = logits.topk(n, dim=-1)                           # sorted, the most probable first
     if sampling.top_p is not None and sampling.top_p < 1:
         probs = logits.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs                      # the probability of all more probable tokens together
+        before = probs.cumsum(dim=-1) - probs                      # of all more probable tokens together
         logits = logits.masked_fill(before >= sampling.top_p, -torch.inf)
     return logits, ids
 
 
 def sample(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """Draws ids [B, 1] from logits [B, V] by the Gumbel-max trick: argmax(logits / T - log E) with exponential noise E, fp32 [B, candidates]."""
+    """Draws ids [B, 1] from logits [B, V] by the Gumbel-max trick: argmax(logits / T - log E).
+
+    noise: E, exponential, fp32 [B, candidates]."""
     if sampling.temperature == 0:
         return logits.float().argmax(dim=-1, keepdim=True)
     logits, ids = shortlist(logits, sampling)
@@ -62,8 +64,9 @@ def exponential_noise(rows: int, columns: int, rng: torch.Generator) -> Tensor:
 
 # ---- compilation
 
-def compile_step(step: Callable, model: Transformer, dynamic: bool | None = False, prefill_too: bool = False) -> Callable:
-    """A step of decoding, drafting or verifying, compiled: static shapes unless dynamic on a CPU; on CUDA, CUDA graphs.
+def compile_step(step: Callable, model: Transformer, dynamic: bool | None = False,
+                 prefill_too: bool = False) -> Callable:
+    """A step of decoding, drafting or verifying, compiled: static shapes, unless dynamic on a CPU; CUDA graphs on CUDA.
 
     prefill_too: whether the process compiles prefill as well, whose code needs the compiler's vector instructions."""
     if model.device.type == "cuda":
@@ -79,8 +82,9 @@ def runs_fused(model: Transformer) -> bool:
 
 
 def skip_vector_instructions() -> None:
-    """Spares the compiler ten seconds of trying which vector instructions work here. They are worth it where it compiles layers, but not
-    where those are one operator. It holds for the whole process, so only before the compiler has tried: later code must agree with earlier."""
+    """Spares the compiler ten seconds of trying which vector instructions work here, where little is left to speed up.
+
+    It holds for the whole process, so only before the compiler has tried: later code must agree with earlier."""
     from torch._inductor import config, cpu_vec_isa
     if cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0:
         config.cpp.vec_isa_ok = False

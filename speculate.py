@@ -1,11 +1,12 @@
-"""Speculative decoding: something cheap drafts k tokens, the model verifies them all in one pass, and the output keeps the model's distribution.
+"""Speculative decoding: something cheap drafts k tokens, and the model verifies them all in one pass; the output keeps
+the model's own distribution (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318).
 
-Leviathan et al. 2023, "Fast inference from transformers via speculative decoding"; Chen et al. 2023, "Accelerating large language model
-decoding with speculative sampling". Let a be the acceptance rate (the probability that a drafted token is accepted), c the cost of a draft
-step and v(k) that of a pass over k + 1 tokens, both in steps of plain decoding. A round yields 1 + a + ... + a^k tokens on average, so
+Let a be the acceptance rate (the probability that a drafted token is accepted), c the cost of a draft step and v(k)
+that of a pass over k + 1 tokens, both in steps of plain decoding. A round yields 1 + a + ... + a^k tokens, so
 
     speed-up = (1 - a^(k+1)) / ((1 - a) (v(k) + k c))
 """
+import functools
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -57,18 +58,20 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 # ---- verification, on the device
 
 def accept_greedy(logits: Tensor, drafted: Tensor) -> Tensor:
-    """int64 [k + 2]: how many of drafted [k] are what the logits [k + 1, V] would have chosen, n, then tokens of which the first n + 1 count."""
+    """int64 [k + 2]: n, how many of drafted [k] the logits [k + 1, V] would choose, and tokens, n + 1 of them valid."""
     best = logits.float().argmax(dim=-1)
     n = (best[:-1] == drafted).long().cumprod(0).sum()
     return torch.cat((n[None], best))
 
 
-def accept(logits: Tensor, drafted: Tensor, sampling: Sampling, probs: Tensor, ids: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
+def accept(logits: Tensor, drafted: Tensor, sampling: Sampling, probs: Tensor, ids: Tensor, uniform: Tensor,
+           noise: Tensor) -> Tensor:
     """The same for sampling; all probabilities in fp32.
 
-    Token i, drawn from the draft's distribution q_i, is accepted with probability min(1, p_i / q_i); the first rejected one is replaced by a
-    draw from max(0, p - q), and after the last a further one is drawn from p.
-    probs, ids [k, m]: q on the m tokens that could have been drawn.  uniform [k] in [0, 1).  noise [1, candidates]: exponential.
+    Token i, drawn from the draft's distribution q_i, is accepted with probability min(1, p_i / q_i); the first rejected
+    one is replaced by a draw from max(0, p - q), and after the last a further one is drawn from p.
+    probs, ids [k, m]: q on the m tokens that could have been drawn.
+    uniform [k] in [0, 1).  noise [1, candidates]: exponential.
     """
     k, V = len(drafted), logits.size(-1)
     scaled, at = shortlist(logits, sampling)                           # [k + 1, candidates]
@@ -76,8 +79,9 @@ def accept(logits: Tensor, drafted: Tensor, sampling: Sampling, probs: Tensor, i
     p_drafted = p[:-1].masked_fill(at[:-1] != drafted[:, None], 0).sum(-1)
     q_drafted = probs.masked_fill(ids != drafted[:, None], 0).sum(-1)
     n = (uniform * q_drafted < p_drafted).long().cumprod(0).sum()[None]
-    q = torch.zeros(V, dtype=p.dtype, device=p.device).scatter(0, ids[n.clamp(max=k - 1)][0], probs[n.clamp(max=k - 1)][0])
-    p, at = p[n], at[n]                                                # of the first token that was not accepted
+    rejected = n.clamp(max=k - 1)
+    q = torch.zeros(V, dtype=p.dtype, device=p.device).scatter(0, ids[rejected][0], probs[rejected][0])
+    p, at = p[n], at[n]                                                # at the first token that is not accepted
     rest = (p - q[at] * (n < k)).clamp(min=0)
     rest = torch.where(rest.sum() > 0, rest, p)
     last = at.gather(1, (rest / noise).argmax(dim=-1, keepdim=True))[0]
@@ -89,7 +93,7 @@ def accept(logits: Tensor, drafted: Tensor, sampling: Sampling, probs: Tensor, i
 
 @dataclass
 class Draft:
-    """Drafted tokens [1, k], and the distributions that they were drawn from (see accept); none where the choice was certain."""
+    """Drafted tokens [1, k], and the distributions that they were drawn from (see accept), or None for sure ones."""
     tokens: Tensor
     probs: Tensor | None = None
     ids: Tensor | None = None
@@ -126,7 +130,7 @@ class ModelDraft:
         return max(0, len(self.text) - 2 - self.cached_len)
 
     def propose(self, k: int, sampling: Sampling, rng: torch.Generator) -> Draft:
-        """The first step reads the last two tokens, because after a round without rejections the last but one is not in the cache yet."""
+        """The first step reads two tokens: after a round without rejections the last but one is not cached yet."""
         if self.uncached():
             self.engine.cached = self.text[:self.cached_len]
             self.engine.prefill([self.text[:-1]], keep_cache=True)
@@ -144,7 +148,8 @@ class ModelDraft:
         return Draft(tokens.view(1, -1), *distribution)
 
     def rollback(self, before: int, k: int, accepted: int) -> None:
-        """After a round on a text of `before` tokens: the cache is right up to the accepted ones. The last drafted token was never read."""
+        """After a round on a text of `before` tokens: the cache keeps the accepted ones. The last drafted token was
+        never read."""
         self.cached_len = before + min(accepted, k - 1)
 
 
@@ -157,7 +162,7 @@ class PromptLookup:
 
     def begin(self, text: list[int], keep_cache: bool) -> None:
         self.text, self.indexed = text, 0
-        self.followers: dict[tuple[int, ...], int] = {}          # n-gram -> the position after its last occurrence but the present one
+        self.followers: dict[tuple[int, ...], int] = {}          # n-gram -> the position after it, earlier on
 
     def uncached(self) -> int:
         return 0
@@ -190,16 +195,16 @@ class KPolicy:
     verify_s: dict[int, float]                   # by k, a pass over k + 1 tokens
     read_s: float = 0.0                          # per token that the draft must read before it can begin
     round_s: dict[int, float] = field(default_factory=dict)      # by k, a whole round as last seen; 0: a plain step
-    age: dict[int, int] = field(default_factory=dict)            # by k, rounds since the last with this k
+    recent: set[int] = field(default_factory=set)                # the k timed since the last plain step
     accepted: float = 0.0                        # drafted tokens accepted and tested of late (exponentially weighted)
     tested: float = 0.0
-    overspent_s: float = 0.0                     # what drafting has cost beyond plain decoding; negative where it has gained
+    overspent_s: float = 0.0                     # what drafting cost more than plain decoding would have
     num_generated: int = 0                       # of this request
     since_plain: int = 0
     MEMORY = 0.98                                # per token: the acceptance rate is that of the last 50 or so
     PRIOR = (2.1, 3.0)                           # accepted, tested: hopeful enough for a draft to be tried
     MARGIN = 1.03                                # two runs of the same program differ by as much
-    BUDGET = (0.5, 0.012)                        # plain steps that trying may cost: at once, and more per generated token
+    BUDGET = (0.5, 0.012)                        # plain steps that trying may cost: at once, and per generated token
     SAVINGS = 8                                  # plain steps of earlier gain that may be risked as well
     RECHECK = 24                                 # rounds after which a plain step is timed again
 
@@ -214,14 +219,15 @@ class KPolicy:
         self.overspent_s, self.num_generated, self.since_plain = min(0.0, self.overspent_s), 0, 0
 
     def choose(self, left: int, uncached: int) -> int:
-        """k for the next round with `left` tokens to come, 0 for a plain step. uncached: tokens that the draft must read first."""
+        """k for the next round, 0 for a plain step. left: tokens to come. uncached: what the draft must read first."""
         choices = [k for k in self.verify_s if k < left]
         budget = self.round_s[0] * (self.BUDGET[0] + self.BUDGET[1] * self.num_generated)
         if not choices or self.since_plain >= self.RECHECK or self.overspent_s > budget:
             return 0
         gain, best = max((expected_tokens(self.acceptance, k) * self.round_s[0] / self.round_s[k], -k) for k in choices)
         saved_s = left * self.round_s[0] * (1 - 1 / gain)
-        return -best if gain > self.MARGIN and saved_s > 1.5 * uncached * self.read_s else 0     # 1.5: the request may end early
+        pays = gain > self.MARGIN and saved_s > 1.5 * uncached * self.read_s             # 1.5: the text may end early
+        return -best if pays else 0
 
     def record(self, k: int, accepted: int, seconds: float, catching_up: bool = False) -> None:
         """Learns from a round; the time of one in which the draft had to catch up says nothing about the next."""
@@ -232,15 +238,16 @@ class KPolicy:
         if catching_up:
             return
         known = self.round_s.setdefault(k, seconds)
-        weight = min(0.5, 1 - 0.9 ** (1 + self.age.get(k, 0)))   # an old figure counts for less, a stall of the machine for little
+        weight = 0.1 if k in self.recent else 0.5                # an old figure counts for less, a stall for little:
         self.round_s[k] = known + weight * (min(max(seconds, known / 2), 1.25 * known) - known)
         if k:
-            self.overspent_s = max(-self.SAVINGS * self.round_s[0], self.overspent_s + seconds - (accepted + 1) * self.round_s[0])
-        else:                                                    # the machine's speed has changed, for what was not tried of late too
-            for other in self.round_s:
-                if other and self.age.get(other, self.RECHECK + 1) > self.RECHECK:
-                    self.round_s[other] *= self.round_s[0] / known
-        self.age = {other: self.age.get(other, self.RECHECK) + 1 for other in self.round_s} | {k: 0}
+            spent_s = seconds - (accepted + 1) * self.round_s[0]
+            self.overspent_s = max(-self.SAVINGS * self.round_s[0], self.overspent_s + spent_s)
+            self.recent = self.recent - {0} | {k}
+        else:
+            for other in self.round_s.keys() - self.recent - {0}:                   # as the machine's speed changes
+                self.round_s[other] *= self.round_s[0] / known
+            self.recent = {0}
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, times: int) -> float:
@@ -294,8 +301,10 @@ class Statistics:
 class Speculator:
     """Rounds of drafting and verification on an engine's text, batch 1 only.
 
-    draft: the draft model's engine, or None for prompt lookup.  k: drafted tokens a round, or None to choose it while running, so that timing
-    decides where a round ends, and a seed fixes the text at temperature 0 only.  Errors: UserError.
+    draft: the draft model's engine, or None for prompt lookup.
+    k: drafted tokens a round, or None to choose it while running: then timing decides where a round ends, and a seed
+    fixes the text at temperature 0 only.
+    Errors: UserError.
     """
 
     def __init__(self, engine: Decoder, draft: Decoder | None, k: int | None):
@@ -303,11 +312,13 @@ class Speculator:
         if draft:
             check_draft(engine, draft)
         self.engine, self.model, self.draft_engine, self.k = engine, engine.model, draft, k
-        self.draft = ModelDraft(draft, engine.vocab_size, engine.compiled) if draft else PromptLookup(engine.model.device)
+        self.draft = PromptLookup(engine.model.device)
+        if draft:
+            self.draft = ModelDraft(draft, engine.vocab_size, engine.compiled)
         self.verify = self.verify_step
         if engine.compiled and not runs_fused(self.model):       # on a CPU one compilation serves every k
             self.verify = compile_step(self.verify_step, self.model, dynamic=None, prefill_too=engine.compiled_prefill)
-        self.follows_first = bool(draft and self.model.ranks and not draft.model.ranks)   # each rank has a draft model: rank 0's counts
+        self.follows_first = bool(draft and self.model.ranks and not draft.model.ranks)   # each rank drafts by itself
         self.enabled, self.measures = True, k is None            # measures: whether the first request times the steps
         self.policy: KPolicy | None = None
         self.statistics = Statistics()
@@ -324,7 +335,7 @@ class Speculator:
 
     def verify_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, probs: Tensor | None, ids: Tensor | None,
                     uniform: Tensor, noise: Tensor) -> Tensor:
-        """idx [1, k + 1], the last token and the drafted ones, at input_pos [1, k + 1]: int64 [k + 2] as accept returns it."""
+        """The last token and the drafted ones, idx [1, k + 1] at input_pos [1, k + 1] -> int64 [k + 2], see accept."""
         everywhere = torch.arange(idx.size(1), device=idx.device)
         logits = self.model(idx, input_pos, everywhere, self.engine.fused)[0, :, :self.engine.vocab_size]
         drafted = idx[0, 1:]
@@ -334,8 +345,8 @@ class Speculator:
             probs, ids = torch.ones_like(uniform)[:, None], drafted[:, None]
         return accept(logits, drafted, sampling, probs, ids, uniform, noise)
 
-    def decode(self, first: int, count: int, sampling: Sampling, rng: torch.Generator, keep_cache: bool) -> Iterator[int]:
-        """`count` tokens that follow what the engine has cached; `first` is the first of them. keep_cache: the draft's cache may serve too."""
+    def decode(self, first: int, n: int, sampling: Sampling, rng: torch.Generator, keep_cache: bool) -> Iterator[int]:
+        """n tokens that follow what the engine has cached, from `first` on. keep_cache: the draft has cached them."""
         text = [*self.engine.cached, first]
         yield first
         if self.measures and self.policy is None:
@@ -343,7 +354,7 @@ class Speculator:
         self.draft.begin(text, keep_cache)
         if self.policy:
             self.policy.begin_request()
-        left = count - 1
+        left = n - 1
         while left:
             new = self.round(text, left, sampling, rng)[:left]
             left -= len(new)
@@ -376,8 +387,8 @@ class Speculator:
 
     def place(self, tokens: list[int], position: int) -> tuple[Tensor, Tensor]:
         """Tokens and their positions from `position` on, each [1, S], on the device."""
-        device = self.model.device
-        return torch.tensor([tokens], device=device), torch.arange(position, position + len(tokens), device=device)[None]
+        input_pos = torch.arange(position, position + len(tokens), device=self.model.device)[None]
+        return torch.tensor([tokens], device=input_pos.device), input_pos
 
     def verify_draft(self, text: list[int], draft: Draft, sampling: Sampling, rng: torch.Generator) -> Tensor:
         k, device = draft.tokens.size(1), self.model.device
@@ -393,7 +404,7 @@ class Speculator:
         return self.verify(idx, input_pos, sampling, draft.probs, draft.ids, uniform, noise)
 
     def measure(self, sampling: Sampling, rng: torch.Generator) -> KPolicy:
-        """Times plain steps, draft steps and passes at the text's present end. What they leave in the caches is written over."""
+        """Times plain steps, draft steps and passes at the text's present end; what they cache is overwritten later."""
         device, text = self.model.device, [*self.engine.cached, 0]
         idx, input_pos = self.place(text[-1:], len(text) - 1)
         plain_s = median_seconds(lambda: self.engine.step(idx, input_pos.clone(), sampling, rng), device, 7)
@@ -407,7 +418,7 @@ class Speculator:
         for k in [self.k] if self.k else AUTO_K if device.type == "cpu" else AUTO_K_CUDA:
             draft = (self.draft.propose(k, sampling, rng) if self.draft_engine
                      else Draft(torch.zeros(1, k, dtype=torch.int64, device=device)))
-            verify_s[k] = median_seconds(lambda: self.verify_draft(text, draft, sampling, rng), device, 3)
+            verify_s[k] = median_seconds(functools.partial(self.verify_draft, text, draft, sampling, rng), device, 3)
             rates = [(k + 1) / (v + k * draft_s) for k, v in verify_s.items()]           # if all were accepted
             hopeless = rates[-1] < 0.9 * max(rates)                                      # and so are larger k
             if self.model.ranks.from_first(hopeless) if self.model.ranks else hopeless:
@@ -439,12 +450,13 @@ def summary(speculator: Speculator, plain_rate: float, rate: float) -> str:
     found, policy = speculator.statistics, speculator.policy
     probs = [round(count / found.rounds, 4) if found.rounds else 0.0 for count in found.counts]
     lines = [f"Acceptance probs: {probs}", f"Mean Accepted: {found.mean_accepted:.4f}",
-             f"Speed-up over plain decoding: {rate / plain_rate:.2f} x ({rate:.2f} against {plain_rate:.2f} tokens/sec), "
-             f"{found.rounds} rounds with drafts and {found.plain_steps} plain steps"]
+             f"Speed-up over plain decoding: {rate / plain_rate:.2f} x ({rate:.2f} against {plain_rate:.2f} "
+             f"tokens/sec), {found.rounds} rounds with drafts and {found.plain_steps} plain steps"]
     if policy and found.tested:
         a, c = found.acceptance, policy.draft_s / policy.plain_s
         v = {k: seconds / policy.plain_s for k, seconds in policy.verify_s.items()}
-        speedup, k = max([(predicted_speedup(a, k, c, v[k]), k) for k in ([speculator.k] if speculator.k else v)] + [(1.0, 0)][bool(speculator.k):])
+        choices = [speculator.k] if speculator.k else [0, *v]
+        speedup, k = max((predicted_speedup(a, k, c, v[k]) if k else 1.0, k) for k in choices)
         says = f"{speedup:.2f} x at k = {k} (v = {v[k]:.2f})" if k else "plain decoding is best"
         lines.append(f"The formula says: {says}, with a = {a:.3f} and c = {c:.3f}")
     return "\n".join(lines)

@@ -13,3 +13,17 @@ def fresh_compiler():
     import torch
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs a command that must refuse what it is given: returns its one line on stderr."""
+    import cli
+
+    def run(main, *argv):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda: main(list(map(str, argv))))
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+    return run

@@ -88,13 +88,13 @@ def test_all_layers_in_one_operator_equal_the_layers(pair, mode, dtype, toleranc
         formats.set_quantize_activations(model, False)
     for B, steps in ((1, (1,) * 5), (1, (7, 16)), (3, (1, 2, 5))):
         model.setup_caches(B, 64)
-        stack, ids, outputs = model.stack, torch.randint(0, 320, (B, 60), generator=torch.Generator().manual_seed(B)), []
-        assert kernels.unavailable_reason() or kernels.takes(stack, torch.zeros(B, steps[0], model.args.dim, dtype=dtype))
-        for path in (stack, None):
-            model.stack, at = path, 20
-            logits = [model(ids[:, :at], torch.arange(at))]
+        fused, ids, outputs = model.fuse(), torch.randint(0, 320, (B, 60), generator=torch.Generator().manual_seed(B)), []
+        assert kernels.unavailable_reason() or kernels.accepts(fused, torch.zeros(B, steps[0], model.args.dim, dtype=dtype))
+        for path in (fused, None):
+            at = 20
+            logits = [model(ids[:, :at], torch.arange(at), None, path)]
             for S in steps:
-                logits.append(model(ids[:, at:at + S], torch.arange(at, at + S), torch.arange(S)))
+                logits.append(model(ids[:, at:at + S], torch.arange(at, at + S), torch.arange(S), path))
                 at += S
             outputs.append(torch.cat(logits, dim=1).float())
         assert (outputs[0] - outputs[1]).abs().max() < tolerance * outputs[1].abs().max()
