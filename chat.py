@@ -4,7 +4,8 @@ import os
 import shutil
 import sys
 import time
-from typing import Any, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tp
 from tokenizer import StreamDecoder, Tokenizer
@@ -64,7 +65,7 @@ def chat(generate: Callable[..., Iterator[list[int | None]]], tokenizer: Tokeniz
     otherwise each line is a prompt to continue.
     """
     with contextlib.suppress(ImportError):
-        import readline                              # noqa: F401  gives input() line editing and a history
+        import readline  # noqa: F401  gives input() line editing and a history
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     if not quiet:

@@ -9,8 +9,9 @@ import platform
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator, NoReturn
+from typing import Any, NoReturn
 
 VERSION = "0.9"
 FLAGS = {"world_size": "nproc_per_node"}         # fields that the command line (here torchrun's) calls otherwise
@@ -87,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def version() -> str:
-    import torch                                 # heavy, and rarely asked for
+    import torch  # heavy, and rarely asked for
     return f"qwen-fast {VERSION} (PyTorch {torch.__version__}, Python {platform.python_version()})"
 
 

@@ -3,8 +3,9 @@
 A value that the models here do not carry is refused by name when config.json is read, never ignored.
 """
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor

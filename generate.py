@@ -10,9 +10,10 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -315,7 +316,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
-                       help="a model.pth, its folder, or a Hugging Face repository to download, e.g. Qwen/Qwen3-0.6B (default: the bundled demo)")
+                       help="a model.pth, its folder, or a Hugging Face repository to download, "
+                       "e.g. Qwen/Qwen3-0.6B (default: the bundled demo)")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     model.add_argument("--quantize_activations", action=argparse.BooleanOptionalAction, default=True,

@@ -7,7 +7,8 @@ V vocabulary, P positions that logits are wanted for.
 run faster kernels of our own.
 """
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn

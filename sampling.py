@@ -1,6 +1,6 @@
 """From logits to tokens, and how the steps that do it are compiled."""
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor

@@ -9,8 +9,9 @@ that of a pass over k + 1 tokens, both in steps of plain decoding. A round yield
 import functools
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Iterator, Protocol, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor

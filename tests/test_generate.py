@@ -1,18 +1,18 @@
 """Decoding, sampling and the command, on tiny checkpoints."""
+import io
 import json
 import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
-from conftest import ROOT
 
-import cli
-import generate
 import generate
 import loading
+import tiny
+from chat import RowPrinter
 from cli import UserError
+from conftest import ROOT
 from generate import Engine, Sampling, load_model, main, sample
 from tokenizer import Tokenizer
 
@@ -109,7 +109,8 @@ def test_a_kept_cache_gives_what_a_fresh_one_gives(loaded):
     first = tokens(engine, PROMPTS[0], 12, max_seq_length=128)
     second = PROMPTS[0] + first + [50, 51, 52]
     kept = tokens(engine, second, 12, keep_cache=True)
-    assert calls[-1] == 4                                # the last answer's last token, which was never fed, and the three new ones
+    # the last answer's last token, which was never fed, and the three new ones
+    assert calls[-1] == 4
     assert kept == tokens(Engine(*loaded), second, 12)
     changed = PROMPTS[0][:4] + [60, 61]
     assert tokens(engine, changed, 12, keep_cache=True) == tokens(Engine(*loaded), changed, 12)
@@ -135,7 +136,8 @@ def chi_square_fits(counts, probs):
     return statistic < degrees + 4.5 * (2 * degrees) ** 0.5 + 10
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0, None), Sampling(0.7, None), Sampling(1.3, 7), Sampling(0.9, None, 0.8), Sampling(1.0, 30, 0.5),
+@pytest.mark.parametrize("sampling", [Sampling(1.0, None), Sampling(0.7, None), Sampling(1.3, 7),
+                                      Sampling(0.9, None, 0.8), Sampling(1.0, 30, 0.5),
                                       Sampling(1.0, 1), Sampling(1.0, None, 1e-6)])
 def test_samples_follow_the_distribution(sampling):
     draws, rng = 40_000, torch.Generator().manual_seed(0)
@@ -165,7 +167,8 @@ def test_ids_past_the_tokenizer_are_never_sampled(loaded):
     model, tokenizer = loaded
     assert tokenizer.vocab_size == 257 < model.args.vocab_size
     engine = Engine(model, tokenizer)
-    drawn = [i for seed in range(4) for row in engine.generate([PROMPTS[0]] * 8, 40, Sampling(50.0, None), seed=seed, stop_ids=frozenset()) for i in row]
+    drawn = [i for seed in range(4) for row in engine.generate([PROMPTS[0]] * 8, 40, Sampling(50.0, None), seed=seed,
+                                                               stop_ids=frozenset()) for i in row]
     assert max(drawn) < 257 and len(set(drawn)) > 200
 
 
@@ -176,11 +179,14 @@ def run_main(capsys, *argv):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [[], ["--compile"], ["--batch_size", 3], ["--temperature", 0, "--top_k", 0], ["--top_p", 0.9], ["--prompt", "20", "--ignore_eos"],
+@pytest.mark.parametrize("options", [[], ["--compile"], ["--batch_size", 3], ["--temperature", 0, "--top_k", 0],
+                                     ["--top_p", 0.9], ["--prompt", "20", "--ignore_eos"],
                                      ["--compile_prefill"], ["--dtype", "bf16"]])
 def test_report(folder, capsys, options):
-    out = run_main(capsys, "--checkpoint_path", folder / "model.pth", "--prompt", "hello", "--num_samples", 2, "--max_new_tokens", 12, "--device", "cpu", *options)
-    for label in ("Time to load model: ", "Time for inference 1: ", "Time for inference 2: ", " sec total, ", "Bandwidth achieved: ", "Average tokens/sec: ",
+    out = run_main(capsys, "--checkpoint_path", folder / "model.pth", "--prompt", "hello", "--num_samples", 2,
+                   "--max_new_tokens", 12, "--device", "cpu", *options)
+    for label in ("Time to load model: ", "Time for inference 1: ", "Time for inference 2: ", " sec total, ",
+                  "Bandwidth achieved: ", "Average tokens/sec: ",
                   "Memory used: ", "Time to first token: "):
         assert label in out
     assert ("Compilation time: " in out) == any("compile" in str(o) for o in options)
@@ -188,7 +194,8 @@ def test_report(folder, capsys, options):
 
 def test_seed_and_prompt_file(folder, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("héllo 你好 😀")
-    common = ["--checkpoint_path", folder / "model.pth", "--num_samples", 1, "--max_new_tokens", 20, "--seed", 3, "--device", "cpu"]
+    common = ["--checkpoint_path", folder / "model.pth", "--num_samples", 1, "--max_new_tokens", 20, "--seed", 3,
+              "--device", "cpu"]
 
     def text(*more):
         return run_main(capsys, *common, *more).split("\n", 1)[1].split("Time for inference")[0]
@@ -197,14 +204,16 @@ def test_seed_and_prompt_file(folder, capsys, tmp_path):
 
 
 def test_profile_is_a_chrome_trace(folder, capsys, tmp_path):
-    run_main(capsys, "--checkpoint_path", folder / "model.pth", "--num_samples", 1, "--max_new_tokens", 3, "--profile", tmp_path / "trace.json", "--device", "cpu")
+    run_main(capsys, "--checkpoint_path", folder / "model.pth", "--num_samples", 1, "--max_new_tokens", 3, "--profile",
+             tmp_path / "trace.json", "--device", "cpu")
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
 def chat_folder(tmp_path):
     folder = tiny.save(tiny.reference("qwen2"), tmp_path)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["chat_template"] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    config["chat_template"] = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant]{% endif %}")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -220,7 +229,8 @@ def test_conversation(tmp_path, capsys, monkeypatch):
     self_tokenizer = Tokenizer.from_dir(folder)
     monkeypatch.setattr(Engine, "generate", spy)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    out = run_main(capsys, "--checkpoint_path", folder / "model.pth", "--interactive", "--chat", "--system", "be", "--max_new_tokens", 8, "--seed", 1,
+    out = run_main(capsys, "--checkpoint_path", folder / "model.pth", "--interactive", "--chat", "--system", "be",
+                   "--max_new_tokens", 8, "--seed", 1,
                    "--dtype", "fp32", "--device", "cpu")
     assert len(prompts) == 3
     assert prompts[0] == "[system]be[user]hello[assistant]"
@@ -240,22 +250,100 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path, capsys, monkeypat
             raise KeyboardInterrupt
         return plain(self, *args)
     monkeypatch.setattr(Engine, "step", interrupted)
-    run_main(capsys, "--checkpoint_path", folder / "model.pth", "--interactive", "--chat", "--max_new_tokens", 8, "--device", "cpu", "--dtype", "fp32")
+    run_main(capsys, "--checkpoint_path", folder / "model.pth", "--interactive", "--chat", "--max_new_tokens", 8,
+             "--device", "cpu", "--dtype", "fp32")
     assert len(asked) == 3
+
+
+def test_spellings(folder, capsys):
+    """Short flags, hyphens and aliases are the flags they stand for."""
+    common = ["--model", folder, "--device", "cpu", "--num-samples=1", "--seed", 3]
+    short = run_main(capsys, *common, "-p", "a", "-n", 12, "--temp", 0.5, "--quiet")
+    assert short == run_main(capsys, "--checkpoint_path", folder / "model.pth", "--device", "cpu", "--num_samples", 1,
+                             "--seed", 3, "--prompt", "a", "--max_new_tokens", 12, "--temperature", 0.5, "--quiet")
+
+
+@pytest.mark.parametrize("flag, says", [("--version", "qwen-fast 0."), ("--help", "(default: 200)")])
+def test_version_and_help(capsys, flag, says):
+    with pytest.raises(SystemExit) as ended:
+        main([flag])
+    assert ended.value.code == 0 and says in capsys.readouterr().out
+
+
+def test_list_models(capsys):
+    lines = run_main(capsys, "--list-models").splitlines()
+    assert "parameters" in lines[0]
+    assert any(line.split() == ["Qwen3-8B", "qwen3", "8.19", "B", "16.4", "GB", "40960"] for line in lines)
+
+
+def test_prompt_from_stdin_and_nothing_but_text(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("héllo"))
+    out = run_main(capsys, "--model", folder, "-p", "-", "-n", 8, "--num_samples", 1, "--device", "cpu", "--quiet",
+                   "--seed", 1)
+    assert out == run_main(capsys, "--model", folder, "-p", "héllo", "-n", 8, "--num_samples", 1, "--device", "cpu",
+                           "--quiet", "--seed", 1)
+    assert out.startswith("héllo") and "tokens/sec" not in out
+
+
+def test_a_synthetic_prompt_is_announced(folder, capsys):
+    out = run_main(capsys, "--model", folder, "-p", "20", "-n", 2, "--num_samples", 1, "--device", "cpu")
+    assert "Synthetic prompt of 20 tokens" in out
+
+
+def test_rows_of_a_batch_on_a_terminal(capsys, monkeypatch):
+    """Each row's end in a line of its own while it grows, all rows whole at the end."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    printer = RowPrinter(["ab", "ab"])
+    printer(0, "c\n")
+    printer(1, "d" * 300)
+    live = capsys.readouterr().out
+    assert "\033[2A\r\033[2Kabc \033[2B" in live and "\033[1A\r\033[2Kddd" in live and "d" * 300 not in live
+    printer.close()
+    assert capsys.readouterr().out == "abc\n\n---\nab" + "d" * 300 + "\n"
+
+
+def test_prefill_progress(folder, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    main(["--model", str(folder), "-p", "40", "-n", "2", "--num_samples", "1", "--device", "cpu"])
+    assert "prefill: 16 of 40 tokens\rprefill: 32 of 40 tokens\r\033[2K" in capsys.readouterr().err
+
+
+def test_interactive_chats_by_default_and_explains_itself(tmp_path, capsys, monkeypatch):
+    folder, prompts = chat_folder(tmp_path), []
+    plain = Engine.generate
+    monkeypatch.setattr(Engine, "generate", lambda self, rows, *rest, **more: prompts.append(
+        self.tokenizer.decode(rows[0])) or plain(self, rows, *rest, **more))
+    for flags, expected in (([], "[user]one[assistant]"), (["--no-chat"], "one")):
+        lines = iter(["/help", "one", ""])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))  # noqa: B023
+        out = run_main(capsys, "--model", folder, "--interactive", "-n", 8, "--device", "cpu", "--ignore_eos", *flags)
+        assert prompts[-1] == expected and out.count("/reset  begins a new conversation") == 2 and "tokens/sec)" in out
 
 
 # ---- bad input
 
 @pytest.mark.parametrize("argv, named", [
-    (["--prompt", ""], "--prompt is empty"), (["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--max_new_tokens", "-3"], "--max_new_tokens -3"),
-    (["--batch_size", "0"], "--batch_size 0"), (["--num_samples", "0"], "--num_samples 0"), (["--temperature", "-1"], "--temperature -1"),
-    (["--temperature", "nan"], "--temperature nan"), (["--top_p", "0"], "--top_p 0"), (["--top_p", "1.5"], "--top_p 1.5"), (["--top_k", "-1"], "--top_k -1"),
-    (["--device", "tpu9"], "tpu9"), (["--device", "meta"], "meta"), (["--prompt", "500"], "exceed the model's context of 512"),
-    (["--prompt", "0"], "--prompt is empty"), (["--max_seq_length", "513"], "--max_seq_length 513"), (["--max_seq_length", "20"], "--max_seq_length 20 is less"),
-    (["--prompt_file", "/nowhere.txt"], "/nowhere.txt"), (["--chat"], "no chat template"), (["--device", "cpu", "--dtype", "fp16"], "fp16"),
+    (["--prompt", ""], "--prompt is empty"), (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+    (["--max_new_tokens", "-3"], "--max_new_tokens -3"),
+    (["--batch_size", "0"], "--batch_size 0"), (["--num_samples", "0"], "--num_samples 0"),
+    (["--temperature", "-1"], "--temperature -1"),
+    (["--temperature", "nan"], "--temperature nan"), (["--top_p", "0"], "--top_p 0"),
+    (["--top_p", "1.5"], "--top_p 1.5"), (["--top_k", "-1"], "--top_k -1"),
+    (["--device", "tpu9"], "tpu9"), (["--device", "meta"], "meta"),
+    (["--prompt", "500"], "exceed the model's context of 512"),
+    (["--prompt", "0"], "--prompt 0 asks for a synthetic prompt"), (["--prompt", "٣", "--top_k", "-1"], "--top_k -1"),
+    (["--system", "x"], "--system needs --chat"), (["--no-thinking"], "--no_thinking needs --chat"),
+    (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    (["--temp", "x"], "--temperature/--temp: invalid"), (["--max_seq_length", "513"], "--max_seq_length 513"),
+    (["--max_seq_length", "20"], "--max_seq_length 20 is less"),
+    (["--prompt_file", "/nowhere.txt"], "/nowhere.txt"), (["--chat"], "no chat template"),
+    (["--device", "cpu", "--dtype", "fp16"], "fp16"),
     (["--checkpoint_path", "/nowhere/model.pth"], "/nowhere/model.pth")])
 def test_bad_input_is_refused_in_a_line(folder, argv, named, refusal):
-    assert named in refusal(main, "--checkpoint_path", folder / "model.pth", "--num_samples", "1", "--device", "cpu", *argv)
+    assert named in refusal(main, "--checkpoint_path", folder / "model.pth", "--num_samples", "1", "--device", "cpu",
+                            *argv)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
@@ -284,7 +372,8 @@ def test_checkpoint_of_another_shape_or_without_config(tmp_path):
     folder = tiny.save(tiny.reference("qwen2"), tmp_path)
     load_model(folder)
     config = json.loads((folder / "config.json").read_text())
-    for change in (dict(hidden_size=128), dict(num_hidden_layers=4), dict(num_hidden_layers=2), dict(model_type="qwen3")):
+    for change in (dict(hidden_size=128), dict(num_hidden_layers=4), dict(num_hidden_layers=2),
+                   dict(model_type="qwen3")):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match="does not fit its config.json"):
             load_model(folder)
@@ -306,9 +395,11 @@ def test_out_of_memory_says_what_was_needed(folder, loaded, monkeypatch):
 
 def test_without_a_compiler_it_says_so_and_runs_eagerly(folder):
     """With a real compiler setting that cannot work, in a fresh process: the kernels' build fails too."""
-    done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", folder / "model.pth", "--compile", "--num_samples", "1", "--device", "cpu",
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", folder / "model.pth", "--compile",
+                           "--num_samples", "1", "--device", "cpu",
                            "--max_new_tokens", "8"], capture_output=True, text=True,
-                          env={"PATH": "/nonexistent", "CXX": "/nonexistent/c++", "HOME": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+                          env={"PATH": "/nonexistent", "CXX": "/nonexistent/c++", "HOME": str(folder),
+                               "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
                                "TORCH_EXTENSIONS_DIR": str(folder / "extensions")})
     assert done.returncode == 0, done.stderr
     assert "Average tokens/sec" in done.stdout
@@ -316,8 +407,10 @@ def test_without_a_compiler_it_says_so_and_runs_eagerly(folder):
 
 
 def test_the_command_exits_with_2_and_one_line(folder):
-    done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", "/nowhere/model.pth"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --checkpoint_path /nowhere/model.pth")
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", "/nowhere/model.pth"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --checkpoint_path /nowhere/model.pth")
 
 
 def test_default_dtype_never_picks_fp16_on_a_cpu(monkeypatch):

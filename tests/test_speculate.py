@@ -1,4 +1,4 @@
-"""Speculative decoding: the model's own text and its own distribution, whatever the draft; the choice of k; bad input."""
+"""Speculative decoding: the model's own text and distribution, whatever the draft; the choice of k; bad input."""
 import json
 import math
 import shutil
@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
-from conftest import ROOT
 
 import generate
 import speculate
-from config import ModelArgs
+import tiny
 from cli import UserError
+from config import ModelArgs
+from conftest import ROOT
 from generate import Engine
 from loading import load_model
 from model import Transformer
@@ -47,7 +47,8 @@ def small():
 def tiny_pair(tmp_path_factory):
     """Two random models with one tokenizer, whose embeddings are padded differently."""
     target = tiny.save(tiny.reference("qwen3-tied"), tmp_path_factory.mktemp("target"))
-    draft = tiny.save(tiny.reference("qwen2", seed=1, vocab_size=288, num_hidden_layers=1), tmp_path_factory.mktemp("draft"))
+    draft = tiny.save(tiny.reference("qwen2", seed=1, vocab_size=288, num_hidden_layers=1),
+                      tmp_path_factory.mktemp("draft"))
     return load_model(target, "cpu", FP32), load_model(draft, "cpu", FP32)
 
 
@@ -94,19 +95,22 @@ def test_greedy_on_the_demo(demo, small, kind, k):
     engine = speculating(*demo, draft_of(kind, small, load_demo() if kind == "itself" else None), k)
     assert tokens(engine, prompt, 96) == tokens(Engine(*demo), prompt, 96)
     if kind == "itself" and k:
-        assert engine.speculator.statistics.acceptance == 1  # its own draft is always right: so the cache is, after full acceptance too
+        # its own draft is always right: so the cache is, after full acceptance too
+        assert engine.speculator.statistics.acceptance == 1
         assert engine.speculator.statistics.passes == math.ceil(95 / (k + 1))
 
 
 def test_bf16_differs_only_between_near_ties(small):
-    """Where the text first differs from plain decoding's, the two tokens' logits are as close as bf16 sums in another order may move them."""
+    """Where the text first differs from plain decoding's, the two tokens' logits are as close as bf16 sums in another
+    order may move them."""
     target, tokenizer = load_model(ROOT / "checkpoints" / "demo" / "model.pth", "cpu", torch.bfloat16)
     draft = load_model(ROOT / "checkpoints" / "demo-draft" / "model.pth", "cpu", torch.bfloat16)
     exact = load_demo()[0]
     exact.setup_caches(1, 512)
     for start in range(0, 12_000, 1500):
         prompt = tokenizer.encode(HELDOUT[start:start + 500])
-        plain, quick = tokens(Engine(target, tokenizer), prompt, 80), tokens(speculating(target, tokenizer, Engine(*draft), 4), prompt, 80)
+        plain, quick = tokens(Engine(target, tokenizer), prompt, 80), tokens(speculating(target, tokenizer,
+                                                                                         Engine(*draft), 4), prompt, 80)
         at = next((i for i, (a, b) in enumerate(zip(plain, quick)) if a != b), None)
         if at is not None:
             text = torch.tensor([prompt + plain[:at]])
@@ -138,7 +142,8 @@ def test_stop_ids_and_length_in_the_middle_of_a_round(tiny_pair):
     for n in range(1, 13):
         assert tokens(speculating(target, tokenizer, copy_of(target, tokenizer), 4), PROMPT, n) == whole[:n]
     for stop in set(whole):
-        got = tokens(speculating(target, tokenizer, copy_of(target, tokenizer), 4), PROMPT, 24, stop_ids=frozenset([stop]))
+        got = tokens(speculating(target, tokenizer, copy_of(target, tokenizer), 4), PROMPT, 24,
+                     stop_ids=frozenset([stop]))
         assert got == whole[:whole.index(stop)]
 
 
@@ -171,7 +176,7 @@ SETTINGS = [Sampling(1.0, None), Sampling(0.6, None), Sampling(1.5, 5), Sampling
 
 
 class Chain:
-    """In place of a model: the next token's logits depend on the last two, so that a wrong position would show. Vocabulary 8."""
+    """In place of a model: the next token's logits depend on the last two, so that a wrong position shows. V = 8."""
 
     def __init__(self, seed, spread):
         self.table = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(seed)) * spread
@@ -190,17 +195,23 @@ def drafted_and_accepted(target, draft, before, last, k, sampling, rng, accepts)
         steps.append((scaled.softmax(-1), ids))
     logits = torch.stack([target.logits(*text[i:i + 2]) for i in range(k + 1)], 1)
     probs, ids = (torch.stack(parts, 1) for parts in zip(*steps))
-    uniform, noise = torch.rand(len(last), k, generator=rng), speculate.exponential_noise(len(last), sampling.candidates(8), rng)[:, None]
-    found = torch.vmap(lambda *tensors: accepts(*tensors[:2], sampling, *tensors[2:]))(logits, torch.stack(text[2:], 1), probs, ids, uniform, noise)
+    uniform, noise = torch.rand(len(last), k, generator=rng), speculate.exponential_noise(len(last),
+                                                                                          sampling.candidates(8),
+                                                                                          rng)[:, None]
+    found = torch.vmap(lambda *tensors: accepts(*tensors[:2], sampling,
+                                                *tensors[2:]))(logits, torch.stack(text[2:], 1), probs, ids, uniform,
+                                                               noise)
     return found[:, 0], found[:, 1:]
 
 
 def three_tokens(target, draft, k, sampling, rng, accepts, draws):
     """[draws, 3] tokens after the context 0, 1."""
-    text, length, rows = torch.zeros(draws, 3 + 3 * (k + 1), dtype=torch.int64), torch.full((draws,), 2), torch.arange(draws)
+    text, length, rows = torch.zeros(draws, 3 + 3 * (k + 1), dtype=torch.int64), torch.full((draws,),
+                                                                                            2), torch.arange(draws)
     text[:, 1] = 1
     for _ in range(3):
-        n, new = drafted_and_accepted(target, draft, text[rows, length - 2], text[rows, length - 1], k, sampling, rng, accepts)
+        n, new = drafted_and_accepted(target, draft, text[rows, length - 2], text[rows, length - 1], k, sampling, rng,
+                                      accepts)
         for i in range(k + 1):
             text[rows, length + i] = new[:, i]
         length = (length + n + 1).clamp(max=5)
@@ -246,7 +257,8 @@ def counted(rows):
 
 def chain_p_value(sampling, draft_spread, accepts, k=2):
     target, draft, rng = Chain(1, 1.5), Chain(2, draft_spread), torch.Generator().manual_seed(3)
-    return p_value(counted(three_tokens(target, draft, k, sampling, rng, accepts, DRAWS)), continuations(lambda *new: target.logits(*[0, 1, *new][-2:]), sampling))
+    return p_value(counted(three_tokens(target, draft, k, sampling, rng, accepts, DRAWS)),
+                   continuations(lambda *new: target.logits(*[0, 1, *new][-2:]), sampling))
 
 
 @pytest.mark.parametrize("draft_spread", [0.3, 1.5, 6.0], ids=["vague", "disagrees", "disagrees strongly"])
@@ -275,7 +287,8 @@ def test_the_test_of_the_distribution_fails_when_the_rule_is_broken(sampling, br
 
 
 def random_model(seed, vocab=8, dim=32):
-    args = ModelArgs("llama", dim=dim, n_layer=1, n_head=2, n_local_heads=1, head_dim=16, intermediate_size=48, vocab_size=vocab, max_position=64)
+    args = ModelArgs("llama", dim=dim, n_layer=1, n_head=2, n_local_heads=1, head_dim=16, intermediate_size=48,
+                     vocab_size=vocab, max_position=64)
     torch.manual_seed(seed)
     model = Transformer(args)
     for p in model.parameters():
@@ -324,9 +337,10 @@ def drafted(text, k):
 
 @pytest.mark.parametrize("text, k, expected", [
     ([1, 2, 3, 4, 5, 9, 1, 2], 3, [3, 4, 5]), ([1, 2, 3, 4], 2, None), ([7, 1, 2, 8, 7, 1, 2, 9, 7, 1, 2], 2, [9, 7]),
-    ([5, 1, 2, 3, 8, 6, 1, 2, 4, 8, 5, 1, 2], 1, [3]), ([4, 6, 6, 6], 4, [6, 6, 6, 6]), ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]), ([3], 2, None)])
+    ([5, 1, 2, 3, 8, 6, 1, 2, 4, 8, 5, 1, 2], 1, [3]), ([4, 6, 6, 6], 4, [6, 6, 6, 6]),
+    ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]), ([3], 2, None)])
 def test_lookup(text, k, expected):
-    """The last occurrence of the longest of the last four, three or two tokens; a match that reaches the end goes round."""
+    """The last occurrence of the last four, three or two tokens; a match that reaches the end goes round."""
     assert drafted(text, k) == expected
 
 
@@ -341,7 +355,7 @@ def test_lookup_sees_what_is_added():
 # ---- the choice of k
 
 def simulated(policy, acceptance, plain, rounds, tokens=2000, seed=0):
-    """Seconds of a run, and the k that were chosen, for true costs of rounds and an acceptance that is a function of the position."""
+    """Seconds of a run, and the k that were chosen, for true costs of rounds and an acceptance by position."""
     rng, seconds, done, chosen = torch.Generator().manual_seed(seed), 0.0, 0, []
     policy.begin_request()
     while done < tokens:
@@ -369,7 +383,8 @@ def test_auto_comes_near_the_best_fixed_k(a):
     assert 2000 / seconds > 0.9 * best
 
 
-@pytest.mark.parametrize("c, v, a", [(1.0, 0.02, 0.95), (0.5, 0.3, 0.9), (0.05, 0.1, 0.0), (0.02, 0.02, 0.02), (0.3, 0.1, 0.3)])
+@pytest.mark.parametrize("c, v, a", [(1.0, 0.02, 0.95), (0.5, 0.3, 0.9), (0.05, 0.1, 0.0), (0.02, 0.02, 0.02),
+                                     (0.3, 0.1, 0.3)])
 def test_auto_costs_next_to_nothing_where_drafts_do_not_pay(c, v, a):
     for tokens in (100, 400, 2000):
         policy, rounds = policy_for(c, v)
@@ -385,12 +400,13 @@ def test_auto_corrects_what_was_measured_wrongly():
 
 @pytest.mark.parametrize("faster", [3.0, 1 / 3])
 def test_auto_is_not_misled_by_a_machine_that_changes_its_speed(faster):
-    """Everything was measured when the machine was slower, or faster: the same choice, and no loss where drafts do not pay."""
+    """All was measured when the machine was slower, or faster: the same choice, no loss where drafts do not pay."""
     policy, rounds = policy_for(0.05, 0.05)
     seconds, chosen = simulated(policy, lambda at: 0.7, 1 / faster, {k: t / faster for k, t in rounds.items()})
     assert 2000 / seconds / faster > 0.85 * max(predicted_speedup(0.7, k, 0.05, 1 + 0.05 * k) for k in rounds)
     policy, rounds = policy_for(0.3, 0.1)
-    assert simulated(policy, lambda at: 0.3, 1 / faster, {k: t / faster for k, t in rounds.items()})[0] < 1.04 * 2000 / faster
+    assert simulated(policy, lambda at: 0.3, 1 / faster, {k: t / faster for k,
+                                                          t in rounds.items()})[0] < 1.04 * 2000 / faster
 
 
 def test_auto_follows_the_text():
@@ -411,7 +427,8 @@ def test_statistics_are_those_of_the_rounds():
     found = Statistics()
     for k, accepted in ((4, 4), (4, 0), (4, 2), (0, 0), (2, 2)):
         found.add(k, accepted)
-    assert found.counts == [1, 0, 2, 0, 1] and found.plain_steps == 1 and found.mean_accepted == 2 and found.acceptance == 8 / 10 and found.passes == 5
+    assert found.counts == [1, 0, 2, 0, 1] and found.plain_steps == 1 and found.mean_accepted == 2
+    assert found.acceptance == 8 / 10 and found.passes == 5
 
 
 # ---- the command
@@ -421,12 +438,15 @@ def run_main(capsys, *argv):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [["--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k", 5],
-                                     ["--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft"], ["--draft", "ngram", "--speculate_k", "auto"],
+@pytest.mark.parametrize("options", [["--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k",
+                                      5],
+                                     ["--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft"],
+                                     ["--draft", "ngram", "--speculate_k", "auto"],
                                      ["--draft", "ngram", "--temperature", 0, "--compile"]])
 def test_report(capsys, options):
     out = run_main(capsys, "--prompt", "def f(a, b):", "--max_new_tokens", 40, *options)
-    for label in ("Acceptance probs: [", "Mean Accepted: ", "Speed-up over plain decoding: ", "Average tokens/sec: ", "Bandwidth achieved: "):
+    for label in ("Acceptance probs: [", "Mean Accepted: ", "Speed-up over plain decoding: ", "Average tokens/sec: ",
+                  "Bandwidth achieved: "):
         assert label in out
     if 5 in options:
         probs = json.loads(out.split("Acceptance probs: ")[1].splitlines()[0])
@@ -438,7 +458,8 @@ def test_conversation(capsys, monkeypatch):
     lines = iter(["Write the function push.", "Again.", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     common = ["--interactive", "--chat", "--temperature", 0, "--max_new_tokens", 24, "--dtype", "fp32"]
-    quick = run_main(capsys, *common, "--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k", 3)
+    quick = run_main(capsys, *common, "--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k",
+                     3)
     lines = iter(["Write the function push.", "Again.", ""])
     plain = run_main(capsys, *common)
     assert quick.split("shows this")[1] == plain.split("shows this")[1]
@@ -447,17 +468,21 @@ def test_conversation(capsys, monkeypatch):
 # ---- bad input
 
 @pytest.mark.parametrize("argv, named", [
-    (["--draft", "ngram", "--speculate_k", "0"], "--speculate_k 0 must be 1 or more"), (["--draft", "ngram", "--speculate_k", "-2"], "--speculate_k -2"),
-    (["--draft", "ngram", "--speculate_k", "many"], "'many' is neither a number nor auto"), (["--speculate_k", "5"], "needs --draft_checkpoint_path"),
+    (["--draft", "ngram", "--speculate_k", "0"], "--speculate_k 0 must be 1 or more"),
+    (["--draft", "ngram", "--speculate_k", "-2"], "--speculate_k -2"),
+    (["--draft", "ngram", "--speculate_k", "many"], "'many' is neither a number nor auto"),
+    (["--speculate_k", "5"], "needs --draft_checkpoint_path"),
     (["--draft", "ngram", "--speculate_k", "1024"], "--speculate_k 1024 exceeds the model's context of 1024"),
     (["--draft", "ngram", "--batch_size", "2"], "--batch_size 2: speculative decoding takes one sequence"),
-    (["--draft", "ngram", "--draft_checkpoint_path", "x"], "give one"), (["--draft_checkpoint_path", "/nowhere"], "--draft_checkpoint_path /nowhere")])
+    (["--draft", "ngram", "--draft_checkpoint_path", "x"], "give one"),
+    (["--draft_checkpoint_path", "/nowhere"], "--draft_checkpoint_path /nowhere")])
 def test_bad_input_is_refused_in_a_line(argv, named, refusal):
     assert named in refusal(generate.main, "--device", "cpu", *argv)
 
 
 def test_a_draft_of_another_tokenizer_is_refused_and_the_difference_named(demo, tiny_pair, tmp_path):
-    with pytest.raises(UserError, match="draft_checkpoint_path has another tokenizer than the model: .* has 4096 tokens and .* has 257"):
+    with pytest.raises(UserError,
+                       match="draft_checkpoint_path has another tokenizer than the model: .* 4096 .* 257"):
         speculating(*demo, Engine(*tiny_pair[1]))
     text = (tiny_pair[1][1].folder / "tokenizer.json").read_text()
     swapped = json.loads(text)
@@ -474,7 +499,8 @@ def test_a_draft_of_a_shorter_context_is_refused(demo):
     draft = load_demo("demo-draft")
     import dataclasses
     draft[0].args = dataclasses.replace(draft[0].args, max_position=64)
-    with pytest.raises(UserError, match="prompt of 60 tokens and max_new_tokens 20 exceed the draft's context of 64 positions"):
+    with pytest.raises(UserError,
+                       match="prompt of 60 tokens and max_new_tokens 20 exceed the draft's context of 64 positions"):
         next(speculating(*demo, Engine(*draft)).generate([5] * 60, 20))
 
 
@@ -502,10 +528,13 @@ def test_inflating_to_less_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("k", ["3", "auto"])
 def test_two_ranks_write_what_one_process_writes(capsys, k):
-    options = ["--temperature", "0", "--dtype", "fp32", "--max_new_tokens", "40", "--prompt", "def f(a, b):", "--device", "cpu", "--num_samples", "1"]
+    options = ["--temperature", "0", "--dtype", "fp32", "--max_new_tokens", "40", "--prompt", "def f(a, b):",
+               "--device", "cpu", "--num_samples", "1"]
     generate.main(options)
     plain = capsys.readouterr().out
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "generate.py", *options,
-                           "--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k", k], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           ROOT / "generate.py", *options,
+                           "--draft_checkpoint_path", ROOT / "checkpoints" / "demo-draft", "--speculate_k", k],
+                           capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert plain[plain.index("def f("):plain.index("Time for")] in done.stdout

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-SIZES = dict(vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+SIZES = dict(vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=96,
              max_position_embeddings=512, initializer_range=0.15)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64, rope_theta=10000.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
 FAMILIES = {
@@ -49,7 +51,8 @@ def add_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast",
+                                                              "eos_token": "<|endoftext|>"}))
 
 
 def save(model, folder: Path, **options) -> Path:
@@ -70,15 +73,20 @@ def save_qwen_v1(model, folder: Path, **config) -> Path:
             new[f"{there}attn.c_attn.{kind}"] = torch.cat([old[f"{here}self_attn.{p}_proj.{kind}"] for p in "qkv"])
         for a, b in names.items():
             new[f"{there}{b}.weight"] = old[f"{here}{a}.weight"]
-    new |= {"transformer.wte.weight": old["model.embed_tokens.weight"], "transformer.ln_f.weight": old["model.norm.weight"],
+    new |= {"transformer.wte.weight": old["model.embed_tokens.weight"],
+            "transformer.ln_f.weight": old["model.norm.weight"],
             "lm_head.weight": old["lm_head.weight"]}
     save_file(new, folder / "model.safetensors", metadata={"format": "pt"})
     c = model.config
     (folder / "config.json").write_text(json.dumps({
-        "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": c.hidden_size, "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads, "intermediate_size": 2 * c.intermediate_size, "vocab_size": c.vocab_size,
-        "layer_norm_epsilon": c.rms_norm_eps, "rotary_emb_base": 10000, "seq_length": 512, "max_position_embeddings": 512, "kv_channels": c.head_dim if
-        getattr(c, "head_dim", None) else c.hidden_size // c.num_attention_heads, "use_logn_attn": True, "use_dynamic_ntk": True, "no_bias": True,
+        "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads, "intermediate_size": 2 * c.intermediate_size,
+        "vocab_size": c.vocab_size,
+        "layer_norm_epsilon": c.rms_norm_eps, "rotary_emb_base": 10000, "seq_length": 512,
+        "max_position_embeddings": 512, "kv_channels": c.head_dim if
+        getattr(c, "head_dim", None) else c.hidden_size // c.num_attention_heads, "use_logn_attn": True,
+        "use_dynamic_ntk": True, "no_bias": True,
         "tie_word_embeddings": False, **config}))
     add_tokenizer(folder)
     return folder

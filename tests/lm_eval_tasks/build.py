@@ -21,7 +21,8 @@ def load(file: str, **metadata):
 
 def questions(lines: list[str], rng: random.Random, number: int) -> list[dict]:
     """Five lines of code and four candidates for the sixth, of which the others are from elsewhere."""
-    usable = [i for i in range(5, len(lines)) if 24 <= len(lines[i].strip()) <= 72 and sum(map(len, lines[i - 5:i])) >= 80]
+    usable = [i for i in range(5, len(lines)) if 24 <= len(lines[i].strip()) <= 72
+              and sum(map(len, lines[i - 5:i])) >= 80]
     rows = []
     for i in rng.sample(usable, number):
         others = rng.sample([j for j in usable if lines[j] != lines[i]], 3)
