@@ -1,17 +1,19 @@
-"""Hugging Face checkpoint folder -> model.pth beside it, in this project's names and with fused projections. GPTQ and AWQ checkpoints keep
-their numbers, scales and zeros: nothing is quantized again.
+"""Hugging Face checkpoint folder -> model.pth beside it, with this project's names and fused projections. GPTQ and AWQ
+checkpoints keep their integers, scales and zeros: nothing is quantized again.
 
-Every source tensor is a run of whole rows of one target tensor, so nothing is assembled in memory: the file is first laid out
-with empty space for each target, then each source tensor is copied from its memory-mapped shard to its place.
+Every source tensor becomes whole rows of one target tensor, so nothing is assembled in memory: the file is preallocated
+and each source tensor copied from its memory-mapped shard to its rows.
 """
 import itertools
-import json
 import os
 import re
 import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,13 +21,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from config import ModelArgs
 import kernels
-from cli import UserError, atomic_write
+from cli import UserError, atomic_write, read_json
+from config import ModelArgs
+from formats import ZERO_STEPS
 from model import Transformer
 from tokenizer import rebuild_tiktoken
 
-# Source module -> target module[/part of a fused one]. Source names are without their "model." or "transformer.", which base models lack.
+VERSION = 1                              # of model.pth: {"version", "quantization": None or a dict, "state_dict"}
+
+# Source module -> target module[/projection of a fused one]. Source names are without their prefix "model." or
+# "transformer.", which the files of base models lack.
 LLAMA_NAMES = {                          # Llama, Mistral, Qwen1.5 to Qwen3
     "embed_tokens": "tok_embeddings",
     "layers.{}.input_layernorm": "layers.{}.attention_norm",
@@ -55,78 +61,85 @@ QWEN_V1_NAMES = {
     "lm_head": "output",
 }
 PREFIX = re.compile(r"^(model|transformer)\.")
-HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$")      # buffers older programs saved
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PACKED, INTEGERS = (".qweight", ".qzeros", ".g_idx"), (torch.int32,)     # of quantized checkpoints
-REMAP_BYTES = 1 << 26                    # pages of a mapped file count as memory until the mapping is dropped
+REMAP_BYTES = 1 << 26                    # pages of a mapped file count as memory for as long as the mapping lives
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where a source tensor goes: `shape[0]` rows of target `key` from `row` on."""
+class TargetSlice:
+    """Where a source tensor goes: rows `row` to `row + shape[0]` of target tensor `key`."""
     key: str
     row: int
     shape: torch.Size
 
 
-def slots(args: ModelArgs) -> dict[str, Slot]:
-    """Source name (without prefix) -> its place, for every source tensor that this model needs."""
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the checkpoint as found: `name` in `path`."""
+    path: Path
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def read(self, empty: bool = False) -> Tensor:
+        """The tensor, or an empty one like it on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta") if empty else open_shard(self.path)[self.name]
+
+
+Layout = dict[str, tuple[torch.Size, torch.dtype]]       # target key -> shape and dtype
+Slices = dict[str, TargetSlice]
+Tensors = dict[str, SourceTensor]
+
+
+def target_slices(args: ModelArgs) -> Slices:
+    """Source name (without prefix) -> its slice, for every tensor of an unquantized checkpoint of this model."""
     with torch.device("meta"):
         targets = {key: value.shape for key, value in Transformer(args).state_dict().items()}
     q, kv, ffn = args.n_head * args.head_dim, args.n_local_heads * args.head_dim, args.intermediate_size
-    parts = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv), "gate": (0, ffn), "up": (ffn, ffn)}
-    found = {}
+    fused = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv), "gate": (0, ffn), "up": (ffn, ffn)}        # first row, rows
+    slices = {}
     for source, target in (QWEN_V1_NAMES if args.model_type == "qwen" else LLAMA_NAMES).items():
-        module, _, part = target.partition("/")
+        module, _, projection = target.partition("/")
         for layer in range(args.n_layer if "{}" in source else 1):
             for kind in ("weight", "bias"):
                 key = f"{module.format(layer)}.{kind}"
                 if key in targets:
-                    row, rows = parts[part] if part else (0, targets[key][0])
-                    found[f"{source.format(layer)}.{kind}"] = Slot(key, row, torch.Size((rows, *targets[key][1:])))
-    return found
+                    row, rows = fused[projection] if projection else (0, targets[key][0])
+                    place = TargetSlice(key, row, torch.Size((rows, *targets[key][1:])))
+                    slices[f"{source.format(layer)}.{kind}"] = place
+    return slices
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} holds no {path.name}: not a Hugging Face checkpoint folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+# ---- reading the checkpoint's files
 
-
-def find_shards(folder: Path) -> dict[Path, set[str] | None]:
+def find_shards(folder: Path) -> Mapping[Path, set[str] | None]:
     """Weight file -> the names to take from it (None: all). An index is followed wherever there is one."""
-    for kind in ("safetensors", "bin"):
-        indices = sorted(folder.glob(f"*.{kind}.index.json"), key=lambda path: (path.name != f"model.{kind}.index.json", path.name))
-        if indices:
-            weight_map = read_json(indices[0]).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-                raise UserError(f"{indices[0]}: no weight_map in it")
-            shards: dict[Path, set[str] | None] = {folder / Path(file).name: set() for file in sorted(set(weight_map.values()))}
-            for name, file in weight_map.items():
-                shards[folder / Path(file).name].add(name)
-            if absent := [path.name for path in shards if not path.exists()]:
-                raise UserError(f"{folder}: {some(absent)} named in {indices[0].name} but not there: incomplete download?")
-            return shards
-        whole = folder / "model.safetensors"         # beside which some repositories keep the same weights in another layout
-        pattern = "*.safetensors" if kind == "safetensors" else "pytorch_model*.bin"
-        if files := [whole] if kind == "safetensors" and whole.exists() else sorted(folder.glob(pattern)):
-            return dict.fromkeys(files)
+    for kind, pattern in (("safetensors", "*.safetensors"), ("bin", "pytorch_model*.bin")):
+        usual = folder / f"model.{kind}.index.json"
+        if indices := sorted(folder.glob(f"*.{kind}.index.json")):
+            return read_index(usual if usual in indices else indices[0])
+        if files := sorted(folder.glob(pattern)):
+            whole = folder / "model.safetensors"     # beside which some keep the same weights in another layout
+            return dict.fromkeys([whole] if whole in files else files)
     raise UserError(f"{folder}: no weights there (*.safetensors or pytorch_model*.bin)")
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether there is something to convert in a folder, be it incomplete."""
-    return any(path for pattern in ("*.safetensors", "pytorch_model*.bin", "*.index.json") for path in folder.glob(pattern))
+def read_index(index: Path) -> dict[Path, set[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{index}: no weight_map in it")
+    shards: defaultdict[Path, set[str]] = defaultdict(set)
+    for name, file in sorted(weight_map.items(), key=lambda item: item[1]):
+        shards[index.parent / Path(file).name].add(name)
+    if absent := [path.name for path in shards if not path.exists()]:
+        raise UserError(f"{index.parent}: {some(absent)} named in {index.name} but not there: incomplete download?")
+    return shards
 
 
 def is_mapped(path: Path) -> bool:
-    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)         # .bin files of torch < 1.6 are not zip files
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)         # a .bin of torch < 1.6 is no zip file
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:
@@ -148,110 +161,106 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     return shard
 
 
-def read_shard(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for the names asked for, never keeping more than about REMAP_BYTES of a mapped file in memory."""
-    shard, held = open_shard(path), 0
+def read_shard(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor), never keeping more than about REMAP_BYTES of a mapped file in memory."""
+    shard, mapped = open_shard(path), 0
     for name in names:
-        if held > REMAP_BYTES and is_mapped(path):
-            shard, held = open_shard(path), 0
-        held += shard[name].nbytes
+        if mapped > REMAP_BYTES and is_mapped(path):
+            shard, mapped = open_shard(path), 0
+        mapped += shard[name].nbytes
         yield name, shard[name]
 
+
+def index_tensors(folder: Path) -> Tensors:
+    """Name without prefix -> source, for all tensors of the checkpoint but OLD_BUFFERS. Reads headers only."""
+    tensors: Tensors = {}
+    for path, names in find_shards(folder).items():
+        for name, tensor in open_shard(path).items():
+            if (names is not None and name not in names) or OLD_BUFFERS.search(name):
+                continue
+            short = PREFIX.sub("", name)
+            if short in tensors:
+                raise UserError(f"{folder}: {name} is in {tensors[short].path.name} and again in {path.name}")
+            tensors[short] = SourceTensor(path, name, tensor.shape, tensor.dtype)
+    return tensors
+
+
+def read_tensors(tensors: Tensors, slices: Slices) -> Iterator[tuple[TargetSlice, Tensor]]:
+    """Every unquantized tensor with its slice, file by file."""
+    by_path: defaultdict[Path, Slices] = defaultdict(dict)
+    for name, place in slices.items():
+        by_path[tensors[name].path][tensors[name].name] = place
+    for path, places in by_path.items():
+        for name, tensor in read_shard(path, places):
+            yield places[name], tensor
+
+
+# ---- checking them
 
 def some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more ({len(names)} in all)" if len(names) > 8 else "")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A tensor of the checkpoint as found: `name` in `path`."""
-    path: Path
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def index_tensors(folder: Path) -> dict[str, Source]:
-    """Name without prefix -> source, for all tensors of the checkpoint but harmless buffers. Reads headers only."""
-    found: dict[str, Source] = {}
-    for path, names in find_shards(folder).items():
-        for name, tensor in open_shard(path).items():
-            if (names is not None and name not in names) or HARMLESS.search(name):
-                continue
-            short = PREFIX.sub("", name)
-            if short in found:
-                raise UserError(f"{folder}: {name} is in {found[short].path.name} and again in {path.name}")
-            found[short] = Source(path, name, tensor.shape, tensor.dtype)
-    return found
-
-
-def check(folder: Path, sources: dict[str, Source], wanted: dict[str, Slot]) -> None:
-    """Refuses a checkpoint whose tensors are not exactly those of the model its config.json describes."""
+def check_tensors(folder: Path, tensors: Tensors, expected: dict[str, torch.Size]) -> None:
+    """Refuses a checkpoint whose tensors are not exactly those of the model that its config.json describes."""
+    known = {name: tensor for name, tensor in tensors.items() if name in expected}
     faults = {
-        "missing": [name for name in wanted if name not in sources],
-        "unexpected": [source.name for name, source in sources.items() if name not in wanted],
-        "mis-shaped": [f"{sources[name].name} {list(sources[name].shape)} instead of {list(slot.shape)}"
-                       for name, slot in wanted.items() if name in sources and sources[name].shape != slot.shape],
-        "of an unsupported dtype": [f"{source.name} {source.dtype}" for name, source in sources.items()
-                                    if name in wanted and source.dtype not in (INTEGERS if name.endswith(PACKED) else DTYPES)],
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [tensor.name for name, tensor in tensors.items() if name not in expected],
+        "mis-shaped": [f"{tensor.name} {list(tensor.shape)} instead of {list(expected[name])}"
+                       for name, tensor in known.items() if tensor.shape != expected[name]],
+        "of an unsupported dtype": [f"{tensor.name} {tensor.dtype}" for name, tensor in known.items()
+                                    if tensor.dtype not in (INTEGERS if name.endswith(PACKED) else FLOATS)],
     }
     if any(faults.values()):
         raise UserError(f"{folder}: tensors do not fit its config.json; "
                         + "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names))
 
 
-def read_one(source: Source) -> Tensor:
-    return next(read_shard(source.path, [source.name]))[1]
-
-
-def drop_tied_head(folder: Path, sources: dict[str, Source], embedding: str) -> None:
-    """A tied checkpoint may carry its head all the same; one that differs from the embedding means config.json is wrong about it."""
-    head, embed = sources.get("lm_head.weight"), sources.get(embedding)
-    if head is None or embed is None:
+def drop_tied_head(folder: Path, tensors: Tensors) -> None:
+    """A tied checkpoint may carry its head all the same. If it differs from the embedding, config.json is wrong."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight", tensors.get("wte.weight"))
+    if head is None or embedding is None:
         return
-    a, b = read_one(head), read_one(embed)
-    if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
-        raise UserError(f"{folder}: config.json ties the head to the embedding, but {head.name} differs from {embed.name}")
-    del sources["lm_head.weight"]
+    a, b = head.read(), embedding.read()
+    same_kind = a.shape == b.shape and a.dtype == b.dtype
+    if not same_kind or not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+        raise UserError(f"{folder}: config.json ties the head to the embedding, but {head.name} differs from "
+                        f"{embedding.name}")
+    del tensors["lm_head.weight"]
 
 
-def read_plain(sources: dict[str, Source], wanted: dict[str, Slot]) -> Iterator[tuple[Slot, Tensor]]:
-    """Every wanted source tensor with its place."""
-    by_name = {sources[name].name: slot for name, slot in wanted.items()}
-    by_path: dict[Path, list[str]] = {}
-    for name in wanted:
-        by_path.setdefault(sources[name].path, []).append(sources[name].name)
-    for shard, names in by_path.items():
-        for name, tensor in read_shard(shard, names):
-            yield by_name[name], tensor
+# ---- writing model.pth
+
+def layout_of(tensors: Iterable[tuple[TargetSlice, Tensor]]) -> Layout:
+    """The targets that these (empty) tensors make up. Where their dtypes differ, the wider one holds them all."""
+    layout: Layout = {}
+    for place, tensor in tensors:
+        shape, dtype = layout.get(place.key, (torch.Size((0,)), tensor.dtype))
+        rows = max(place.row + place.shape[0], shape[0])
+        layout[place.key] = torch.Size((rows, *place.shape[1:])), torch.promote_types(dtype, tensor.dtype)
+    return layout
 
 
-def layout_of(sources: dict[str, Source], wanted: dict[str, Slot]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every target tensor."""
-    found: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    for name, slot in wanted.items():
-        shape, dtype = found.get(slot.key, (torch.Size((0,)), sources[name].dtype))
-        rows = max(slot.row + slot.shape[0], shape[0])
-        found[slot.key] = torch.Size((rows, *slot.shape[1:])), torch.promote_types(dtype, sources[name].dtype)
-    return found
-
-
-def preallocate(path: Path, layout: dict[str, tuple[torch.Size, torch.dtype]], quantization: dict | None) -> dict[str, tuple[int, torch.dtype]]:
-    """Writes model.pth with empty space for its tensors. Returns key -> (offset of its first byte, dtype)."""
+def preallocate(path: Path, layout: Layout, quantization: dict[str, Any] | None) -> dict[str, int]:
+    """Writes model.pth with empty space for its tensors. Returns key -> offset of its first byte in the file."""
     with FakeTensorMode():
         state_dict = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save({"version": 1, "quantization": quantization, "state_dict": state_dict}, path)
-    saved = torch.load(path, map_location="meta", weights_only=True)["state_dict"]         # a meta storage tells where in the file it is
-    return {key: (tensor.untyped_storage()._checkpoint_offset, tensor.dtype) for key, tensor in saved.items()}
+            torch.save({"version": VERSION, "quantization": quantization, "state_dict": state_dict}, path)
+    saved = torch.load(path, map_location="meta", weights_only=True)["state_dict"]       # whose storages know offsets
+    return {key: tensor.untyped_storage()._checkpoint_offset for key, tensor in saved.items()}
 
 
-def fill(path: Path, tensors: Iterable[tuple[Slot, Tensor]], places: dict[str, tuple[int, torch.dtype]], total: int, progress: bool) -> None:
-    """Copies every tensor to its rows of the laid-out file. total: of their bytes."""
-    with open(path, "r+b") as file, tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=not progress) as bar:
-        for slot, tensor in tensors:
-            offset, dtype = places[slot.key]
-            file.seek(offset + slot.row * slot.shape[1:].numel() * dtype.itemsize)
+def copy_weights(path: Path, layout: Layout, offsets: dict[str, int], tensors: Iterable[tuple[TargetSlice, Tensor]],
+                 progress: bool) -> None:
+    """Copies every tensor to its rows of the preallocated file."""
+    total = sum(shape.numel() * dtype.itemsize for shape, dtype in layout.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=not progress)
+    with bar, open(path, "r+b") as file:
+        for place, tensor in tensors:
+            dtype = layout[place.key][1]
+            file.seek(offsets[place.key] + place.row * place.shape[1:].numel() * dtype.itemsize)
             file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy())
             bar.update(tensor.nbytes)
         file.flush()
@@ -260,163 +269,170 @@ def fill(path: Path, tensors: Iterable[tuple[Slot, Tensor]], places: dict[str, t
 
 # ---- GPTQ and AWQ checkpoints
 #
-# GPTQ: qweight int32 [K * bits / 32, N], the columns of a row from the lowest bits on; qzeros int32 [groups, N * bits / 32], alike;
-# scales [groups, N]; g_idx [K], the group of each column. w = scale * (q - zero). "gptq" stores zero - 1 in qzeros, "gptq_v2" the zero itself.
-# AWQ (gemm): qweight int32 [K, N / 8], qzeros int32 [groups, N / 8], of eight neighbours first the even ones, then the odd ones; scales [groups, N].
+# Both stand for w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]), where g is the group of column k: g_idx[k] in GPTQ,
+# k // G in AWQ (and in GPTQ without desc_act). An int32 word holds P = 32 / bits integers, the first one lowest.
+#
+#   GPTQ   qweight [K / P, N]        q[i * P + j, n] = bits of qweight[i, n] from j * bits on
+#          qzeros [groups, N / P]    zero[g, i * P + j] = those of qzeros[g, i], plus 1 but in the format "gptq_v2"
+#   AWQ    qweight [K, N / 8]        q[k, i * 8 + (0 2 4 6 1 3 5 7)[j]] = those of qweight[k, i]     ("gemm", 4 bits)
+#          qzeros [groups, N / 8]    zero[g, ...] alike, from qzeros[g, i]
 
 @dataclass(frozen=True)
 class PublishedQuantization:
-    """How the linears of a published quantized checkpoint are packed."""
+    """How the linears of a published GPTQ or AWQ checkpoint are packed."""
     method: str
     bits: int
     groupsize: int                       # -1: a row is one group
-    offset: int                          # of the zeros stored: 1 or 0
+    zero_offset: int                     # zero - stored zero
 
     @classmethod
-    def from_hf(cls, config: dict) -> "PublishedQuantization | None":
-        """From config.json. UserError that names what is not supported."""
-        quantization = config.get("quantization_config") or config.get("compression_config")
-        if not quantization:
+    def from_hf(cls, config: dict[str, Any]) -> "PublishedQuantization | None":
+        """From the contents of config.json. UserError that names what is not supported."""
+        stated = config.get("quantization_config") or config.get("compression_config")
+        if not stated:
             return None
-
-        def refuse_unless(key: str, found, *allowed) -> None:
-            if found not in allowed:
-                raise UserError(f"config.json: quantization_config: {key} {found!r} is not supported (supported: {', '.join(map(str, allowed))}); "
-                                "take the unquantized checkpoint")
-        if not isinstance(quantization, dict):
-            refuse_unless("quant_method", quantization, "gptq", "awq")
-        get = quantization.get
-        method, bits, groupsize = get("quant_method", "unnamed"), get("bits", get("w_bit")), get("group_size", get("q_group_size", -1))
-        form = get("checkpoint_format") or get("format") or "gptq"
-        refuse_unless("quant_method", method, "gptq", "awq")
-        if get("is_marlin_format"):
-            refuse_unless("checkpoint_format", "marlin", "gptq", "gptq_v2")
-        if method == "gptq":
-            refuse_unless("checkpoint_format", form, "gptq", "gptq_v2")
+        get = (stated if isinstance(stated, dict) else {"quant_method": stated}).get
+        method, form = get("quant_method", "unnamed"), get("checkpoint_format") or get("format")
+        bits, groupsize = get("bits", get("w_bit")), get("group_size", get("q_group_size", -1))
+        if method == "awq":
+            layout = "version", str(get("version") or form or "gemm").lower(), ("gemm",)
         else:
-            refuse_unless("version", str(get("version") or get("checkpoint_format") or get("format") or "gemm").lower(), "gemm")
-        refuse_unless("bits", bits, *((4, 8) if method == "gptq" else (4,)))
-        refuse_unless("group_size", groupsize, -1, 32, 64, 128, 256)
-        refuse_unless("lm_head", bool(get("lm_head")), False)
-        refuse_unless("dynamic", get("dynamic") or None, None)
-        return cls(method, bits, groupsize, int(method == "gptq" and form == "gptq"))
-
-    def shapes(self, N: int, K: int) -> dict[str, torch.Size]:
-        """Of the tensors that stand for a weight [N, K]."""
-        share, groups = 32 // self.bits, 1 if self.groupsize == -1 else -(-K // self.groupsize)
-        qweight = (K // share, N) if self.method == "gptq" else (K, N // share)
-        shapes = {"qweight": qweight, "qzeros": (groups, N // share), "scales": (groups, N), "g_idx": (K,)}
-        return {key: torch.Size(shape) for key, shape in shapes.items()}
+            layout = "checkpoint_format", form or "gptq", ("gptq", "gptq_v2")
+        marlin = "checkpoint_format", "marlin" if get("is_marlin_format") else "gptq", ("gptq", "gptq_v2")
+        for key, value, supported in (("quant_method", method, ("gptq", "awq")), marlin, layout,
+                                      ("bits", bits, (4,) if method == "awq" else (4, 8)),
+                                      ("group_size", groupsize, (-1, 32, 64, 128, 256)),
+                                      ("lm_head", bool(get("lm_head")), (False,)),
+                                      ("dynamic", get("dynamic") or None, (None,))):
+            if value not in supported:
+                raise UserError(f"config.json: quantization_config: {key} {value!r} is not supported (supported: "
+                                f"{', '.join(map(str, supported))}); take the unquantized checkpoint")
+        return cls(method, bits, groupsize, int(method == "gptq" and form != "gptq_v2"))
 
     @property
     def stored_groupsize(self) -> int:
         return 128 if self.groupsize == -1 else self.groupsize           # a row's one scale is repeated
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def source_shapes(self, N: int, K: int) -> dict[str, torch.Size]:
+        """Of the tensors that stand for a weight [N, K]."""
+        per_word, groups = 32 // self.bits, 1 if self.groupsize == -1 else -(-K // self.groupsize)
+        qweight = (K // per_word, N) if self.method == "gptq" else (K, N // per_word)
+        shapes = {"qweight": qweight, "qzeros": (groups, N // per_word), "scales": (groups, N), "g_idx": (K,)}
+        return {kind: torch.Size(shape) for kind, shape in shapes.items()}
+
+    def is_reordered(self, g_idx: Tensor) -> bool:
+        K = len(g_idx)
+        return not torch.equal(g_idx.long(), torch.arange(K) // (K if self.groupsize == -1 else self.groupsize))
+
+    def unpack(self, words: Tensor) -> Tensor:
         """int32 [R, C] -> uint8 [R, C * 32 / bits]."""
-        values = packed.contiguous().view(torch.uint8)
+        values = words.contiguous().view(torch.uint8)
         if self.bits == 4:
-            values = kernels.unpack_int4(values)
+            values = kernels.unpack_nibbles(values)
         return values if self.method == "gptq" else values.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
 
-    def decode(self, name: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None) -> dict[str, Tensor]:
-        """The buffers of formats.GPTQLinear: order, of the columns as they are stored, only where it is another than the columns' own."""
-        K = len(g_idx) if g_idx is not None else qweight.size(0) * (32 // self.bits if self.method == "gptq" else 1)
-        ones = self.offset * sum(1 << shift for shift in range(0, 32, self.bits))
-        zeros = self.unpack(qzeros + ones).t() * (16 if self.bits == 4 else 1)           # whole words are added, with carries, as gptqmodel does
-        q = self.unpack(qweight.t()) if self.method == "gptq" else self.unpack(qweight).t()
-        repeats = -(-K // self.stored_groupsize) if self.groupsize == -1 else 1
-        buffers = {"scales": scales.t().repeat(1, repeats), "zeros": zeros.repeat(1, repeats)}
-        groups = torch.arange(K) // (self.groupsize if self.groupsize > 0 else K)
-        if g_idx is not None and not torch.equal(g_idx.long(), groups):
+    def decode(self, name: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None,
+               ) -> dict[str, Tensor]:
+        """The buffers of formats.GPTQLinear; `order`, the columns as they are stored, only where they are reordered."""
+        q = self.unpack(qweight.t()) if self.method == "gptq" else self.unpack(qweight).t()          # [N, K]
+        ones = self.zero_offset * sum(1 << shift for shift in range(0, 32, self.bits))
+        zeros = self.unpack(qzeros + ones).t()           # whole words are added, 15 + 1 carries over, as in gptqmodel
+        repeats = -(-q.size(1) // self.stored_groupsize) if self.groupsize == -1 else 1
+        buffers = {"weight": q, "scales": scales.t().repeat(1, repeats), "zeros": zeros.repeat(1, repeats)}
+        if g_idx is not None and self.is_reordered(g_idx):
             order = g_idx.argsort(stable=True)
-            if not torch.equal(g_idx[order].long(), groups):
+            if self.is_reordered(g_idx[order]):
                 raise UserError(f"{name}.g_idx: groups of other sizes than {self.groupsize} are not supported")
-            q, buffers["order"] = q[:, order], order.int()
-        return {"weight": q[:, ::2] | q[:, 1::2] << 4 if self.bits == 4 else q, **buffers}
+            buffers |= {"weight": q[:, order], "order": order.int()}
+        if self.bits == 4:
+            buffers |= {"weight": kernels.pack_nibbles(buffers["weight"]), "zeros": buffers["zeros"] * ZERO_STEPS}
+        return buffers
 
 
-def packed_sources(packing: PublishedQuantization, sources: dict[str, Source], wanted: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Slot]]]:
-    """Splits what is wanted: source name -> its place, for plain tensors; module -> its packed tensors (their shapes), for packed ones."""
-    plain, modules = dict(wanted), {}
-    for name, slot in wanted.items():
-        module, _, kind = name.rpartition(".")
-        if kind == "weight" and f"{module}.qweight" in sources:
-            del plain[name]
-            modules[module] = {key: Slot(slot.key.removesuffix(".weight"), slot.row, shape) for key, shape in packing.shapes(*slot.shape).items()
-                               if key != "g_idx" or f"{module}.g_idx" in sources}
-    if mixed := sorted({slot.key for slot in plain.values()} & {f"{slots['qweight'].key}.weight" for slots in modules.values()}):
-        raise UserError(f"parts of {some(mixed)} are quantized and others are not, which is not supported")
-    return plain, modules
+class PackedLinears:
+    """The packed linears of a published checkpoint.
+
+    places: source module -> slice of the weight [N, K] that it stands for. plain: source name -> slice of the rest.
+    """
+
+    def __init__(self, published: PublishedQuantization, tensors: Tensors, slices: Slices):
+        self.published, self.tensors = published, tensors
+        self.places = {name.removesuffix(".weight"): place for name, place in slices.items()
+                       if name.removesuffix("weight") + "qweight" in tensors}
+        self.plain = {name: place for name, place in slices.items() if name.removesuffix(".weight") not in self.places}
+        if mixed := {place.key for place in self.places.values()} & {place.key for place in self.plain.values()}:
+            raise UserError(f"parts of {some(sorted(mixed))} are quantized and others are not, which is not supported")
+        for name in [f"{module}.bias" for module in self.places]:
+            if name in tensors and name not in slices and not tensors[name].read().any():
+                del tensors[name]                # quantizers add biases of zeros to linears that have none
+
+    def sources(self, module: str) -> dict[str, str]:
+        """qweight, qzeros, scales and, where there is one, g_idx -> name in the checkpoint."""
+        names = {kind: f"{module}.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx")}
+        return {kind: name for kind, name in names.items() if kind != "g_idx" or name in self.tensors}
+
+    def source_shapes(self) -> dict[str, torch.Size]:
+        return {name: self.published.source_shapes(*place.shape)[kind]
+                for module, place in self.places.items() for kind, name in self.sources(module).items()}
+
+    def decode(self, empty: bool = False) -> Iterator[tuple[str, TargetSlice, dict[str, Tensor]]]:
+        """Module, slice of its weight, buffers. empty: on the meta device but for `order`, and only g_idx is read."""
+        for module, place in self.places.items():
+            sources = {kind: self.tensors[name] for kind, name in self.sources(module).items()}
+            stored = {kind: source.read(empty and kind != "g_idx") for kind, source in sources.items()}
+            yield module, place, self.published.decode(module, **stored)
+
+    @cached_property
+    def skeleton(self) -> list[tuple[str, TargetSlice, dict[str, Tensor]]]:
+        return list(self.decode(empty=True))
+
+    def buffers(self, empty: bool = False) -> Iterator[tuple[TargetSlice, Tensor]]:
+        """Every buffer with its slice."""
+        for _, place, buffers in self.skeleton if empty else self.decode():
+            for kind, tensor in buffers.items():
+                key = place.key.removesuffix("weight") + kind
+                yield TargetSlice(key, 0 if kind == "order" else place.row, tensor.shape), tensor
+
+    def quantization(self) -> dict[str, Any]:
+        """The fields of formats.Quantization."""
+        orders: dict[str, list[int] | None] = {}
+        for module, place, buffers in self.skeleton:
+            linear, order = place.key.removesuffix(".weight"), buffers["order"].tolist() if "order" in buffers else None
+            if orders.setdefault(linear, order) != order:
+                raise UserError(f"{module}.g_idx differs from that of the other parts of {linear}: not supported")
+        skipped = {place.key.removesuffix(".weight") for place in self.plain.values() if len(place.shape) == 2}
+        return dict(mode=f"int{self.published.bits}-fp16", groupsize=self.published.stored_groupsize, lm_head="none",
+                    skipped=sorted(skipped - {"tok_embeddings", "output"}), source=self.published.method,
+                    reordered=sorted(linear for linear, order in orders.items() if order is not None))
 
 
-def drop_zero_biases(sources: dict[str, Source], wanted: dict[str, Slot]) -> None:
-    """Quantizers add biases of zeros to linears that have none."""
-    for name in [name for name in sources if name.endswith(".bias") and name not in wanted and name.replace(".bias", ".qweight") in sources]:
-        if not read_one(sources[name]).any():
-            del sources[name]
-
-
-def layout_of_packed(packing: PublishedQuantization, sources: dict[str, Source], wanted: dict[str, Slot], modules: dict[str, dict[str, Slot]],
-                     ) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], list[str]]:
-    """Shape and dtype of the target tensors that the packed ones make, and the names of the linears whose columns are stored in another order."""
-    layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    reordered: dict[str, Tensor | None] = {}
-    for module, slots in modules.items():
-        key, (rows, K) = slots["qweight"].key, wanted[f"{module}.weight"].shape
-        rows = max(slots["qweight"].row + rows, layout[f"{key}.weight"][0][0] if f"{key}.weight" in layout else 0)
-        groups = -(-K // packing.stored_groupsize)
-        layout |= {f"{key}.weight": (torch.Size((rows, K * packing.bits // 8)), torch.uint8),
-                   f"{key}.scales": (torch.Size((rows, groups)), sources[f"{module}.scales"].dtype),
-                   f"{key}.zeros": (torch.Size((rows, groups)), torch.uint8)}
-        g_idx = None
-        if "g_idx" in slots and packing.groupsize != -1:
-            g_idx = read_one(sources[f"{module}.g_idx"]).clone()
-            g_idx = None if torch.equal(g_idx.long(), torch.arange(K) // packing.groupsize) else g_idx
-        other = reordered.setdefault(key, g_idx)
-        if (g_idx is None) != (other is None) or (g_idx is not None and not torch.equal(g_idx, other)):
-            raise UserError(f"{module}.g_idx differs from that of the other parts of {key}, which is not supported")
-        if g_idx is not None:
-            layout[f"{key}.order"] = torch.Size((K,)), torch.int32
-    return layout, sorted(key for key, g_idx in reordered.items() if g_idx is not None)
-
-
-def read_packed(packing: PublishedQuantization, sources: dict[str, Source], modules: dict[str, dict[str, Slot]]) -> Iterator[tuple[Slot, Tensor]]:
-    """Every buffer that the packed tensors make, with its place, module by module."""
-    for module, found in modules.items():
-        buffers = packing.decode(module, **{key: read_one(sources[f"{module}.{key}"]) for key in found})
-        for key, tensor in buffers.items():
-            yield Slot(f"{found['qweight'].key}.{key}", 0 if key == "order" else found["qweight"].row, tensor.shape), tensor
-
+# ---- the whole
 
 def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
-    """Writes checkpoint_dir/model.pth (and tokenizer.json for a Qwen v1 folder) and returns its path. dtypes stay as they are."""
+    """Writes checkpoint_dir/model.pth (and tokenizer.json for a Qwen v1 folder); returns its path. dtypes are kept.
+
+    Errors: UserError, for a checkpoint that is incomplete, damaged or not supported, or a folder that takes no files.
+    """
     folder = Path(checkpoint_dir)
     config = read_json(folder / "config.json")
-    packing, args = PublishedQuantization.from_hf(config), ModelArgs.from_hf(config)
-    wanted, sources = slots(args), index_tensors(folder)
+    published, args = PublishedQuantization.from_hf(config), ModelArgs.from_hf(config)
+    slices, tensors = target_slices(args), index_tensors(folder)
     if args.tie_word_embeddings:
-        drop_tied_head(folder, sources, "wte.weight" if args.model_type == "qwen" else "embed_tokens.weight")
-    plain, modules = wanted, {}
-    if packing:
-        drop_zero_biases(sources, wanted)
-        plain, modules = packed_sources(packing, sources, wanted)
-    check(folder, sources, plain | {f"{module}.{key}": slot for module, slots in modules.items() for key, slot in slots.items()})
-    layout, quantization = layout_of(sources, plain), None
-    if packing:
-        packed, reordered = layout_of_packed(packing, sources, wanted, modules)
-        layout |= packed
-        linears = {slot.key.removesuffix(".weight") for name, slot in wanted.items() if name.endswith(".weight") and len(slot.shape) == 2}
-        skipped = sorted(linears - {"tok_embeddings", "output"} - {slots["qweight"].key for slots in modules.values()})
-        quantization = dict(mode=f"int{packing.bits}-fp16", groupsize=packing.stored_groupsize, lm_head="none", skipped=skipped,
-                            source=packing.method, reordered=reordered)
+        drop_tied_head(folder, tensors)
+    packed = PackedLinears(published, tensors, slices) if published else None
+    plain = packed.plain if packed else slices
+    shapes = {name: place.shape for name, place in plain.items()}
+    check_tensors(folder, tensors, shapes | packed.source_shapes() if packed else shapes)
+    layout = layout_of((place, tensors[name].read(empty=True)) for name, place in plain.items())
+    weights, quantization = read_tensors(tensors, plain), None
+    if packed:
+        layout |= layout_of(packed.buffers(empty=True))
+        weights, quantization = itertools.chain(weights, packed.buffers()), packed.quantization()
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: not writable")
     if (folder / "qwen.tiktoken").exists() and not (folder / "tokenizer.json").exists():
         rebuild_tiktoken(folder)
     target = folder / "model.pth"
     with atomic_write(target) as partial:
-        tensors = itertools.chain(read_plain(sources, plain), read_packed(packing, sources, modules))
-        total = sum(shape.numel() * dtype.itemsize for shape, dtype in layout.values())
-        fill(partial, tensors, preallocate(partial, layout, quantization), total, progress)
+        copy_weights(partial, layout, preallocate(partial, layout, quantization), weights, progress)
     return target

@@ -266,7 +266,7 @@ class QwenFast(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         pieces = re.split(f"<{self.nonce}\\.([0-9]+)>", string)
         parts = [int(piece) if i % 2 else piece for i, piece in enumerate(pieces) if i % 2 or piece]
-        return self.tokenizer.encode_parts(parts or [""], add_special_tokens)
+        return self.tokenizer.encode_segments(parts or [""], add_special_tokens)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]

@@ -1,7 +1,10 @@
-"""From a checkpoint's file to a model in memory: devices, memory, weights."""
+"""From what a user names, a file, a folder or a repository of the Hugging Face Hub, to a model in memory."""
+import re
 import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,65 +13,42 @@ import kernels
 import tp
 from cli import UserError, read_json
 from config import ModelArgs
-from convert import REMAP_BYTES, convert
+from convert import REMAP_BYTES, VERSION, convert
 from formats import Quantization, pack_for, replace_linears, set_quantize_activations
 from model import Transformer
 from tokenizer import Tokenizer
 
-VERSION = 1                              # of the checkpoint file
-DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo" / "model.pth"
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it; else fp16 on a GPU, fp32 on a CPU (fp16 products there are emulated, and 400 times slower)."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type != "cpu" or kernels.cpu_has_bf16() else torch.float32
-
-
-def parse_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is not a device (cpu, cuda, cuda:1)") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees no CUDA device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name!r} is not supported (cpu, cuda, cuda:1)")
-    return device
-
-
-def parse_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
-    if device.type == "cpu" and name == "fp16":
-        raise UserError("--dtype fp16 is not for CPUs, which emulate it hundreds of times slower: use bf16 or fp32")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[name]
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+DEMO = CHECKPOINTS / "demo" / "model.pth"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth)")
+CONFIG_AND_TOKENIZER = ("config.json", "generation_config.json", "quantize_config.json", "quant_config.json",
+                        "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+                        "added_tokens.json", "special_tokens_map.json", "chat_template.*", "qwen.tiktoken",
+                        "LICENSE*", "NOTICE*")
+WEIGHTS = (("*.safetensors", "*.safetensors.index.json"),                # the first of these that is there
+           ("pytorch_model*.bin", "pytorch_model*.bin.index.json"))
+NEVER = ("*.py", "consolidated*", "adapter_model*")      # code; the weights in another layout; not a model by itself
 
 
 def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-               ranks: tp.Ranks | None = None, may_replicate: bool = False, quantize_activations: bool = True) -> tuple[Transformer, Tokenizer]:
-    """The model and its tokenizer, quantized if the file says so. A folder that holds a Hugging Face checkpoint but no model.pth yet is converted first.
+               ranks: tp.Ranks | None = None, may_replicate: bool = False, quantize_activations: bool = True,
+               ) -> tuple[Transformer, Tokenizer]:
+    """The model and its tokenizer, quantized if the file says so.
 
+    checkpoint_path: as in resolve_checkpoint; what is missing is downloaded and converted first.
     dtype: of the computation and of the weights that are not quantized; by default what the device computes best.
-    ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own share, or with may_replicate all of a
-    model that is too small to be spread. Errors: UserError.
+    ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own shard, or,
+    with may_replicate, all of a model that is too small to be spread. Errors: UserError.
     """
-    path, device = Path(checkpoint_path), torch.device(device)
-    if path.is_dir():
-        path = path / "model.pth"
+    device = torch.device(device)
     if ranks and ranks.local_rank:
-        ranks.gather(None)                  # the first rank of each machine converts and builds for the others
-    if not path.exists():
-        if path.name != "model.pth" or not (path.parent / "config.json").exists():
-            raise UserError(f"--checkpoint_path {path}: no such file, and no Hugging Face checkpoint in its folder to convert")
-        print(f"{path} is missing: converting the Hugging Face checkpoint beside it", file=sys.stderr)
-        convert(path.parent)
+        ranks.gather(None)                  # each machine's first rank downloads, converts and builds for the others
+    path = resolve_checkpoint(checkpoint_path, download=True)
     kernels.describe(device)
     if ranks and not ranks.local_rank:
         ranks.gather(None)
-    args = ModelArgs.from_hf(read_json(path.parent / "config.json"))
-    tokenizer = Tokenizer.from_dir(path.parent)
+    args, tokenizer = ModelArgs.from_hf(read_json(path.parent / "config.json")), Tokenizer.from_dir(path.parent)
     state, quantization = read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(args)
@@ -77,32 +57,69 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     check_fits(path, model, state)
     dtype = dtype or default_dtype(device)
     dtypes = {name: loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}
-    part, nbytes = None, sum(tensor.numel() * dtypes[name].itemsize for name, tensor in state.items())
+    plan, nbytes = None, sum(tensor.numel() * dtypes[name].itemsize for name, tensor in state.items())
     if ranks:
-        ranks.check_same(f"{path} ({path.stat().st_size} bytes)", (path.stat().st_size, args, [(n, t.shape, t.dtype) for n, t in state.items()]))
+        size, shapes = path.stat().st_size, [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
+        ranks.check_same(f"{path} ({size} bytes)", (size, args, shapes))
         if not may_replicate or tp.worth_splitting(nbytes, args.n_layer, ranks.world, device):
-            part = tp.plan(args, ranks.rank, ranks.world, quantization)
-            model = tp.build(part, ranks)
+            plan = tp.plan(args, ranks.rank, ranks.world, quantization)
+            model = tp.build(plan, ranks)
     needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
-    check_memory(device, needed * (ranks.local_world if ranks and device.type == "cpu" else 1), f"the weights of {path}")
-    weights = zip(dtypes, read_weights(path, list(dtypes)))
-    parts = weights if part is None else ((name, part.cut(name, tensor)) for name, tensor in weights)
-    model.load_state_dict({name: kernels.copy_to(tensor, device, dtypes[name]) for name, tensor in parts}, assign=True)
+    sharing = ranks.local_world if ranks and device.type == "cpu" else 1
+    check_memory(device, needed * sharing, f"the weights of {path}")
+    weights = zip(dtypes, read_weights(path, list(dtypes)), strict=True)
+    shards = ((name, plan.cut(name, tensor)) for name, tensor in weights) if plan else weights
+    model.load_state_dict({name: kernels.copy_to(shard, device, dtypes[name]) for name, shard in shards}, assign=True)
     pack_for(model, device)
     set_quantize_activations(model, quantize_activations)
     kernels.trim_memory()
     return model.eval(), tokenizer
 
 
+# ---- devices and memory
+
+def parse_device(name: str) -> torch.device:
+    """Errors: UserError, for what is not a device, not supported or not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"{name!r} is not a device (cpu, cuda, cuda:1)", "device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"{name!r} is not supported (cpu, cuda, cuda:1)", "device")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{name}: this PyTorch ({torch.__version__}) sees no CUDA device", "device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{name}: there are {torch.cuda.device_count()} CUDA devices", "device")
+    return device
+
+
+def parse_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    if device.type == "cpu" and name == "fp16":
+        raise UserError("fp16 is not for CPUs, which emulate it hundreds of times slower: use bf16 or fp32", "dtype")
+    return None if name is None else DTYPES[name]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it; else fp16 on a GPU, fp32 on a CPU (where fp16 is 400 times slower)."""
+    if device.type == "cuda":
+        has_bf16 = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return torch.bfloat16 if device.type != "cpu" or kernels.cpu_has_bf16() else torch.float32
+
+
 def check_memory(device: torch.device, needed: int, what: str) -> None:
+    """needed: in bytes. Errors: UserError, where less is free."""
     free = free_memory(device)
     if needed > free:
-        raise UserError(f"out of memory: {what} take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {device}")
+        raise UserError(f"out of memory: {what} take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on "
+                        f"{device}")
 
 
 def free_memory(device: torch.device) -> int:
+    """In bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -118,25 +135,30 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         version, quantization, state = checkpoint["version"], checkpoint["quantization"], checkpoint["state_dict"]
     except Exception as error:              # torch.load reports a damaged file in many ways
-        raise UserError(f"{path} is not a checkpoint that this program wrote, or was cut short ({type(error).__name__})") from None
+        raise UserError(f"{path} is not a checkpoint that this program wrote, or was cut short "
+                        f"({type(error).__name__})") from None
     if version != VERSION:
-        raise UserError(f"{path}: version {version} of the format is not supported (supported: {VERSION}): written by a newer program?")
+        raise UserError(f"{path}: version {version} of the format is not supported (supported: {VERSION}): "
+                        "written by a newer program?")
     if quantization is None:
         return state, None
     try:
-        found = Quantization(**{key: tuple(value) if isinstance(value, list) else value for key, value in quantization.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in quantization.items()}
+        found = Quantization(**fields)
     except (TypeError, AttributeError):
-        raise UserError(f"{path}: quantization {quantization} is not supported: written by a newer version of the program?") from None
+        raise UserError(f"{path}: quantization {quantization} is not supported: "
+                        "written by a newer version of the program?") from None
     found.check(f"{path}: quantization ")
     return state, found
 
 
 def check_fits(path: Path, model: Transformer, state: dict[str, Tensor]) -> None:
     """Refuses a state dict whose names and shapes are not the model's."""
-    expected = {name: p.shape for name, p in model.state_dict().items()}
-    wrong = sorted(expected.keys() ^ state.keys()) or [n for n in expected if expected[n] != state[n].shape]
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = sorted(expected.keys() ^ state.keys()) or [name for name in expected if expected[name] != state[name].shape]
     if wrong:
-        raise UserError(f"{path} does not fit its config.json: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}")
+        more = " ..." if len(wrong) > 4 else ""
+        raise UserError(f"{path} does not fit its config.json: {', '.join(wrong[:4])}{more}")
 
 
 def loaded_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -145,10 +167,82 @@ def loaded_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def read_weights(path: Path, names: list[str]) -> Iterator[Tensor]:
-    """One tensor after another. The file is mapped anew now and then, because its pages count as memory as long as the mapping lives."""
-    state, held = read_checkpoint(path)[0], 0
+    """In turn. The file is mapped anew now and then: its pages count as memory while the mapping lives."""
+    state, mapped = read_checkpoint(path)[0], 0
     for name in names:
-        if held > REMAP_BYTES:
-            state, held = read_checkpoint(path)[0], 0
-        held += state[name].nbytes
+        if mapped > REMAP_BYTES:
+            state, mapped = read_checkpoint(path)[0], 0
+        mapped += state[name].nbytes
         yield state[name]
+
+
+# ---- finding the checkpoint, on the Hugging Face Hub too
+
+def resolve_checkpoint(checkpoint_path: Path | str, field: str = "checkpoint_path", download: bool = False) -> Path:
+    """The file that a user names: itself, the model.pth in a folder or, for a Hub id such as Qwen/Qwen3-0.6B where
+    there is no such path, the model.pth in this project's checkpoints/<id>.
+
+    download: whether to make a model.pth that is missing, from the Hugging Face checkpoint in its folder or on the Hub.
+    Errors: UserError, for a file that is still missing.
+    """
+    path, name, is_hub_id = Path(checkpoint_path), str(checkpoint_path), False
+    if HUB_ID.fullmatch(name) and not path.exists():
+        is_hub_id = (CHECKPOINTS / name).exists() or not path.parent.exists()      # else a slip in a local path
+    if path.is_dir() or is_hub_id:
+        path = (CHECKPOINTS / name if is_hub_id else path) / "model.pth"
+    config = path.with_name("config.json")
+    if download and is_hub_id and not path.exists() and not config.exists():
+        print(f"{name}: downloading from the Hugging Face Hub to {path.parent}", file=sys.stderr)
+        download_checkpoint(name)
+    if download and path.name == "model.pth" and not path.exists() and config.exists():
+        print(f"{path} is missing: converting the Hugging Face checkpoint beside it", file=sys.stderr)
+        convert(path.parent)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; name a .pth file, a Hugging Face checkpoint's folder, or a Hub id such "
+                        "as Qwen/Qwen3-0.6B, which is downloaded and converted (beforehand: scripts/prepare.sh)", field)
+    return path
+
+
+def download_checkpoint(repo_id: str, out: Path | None = None, token: str | None = None,
+                        revision: str | None = None) -> Path:
+    """Downloads what a checkpoint needs to the folder out/repo_id, by default in CHECKPOINTS; returns it. It resumes.
+
+    token: by default the environment's (HF_TOKEN) or the stored one. Errors: UserError.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    folder, where = (out or CHECKPOINTS) / repo_id, f"{repo_id} (revision {revision})" if revision else repo_id
+    try:
+        info = hub.HfApi(token=token).model_info(repo_id, revision=revision)
+        files = wanted_files([sibling.rfilename for sibling in info.siblings or []])
+        if "config.json" not in files:
+            raise UserError(f"{where}: no config.json with *.safetensors or pytorch_model*.bin in that repository")
+        for names in (sorted({*files} - {"config.json"}), ["config.json"]):    # config.json last: then all is there
+            hub.snapshot_download(repo_id, revision=info.sha or revision, local_dir=folder, allow_patterns=names,
+                                  token=token)
+            if absent := [name for name in names if not (folder / name).exists()]:       # the library may skip some
+                raise UserError(f"could not download all of {where}: {', '.join(absent[:8])} missing; run this again")
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo_id!r} is not a Hub id: {error}") from error
+    except errors.GatedRepoError as error:
+        raise UserError(f"{where} is gated: accept its terms on its page and put a token into HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"{where}: no such repository or a private one that needs a token in HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{revision}: {repo_id} has no such revision", "revision") from error
+    except (errors.HTTPError, OSError) as error:           # pyright: ignore[reportPrivateImportUsage]
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"could not download {where}: {reason}; run scripts/prepare.sh {repo_id} where there is a "
+                        f"network (it resumes), or copy the checkpoint's files to {folder}") from error
+    return folder
+
+
+def wanted_files(files: list[str]) -> list[str]:
+    """The files to take of all those in a repository: nothing from subfolders, one format of weights."""
+    def matching(patterns: tuple[str, ...]) -> list[str]:
+        return [file for file in files if "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)
+                and not any(fnmatch(file, pattern) for pattern in NEVER)]
+    found = [matching(patterns) for patterns in WEIGHTS]
+    weights = next((names for names in found if any(not name.endswith(".json") for name in names)), [])
+    return matching(CONFIG_AND_TOKENIZER) + weights if weights else []

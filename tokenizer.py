@@ -1,36 +1,42 @@
-"""Text to token ids and back. What a user types never becomes a control token, and a stream never shows half a character.
+"""Text to token ids and back. A user's text never becomes a control token; a stream never shows half a character.
 
-tokenizer.json runs on the `tokenizers` library, tokenizer.model on `sentencepiece` itself (converters to the former lose open_llama's
-whitespace rules), qwen.tiktoken is rebuilt into the former. transformers, 1.5 s to import, is needed for chat templates only.
+tokenizer.json runs on the `tokenizers` library, tokenizer.model on `sentencepiece` itself (converted to the former it
+loses open_llama's whitespace rules), qwen.tiktoken is converted to the former. Only chat templates need transformers,
+which takes 1.5 s to import.
 """
 import base64
 import codecs
+import itertools
 import json
 import re
 import secrets
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from cli import UserError, atomic_write
+from cli import UserError, atomic_write, read_json, read_text
 
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+# Where Qwen's tokenizers split: contractions, words, single digits, punctuation, line ends, spaces.
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
-CHATML = """{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}
-{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}
+CHATML = """{%- if messages[0].role != 'system' %}
+{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 
 class Tokenizer:
     """One checkpoint's tokenizer.
 
-    `vocab_size`: the largest id + 1 (embedding rows may run past it). `stop_ids`: ids that end a generation. `bos_id`, `eos_id`: or None.
-    `control`: the id of each token that only a template or a model can write, special (<|im_end|>) or not (Qwen3's <think>).
+    vocab_size: the largest id + 1; the embedding may have more rows. stop_ids: the ids that end an answer.
+    control: text -> id of the tokens that only a template or a model can write, special or not (Qwen3's <think>).
     """
 
     def __init__(self, folder: Path, backend: "_Json | _SentencePiece", config: dict[str, Any]) -> None:
@@ -39,23 +45,24 @@ class Tokenizer:
         self._special = {id for id, token in backend.added.items() if token.special}
         self._pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or "(?!)")
         self.vocab_size = backend.vocab_size
-        self.bos_id = self.control.get(_content(config.get("bos_token")), backend.bos_id)
-        self.eos_id = self.control.get(_content(config.get("eos_token")), backend.eos_id)
+        self.bos_id = self.control.get(_content(config.get("bos_token")) or "", backend.bos_id)
+        self.eos_id = self.control.get(_content(config.get("eos_token")) or "", backend.eos_id)
         add_bos = config.get("add_bos_token")
         self._adds_bos = self.bos_id is not None and (backend.adds_bos if add_bos is None else bool(add_bos))
         self.stop_ids = self._find_stop_ids()
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
-        """Reads a checkpoint's folder; local files only, no remote code. UserError where it has no tokenizer or a broken one."""
+        """Reads a checkpoint's folder: no network, no remote code. Errors: UserError, for none or a broken one."""
         folder = Path(path)
-        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        extra = {int(id): AddedToken(token["content"], lstrip=token.get("lstrip", False), rstrip=token.get("rstrip", False),
-                                     normalized=False, special=token.get("special", False))
+        config = _read_optional(folder / "special_tokens_map.json") | _read_optional(folder / "tokenizer_config.json")
+        extra = {int(id): AddedToken(token["content"], normalized=False, special=token.get("special", False),
+                                     lstrip=token.get("lstrip", False), rstrip=token.get("rstrip", False))
                  for id, token in config.get("added_tokens_decoder", {}).items()}
-        for content, id in _read_json(folder / "added_tokens.json").items():
+        for content, id in _read_optional(folder / "added_tokens.json").items():
             extra.setdefault(id, AddedToken(content, normalized=False, special=True))
-        file = next((folder / name for name in ("tokenizer.json", "qwen.tiktoken", "tokenizer.model") if (folder / name).is_file()), None)
+        files = (folder / name for name in ("tokenizer.json", "qwen.tiktoken", "tokenizer.model"))
+        file = next(filter(Path.is_file, files), None)
         if file is None:
             raise UserError(f"{folder}: no tokenizer.json, tokenizer.model or qwen.tiktoken in this folder")
         try:
@@ -70,17 +77,18 @@ class Tokenizer:
             raise UserError(f"{file}: not a readable tokenizer ({str(error)[:200]})") from error
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
-        """Ids of `text` as plain text, whatever it spells. BOS once, if the checkpoint's files say so (`bos` overrules them)."""
-        return self.encode_parts([text], bos)
+        """Ids of `text` as plain text, whatever it spells. One BOS first if the checkpoint's files or `bos` say so."""
+        return self.encode_segments([text], bos)
 
-    def encode_parts(self, parts: Sequence[str | int], bos: bool | None = None) -> list[int]:
-        """The same for plain text (str) and control tokens (their ids) in a row; a BOS that comes first among them is the one."""
-        wants_bos = self._adds_bos if bos is None else bos and self.bos_id is not None
-        return [self.bos_id] * (wants_bos and parts[0] != self.bos_id) + self._backend.encode(parts)
+    def encode_segments(self, segments: Sequence[str | int], bos: bool | None = None) -> list[int]:
+        """The same for a sequence of texts (str) and control tokens (their ids). A BOS at its start is not doubled."""
+        wants_bos = self._adds_bos if bos is None else bos
+        ids = self._backend.encode(segments)
+        return [self.bos_id, *ids] if wants_bos and self.bos_id is not None and segments[0] != self.bos_id else ids
 
     @property
     def prefix_id(self) -> int:
-        """What stands before a text that nothing precedes: BOS, or the end of the text before, as lm-eval has it."""
+        """The context of a text's first token: BOS, or else EOS (the end of a text before), as lm-eval has it."""
         id = self.eos_id if self.bos_id is None else self.bos_id
         if id is None:
             raise UserError(f"{self.folder}: the tokenizer names neither a BOS nor an EOS token to put before a text")
@@ -93,65 +101,76 @@ class Tokenizer:
 
     def piece(self, id: int) -> bytes:
         """The bytes an id stands for, leading space included; none for an id the tokenizer does not have."""
-        added = self._backend.added.get(id)
-        return added.content.encode() if added is not None else self._backend.piece(id) if 0 <= id < self.vocab_size else b""
+        if id in self._backend.added:
+            return self._backend.added[id].content.encode()
+        return self._backend.piece(id) if 0 <= id < self.vocab_size else b""
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], enable_thinking: bool = True, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation ({"role", "content"} each) in the checkpoint's own template, ready for the assistant's answer.
+    def render_chat(self, messages: Sequence[dict[str, Any]], enable_thinking: bool = True,
+                    add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation ({"role", "content"} each) in the checkpoint's template, up to the assistant's answer.
 
-        Control tokens spelt inside the messages are replaced by unguessable words while the template runs, so that only those the template
-        wrote itself are control tokens. The exception is an assistant's <think> and </think>, which it wrote and which templates look for.
+        Control tokens spelt in messages are replaced by unguessable words while the template runs, so that only those
+        that the template itself writes are control tokens. The exception is an assistant's <think> and </think>, which
+        the model wrote and which templates look for.
         """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        nonce, spelt = secrets.token_hex(8), list(self.control)
+        nonce, controls = secrets.token_hex(8), list(self.control)
 
-        def hide(value: Any, role: str) -> Any:
+        def hide(value: Any, kept: tuple[str, ...]) -> Any:
             if isinstance(value, str):
-                return self._pattern.sub(lambda found: found[0] if role == "assistant" and found[0] in ("<think>", "</think>")
-                                                 else f"{nonce}{spelt.index(found[0])}x", value)
+                return self._pattern.sub(lambda m: m[0] if m[0] in kept else f"{nonce}{controls.index(m[0])}x", value)
             if isinstance(value, dict):
-                return {key: item if key == "role" else hide(item, role) for key, item in value.items()}
-            return [hide(item, role) for item in value] if isinstance(value, (list, tuple)) else value
+                return {key: item if key == "role" else hide(item, kept) for key, item in value.items()}
+            return [hide(item, kept) for item in value] if isinstance(value, (list, tuple)) else value
 
-        named = {key: _content(value) for key, value in self._config.items() if key.endswith("_token") and _content(value) is not None}
+        def show(text: str) -> str:
+            return re.sub(f"{nonce}([0-9]+)x", lambda m: controls[int(m[1])], text)
+
+        thoughts = {"assistant": ("<think>", "</think>")}
+        conversation = [hide(message, thoughts.get(message["role"], ())) for message in messages]
+        tokens = {key: _content(value) for key, value in self._config.items() if key.endswith("_token")}
+        named: dict[str, Any] = {key: content for key, content in tokens.items() if content is not None}
         try:
-            (text,), _ = render_jinja_template([[hide(message, message["role"]) for message in messages]], chat_template=self.template(),
-                                               add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking, **named)
+            (text,), _ = render_jinja_template(
+                [conversation], chat_template=self.template(), add_generation_prompt=add_generation_prompt,
+                enable_thinking=enable_thinking, **named)
         except TemplateError as error:
             raise UserError(f"{self.folder}: the chat template refuses this conversation: {error}") from error
-        parts: list[str | int] = []
-        for i, part in enumerate(re.split(f"({self._pattern.pattern})", text)):
-            parts.append(self.control[part] if i % 2 else re.sub(f"{nonce}([0-9]+)x", lambda found: spelt[int(found[1])], part))
-        return self.encode_parts(parts, bos=False)
+        segments = re.split(f"({self._pattern.pattern})", text)           # text, control token, text, ...
+        return self.encode_segments([self.control[s] if i % 2 else show(s) for i, s in enumerate(segments)], bos=False)
 
     @property
     def has_template(self) -> bool:
-        return (self.folder / "chat_template.jinja").is_file() or bool(self._config.get("chat_template"))
+        return bool(self._find_template())
 
     def template(self) -> str:
-        """The chat template's source. UserError where the checkpoint has none."""
+        """The chat template's source. Errors: UserError, where the checkpoint has none."""
+        template = self._find_template()
+        if not template:
+            raise UserError(f"{self.folder}: this checkpoint has no chat template; it is a base model: run it without")
+        return template
+
+    def _find_template(self) -> str | None:
         file = self.folder / "chat_template.jinja"
-        template = file.read_text(encoding="utf-8") if file.is_file() else self._config.get("chat_template")
+        template = read_text(file) if file.is_file() else self._config.get("chat_template")
         if isinstance(template, list):           # several named ones
             template = next((item["template"] for item in template if item["name"] == "default"), None)
-        if not template:
-            raise UserError(f"{self.folder}: this checkpoint has no chat template; it is a base model, run it without one")
         return template
 
     def _find_stop_ids(self) -> frozenset[int]:
-        named = {self.eos_id, self._backend.eos_id, *map(self.control.get, END_OF_TURN)}
-        for file in ("generation_config.json", "config.json"):
-            eos = _read_json(self.folder / file).get("eos_token_id")
-            named.update(eos if isinstance(eos, list) else [eos])
-        return frozenset(named - {None})
+        found = {self.eos_id, self._backend.eos_id, *map(self.control.get, END_OF_TURN)}
+        for name in ("generation_config.json", "config.json"):
+            eos = _read_optional(self.folder / name).get("eos_token_id")
+            found.update(eos if isinstance(eos, list) else [eos])
+        return frozenset(id for id in found if id is not None)
 
 
 class StreamDecoder:
-    """Text of a sequence as its ids arrive: `push` returns what is complete, `flush` the rest. The cost per id is constant.
+    """Text of a sequence as its ids arrive: `push` returns what is complete, `flush` the rest. Constant cost per id.
 
-    `after` holds ids already shown (the prompt): the text then continues theirs, so that a leading space is kept.
+    after: ids already shown (the prompt), whose text this one continues: a leading space is kept then.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False, after: Iterable[int] = ()) -> None:
@@ -177,7 +196,7 @@ class StreamDecoder:
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
-    """None where every id means the same bytes in both, else a sentence naming the first difference."""
+    """None where every id means the same bytes in both, else a sentence that names the first difference."""
     if a.vocab_size != b.vocab_size:
         return f"{a.folder} has {a.vocab_size} tokens and {b.folder} has {b.vocab_size}"
     id = next((id for id in range(a.vocab_size) if a.piece(id) != b.piece(id)), None)
@@ -185,35 +204,37 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
 
 
 class _Json:
-    """tokenizer.json. Every added token is renamed to an unguessable alias, so no text contains one and the library splits at ours only."""
+    """tokenizer.json. Added tokens get unguessable aliases, so that no text contains one."""
 
     def __init__(self, full: tokenizers.Tokenizer, extra: dict[int, AddedToken]) -> None:
         self.added = extra | full.get_added_tokens_decoder()
         self._id_to_token = full.id_to_token
         self.vocab_size = 1 + max([*full.get_vocab(with_added_tokens=True).values(), *self.added])
         decoder = full.decoder.__getstate__().decode() if full.decoder is not None else ""
-        self._bytes = {ord(letter): byte for byte, letter in _byte_letters().items()} if '"ByteLevel"' in decoder else None
+        is_byte_level = '"ByteLevel"' in decoder
+        self._bytes = {ord(letter): byte for byte, letter in _byte_letters().items()} if is_byte_level else None
         self.strips_space = '"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder)
         probe = full.encode("a")
         self.adds_bos = 0 in probe.special_tokens_mask and probe.special_tokens_mask[0] == 1
         self.bos_id = probe.ids[0] if self.adds_bos else None
         self.eos_id = None
 
-        self._plain = tokenizers.Tokenizer(full.model)       # shares the vocabulary; no added tokens, truncation or post-processing
-        for part in ("normalizer", "pre_tokenizer"):
-            if getattr(full, part) is not None:
-                setattr(self._plain, part, getattr(full, part))
+        self._plain = tokenizers.Tokenizer(full.model)       # the same vocabulary, no added tokens, no post-processing
+        for step in ("normalizer", "pre_tokenizer"):
+            if getattr(full, step) is not None:
+                setattr(self._plain, step, getattr(full, step))
         nonce = secrets.token_hex(8)
-        # new ids follow the vocabulary's size: fillers push the aliases past every id in use, even where the ids have holes
-        self._plain.add_special_tokens([f"<{nonce}-{i}>" for i in range(self.vocab_size - full.get_vocab_size(with_added_tokens=False))])
+        # New ids follow the vocabulary's size: fillers push the aliases past every id in use, though ids have holes.
+        holes = self.vocab_size - full.get_vocab_size(with_added_tokens=False)
+        self._plain.add_special_tokens([f"<{nonce}-{i}>" for i in range(holes)])
         self._alias = {id: f"<{nonce}.{id}>" for id in self.added}
-        self._plain.add_special_tokens([AddedToken(alias, lstrip=self.added[id].lstrip, rstrip=self.added[id].rstrip,
-                                                   single_word=self.added[id].single_word, normalized=False)
-                                        for id, alias in self._alias.items()])
+        self._plain.add_special_tokens([AddedToken(self._alias[id], lstrip=token.lstrip, rstrip=token.rstrip,
+                                                   single_word=token.single_word, normalized=False)
+                                        for id, token in self.added.items()])
         self._id_of = {self._plain.token_to_id(alias): id for id, alias in self._alias.items()}
 
-    def encode(self, parts: list[str | int]) -> list[int]:
-        text = "".join(self._alias[part] if isinstance(part, int) else _valid(part) for part in parts)
+    def encode(self, segments: Sequence[str | int]) -> list[int]:
+        text = "".join(self._alias[segment] if isinstance(segment, int) else _valid(segment) for segment in segments)
         return [self._id_of.get(id, id) for id in self._plain.encode(text, add_special_tokens=False).ids]
 
     def piece(self, id: int) -> bytes:
@@ -229,7 +250,8 @@ class _SentencePiece:
     adds_bos = True                              # LlamaTokenizer's default, where tokenizer_config.json says nothing
 
     def __init__(self, proto: bytes, extra: dict[int, AddedToken]) -> None:
-        # a user-defined piece (type 4) that looks like markup, <|im_start|> say, would be read from text: make it a control piece (type 3)
+        # A user-defined piece (type 4) that looks like markup, say <|im_start|>, would be read from text; a control
+        # piece (type 3) is not.
         proto = re.sub(rb"([>\]]\x15.{4}\x18)\x04", b"\\1\x03", proto, flags=re.DOTALL)
         self._model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         size = model.get_piece_size()
@@ -241,8 +263,9 @@ class _SentencePiece:
         self.strips_space = model.encode("a", out_type=str)[0].startswith("▁")
         self.bos_id, self.eos_id = (id if id >= 0 else None for id in (model.bos_id(), model.eos_id()))
 
-    def encode(self, parts: list[str | int]) -> list[int]:
-        return [id for part in parts for id in ([part] if isinstance(part, int) else self._model.encode(_valid(part)))]
+    def encode(self, segments: Sequence[str | int]) -> list[int]:
+        encoded = ([s] if isinstance(s, int) else self._model.encode(_valid(s)) for s in segments)
+        return list(itertools.chain.from_iterable(encoded))
 
     def piece(self, id: int) -> bytes:
         token = self._model.id_to_piece(id)
@@ -250,9 +273,9 @@ class _SentencePiece:
 
 
 def rebuild_tiktoken(folder: str | Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json beside Qwen v1's qwen.tiktoken; tokenizer.json, which counts, comes last."""
+    """Writes tokenizer_config.json, then tokenizer.json, the one that is looked for, beside Qwen v1's qwen.tiktoken."""
     folder = Path(folder)
-    config = _qwen_config(_read_json(folder / "tokenizer_config.json"))
+    config = _qwen_config(_read_optional(folder / "tokenizer_config.json"))
     try:
         text = _tiktoken_bpe(folder / "qwen.tiktoken").to_str()
     except (OSError, ValueError, LookupError) as error:
@@ -263,16 +286,17 @@ def rebuild_tiktoken(folder: str | Path) -> None:
 
 
 def _tiktoken_bpe(file: Path) -> tokenizers.Tokenizer:
-    """A BPE equal to tiktoken's. A token's merge is the pair left when the merges of lower rank have run over its bytes."""
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, file.read_bytes().splitlines())}
+    """A BPE equal to tiktoken's. A token's merge: the pair left when the merges of lower rank have run on its bytes."""
+    lines = map(bytes.split, file.read_bytes().splitlines())
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if len(set(ranks.values())) != len(ranks) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise ValueError("ranks are doubled or single bytes are missing")
+        raise ValueError("a rank occurs twice or a single byte is missing")
     letters = _byte_letters()
     spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    pairs = (_last_pair(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1)
+    pairs = [_last_pair(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     bpe = tokenizers.Tokenizer(models.BPE(vocab={spelt[token]: rank for token, rank in ranks.items()},
-                                          merges=[(spelt[pair[0]], spelt[pair[1]]) for pair in pairs if pair is not None],
-                                          ignore_merges=True))      # tiktoken takes a whole word that is a token at once
+                                          merges=[(spelt[pair[0]], spelt[pair[1]]) for pair in pairs if pair],
+                                          ignore_merges=True))      # a whole word that is a token needs no merges
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -282,21 +306,21 @@ def _tiktoken_bpe(file: Path) -> tokenizers.Tokenizer:
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pair_ranks = [ranks.get(left + right, ranks[token]) for left, right in zip(parts, parts[1:])]
+    pieces = [token[i:i + 1] for i in range(len(token))]
+    while len(pieces) > 2:
+        pair_ranks = [ranks.get(left + right, ranks[token]) for left, right in itertools.pairwise(pieces)]
         i = pair_ranks.index(min(pair_ranks))
         if pair_ranks[i] >= ranks[token]:
             return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+        pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces[0], pieces[1]
 
 
 def _qwen_config(config: dict[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json for Qwen v1, in place of one that points to remote code."""
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.get("model_max_length", 8192), "eos_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>", "add_bos_token": False, "clean_up_tokenization_spaces": False,
-            "chat_template": config.get("chat_template", CHATML)}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.get("model_max_length", 8192),
+            "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "add_bos_token": False,
+            "clean_up_tokenization_spaces": False, "chat_template": config.get("chat_template", CHATML)}
 
 
 def _byte_letters() -> dict[int, str]:
@@ -314,11 +338,5 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()          # a terminal's undecodable bytes arrive as lone surrogates
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return value
+def _read_optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}

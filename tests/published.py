@@ -2,12 +2,13 @@
 import json
 import re
 
-import tiny
 import torch
+
+import tiny
 
 
 def pack_words(q, bits, order=range(8)):
-    """Integers [R, C * 32 / bits] -> int32 [R, C]: of each run of them the one at order[i] is shifted to bit i * bits."""
+    """Integers [R, C * 32 / bits] -> int32 [R, C]: in each run of them the one at order[i] moves to bit i * bits."""
     per, words = 32 // bits, []
     for row in q.tolist():
         values = [sum(row[i + order[k]] << k * bits for k in range(per)) for i in range(0, len(row), per)]
@@ -16,8 +17,10 @@ def pack_words(q, bits, order=range(8)):
 
 
 def publish(folder, method="gptq", bits=4, groupsize=32, sym=True, desc_act=False, form="gptq", biases=False, **config):
-    """Quantizes a Hugging Face folder's linears and packs them by the format's definition. Returns module -> the weights that they stand for,
-    in fp16 and fp32."""
+    """Quantizes a Hugging Face folder's linears and packs them by the format's definition.
+
+    Returns module -> the weights that they stand for, in fp16 and fp32.
+    """
     tensors, meant = tiny.load_file(folder / "model.safetensors"), {}
     torch.manual_seed(1)
     orders = {}
@@ -27,18 +30,20 @@ def publish(folder, method="gptq", bits=4, groupsize=32, sym=True, desc_act=Fals
         G = K if groupsize == -1 else groupsize
         g_idx = torch.arange(K) // G
         if desc_act:                                             # linears that share an input share their order
-            g_idx = orders.setdefault((*module.split(".")[2:4], module[-6:] in ("o_proj", "n_proj")), g_idx[torch.randperm(K)])
+            inputs = (*module.split(".")[2:4], module[-6:] in ("o_proj", "n_proj"))
+            g_idx = orders.setdefault(inputs, g_idx[torch.randperm(K)])
         groups, most = int(g_idx.max()) + 1, 2 ** bits - 1
         scales, zeros = torch.empty(groups, N, dtype=torch.float16), torch.empty(groups, N, dtype=torch.int64)
         for g in range(groups):
-            part = w[:, g_idx == g]
-            low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
-            scales[g] = (2 * part.abs().amax(1) / most if sym else (high - low) / most).half()
+            group = w[:, g_idx == g]
+            low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+            scales[g] = (2 * group.abs().amax(1) / most if sym else (high - low) / most).half()
             zeros[g] = (most + 1) // 2 if sym else (-low / scales[g]).round().clamp(0, most)
         if not sym:
             zeros[0, 0], zeros[-1, -1] = most, 1                 # the ends of what either convention can say
         q = (w.t() / scales[g_idx] + zeros[g_idx]).round().clamp(0, most).long()         # [K, N]
-        meant[module] = ((q - zeros[g_idx]).half() * scales[g_idx]).t(), ((q - zeros[g_idx]).float() * scales[g_idx].float()).t()
+        steps = q - zeros[g_idx]
+        meant[module] = (steps.half() * scales[g_idx]).t(), (steps.float() * scales[g_idx].float()).t()
         if method == "gptq":
             tensors |= {f"{module}.qweight": pack_words(q.t(), bits).t().contiguous(), f"{module}.g_idx": g_idx.int(),
                         f"{module}.qzeros": pack_words(zeros - int(form == "gptq"), bits)}
@@ -50,7 +55,9 @@ def publish(folder, method="gptq", bits=4, groupsize=32, sym=True, desc_act=Fals
             tensors[f"{module}.bias"] = torch.zeros(N)
     tiny.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     both = {"quant_method": method, "bits": bits, "group_size": groupsize}
-    own = {"sym": sym, "desc_act": desc_act, "checkpoint_format": form} if method == "gptq" else {"version": "gemm", "zero_point": True}
+    own = {"version": "gemm", "zero_point": True}
+    if method == "gptq":
+        own = {"sym": sym, "desc_act": desc_act, "checkpoint_format": form}
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {**both, **own, **config}}))
     return meant

@@ -1,17 +1,18 @@
-"""convert.py and scripts/: checkpoints of every family and layout against their source tensors, bit for bit, and everything that can be wrong."""
+"""convert.py: checkpoints of every family and layout against their source tensors, bit for bit, and their faults."""
 import errno
-import importlib.util
 import json
+import multiprocessing
 import os
+import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import huggingface_hub.errors as hub_errors
 import pytest
 import torch
 import transformers
@@ -19,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import convert as convert_module
-from config import ModelArgs
 from cli import UserError
+from config import ModelArgs
 from convert import convert
 from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64)
 FAMILIES = {
     "llama": ("Llama", dict(num_key_value_heads=2)),
     "llama-biased": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
@@ -48,7 +50,7 @@ def tiny(family: str = "qwen2", tied: bool = False, dtype: torch.dtype = torch.f
 def tensors_of(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
     """State dict in which no two names share memory, without a tied head."""
     tied = model.config.tie_word_embeddings
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight" or not tied}
 
 
 def check(folder: Path, source: dict[str, Tensor], layers: int = 2) -> None:
@@ -60,9 +62,9 @@ def check(folder: Path, source: dict[str, Tensor], layers: int = 2) -> None:
     def equal(target: Tensor, *names: str) -> None:
         row = 0
         for name in names:
-            part = left.pop(name)
-            assert target.dtype == part.dtype and torch.equal(target[row:row + len(part)], part), name
-            row += len(part)
+            rows = left.pop(name)
+            assert target.dtype == rows.dtype and torch.equal(target[row:row + len(rows)], rows), name
+            row += len(rows)
         assert row == len(target)
 
     equal(state.pop("tok_embeddings.weight"), "model.embed_tokens.weight")
@@ -86,7 +88,8 @@ def write_bin(folder: Path, source: dict[str, Tensor], shards: int = 1, legacy: 
     for number in range(shards):
         file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
         weight_map.update(dict.fromkeys(names[number::shards], file))
-        torch.save({name: source[name] for name in names[number::shards]}, folder / file, _use_new_zipfile_serialization=not legacy)
+        shard = {name: source[name] for name in names[number::shards]}
+        torch.save(shard, folder / file, _use_new_zipfile_serialization=not legacy)
     if shards > 1:
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
@@ -111,9 +114,10 @@ def test_families_and_tying(tmp_path: Path, family: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("layout", ["single", "shards", "shards without index", "other index name", "bin", "bin shards", "legacy bin"])
+@pytest.mark.parametrize("layout", ["single", "shards", "shards without index", "other index name",
+                                    "bin", "bin shards", "legacy bin"])
 def test_layouts_and_dtypes(tmp_path: Path, layout: str, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(convert_module, "REMAP_BYTES", 5000)               # mappings are renewed within a file
+    monkeypatch.setattr(convert_module, "REMAP_BYTES", 5000)       # mappings are renewed within a file
     model = tiny(dtype=dtype)
     if "bin" in layout:
         model.config.save_pretrained(tmp_path)
@@ -137,22 +141,27 @@ def test_qwen_v1(tmp_path: Path, monkeypatch) -> None:
     for i in range(2):                               # Qwen v1 has as many KV heads as heads
         for kind in ("weight", "bias"):
             for p in "kv":
-                source[f"model.layers.{i}.self_attn.{p}_proj.{kind}"] = torch.randn(32, *([32] if kind == "weight" else []))
-    v1 = {"transformer.wte.weight": source["model.embed_tokens.weight"], "transformer.ln_f.weight": source["model.norm.weight"],
+                shape = (32, 32) if kind == "weight" else (32,)
+                source[f"model.layers.{i}.self_attn.{p}_proj.{kind}"] = torch.randn(shape)
+    v1 = {"transformer.wte.weight": source["model.embed_tokens.weight"],
+          "transformer.ln_f.weight": source["model.norm.weight"],
           "lm_head.weight": source["lm_head.weight"], "transformer.rotary_emb.inv_freq": torch.ones(4)}
     for i in range(2):
         ours, v1_layer = f"model.layers.{i}.", f"transformer.h.{i}."
         for kind in ("weight", "bias"):
             v1[f"{v1_layer}attn.c_attn.{kind}"] = torch.cat([source[f"{ours}self_attn.{p}_proj.{kind}"] for p in "qkv"])
-        for theirs, name in {"attn.c_proj": "self_attn.o_proj", "mlp.w2": "mlp.gate_proj", "mlp.w1": "mlp.up_proj",
-                             "mlp.c_proj": "mlp.down_proj", "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}.items():
+        names = {"attn.c_proj": "self_attn.o_proj", "mlp.w2": "mlp.gate_proj", "mlp.w1": "mlp.up_proj",
+                 "mlp.c_proj": "mlp.down_proj", "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
+        for theirs, name in names.items():
             v1[f"{v1_layer}{theirs}.weight"] = source[f"{ours}{name}.weight"]
         v1[f"{v1_layer}attn.masked_bias"] = torch.tensor(-1e4)
     save_file(v1, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(dict(
-        model_type="qwen", architectures=["QWenLMHeadModel"], hidden_size=32, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2,
-        kv_channels=8, vocab_size=96, seq_length=64, max_position_embeddings=64, layer_norm_epsilon=1e-6, rotary_emb_base=10000, no_bias=True,
-        use_logn_attn=True, use_dynamic_ntk=True, tie_word_embeddings=False)))
+        model_type="qwen", architectures=["QWenLMHeadModel"], hidden_size=32, intermediate_size=96,
+        num_attention_heads=4, num_hidden_layers=2, kv_channels=8, vocab_size=96, seq_length=64,
+        max_position_embeddings=64, layer_norm_epsilon=1e-6, rotary_emb_base=10000, no_bias=True,
+        use_logn_attn=True, use_dynamic_ntk=True,
+        tie_word_embeddings=False)))
     (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
     rebuilt = []
     monkeypatch.setattr(convert_module, "rebuild_tiktoken", rebuilt.append)
@@ -184,7 +193,7 @@ def test_tied_head_that_is_there_all_the_same(tmp_path: Path) -> None:
         convert(tmp_path, progress=False)
 
 
-def test_parts_of_different_dtypes_take_the_wider(folder: Path) -> None:
+def test_fused_projections_of_different_dtypes_take_the_wider(folder: Path) -> None:
     file = folder / "model.safetensors"
     source = load_file(file)
     name = "model.layers.0.self_attn.k_proj.weight"
@@ -247,20 +256,23 @@ def rename_layer(weights: dict[str, Tensor]) -> None:
 INDEX = "model.safetensors.index.json"
 BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-    "config is not JSON": (put("config.json", "{", remove=False), "config.json: unreadable"),
+    "config is not JSON": (put("config.json", "{", remove=False), "config.json: not valid JSON"),
     "config is a list": (put("config.json", "[]", remove=False), "config.json: expected a JSON object"),
     "unsupported model": (edit_config(model_type="gpt2"), "gpt2"),
     "mixture of experts": (edit_config(model_type="qwen3_moe"), "qwen3_moe"),
-    "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 3}), "config.json: quantization_config: bits 3 is not supported"),
+    "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 3}),
+                  "config.json: quantization_config: bits 3 is not supported"),
+    "quantized by a name": (edit_config(quantization_config="fp8"), "quant_method 'fp8' is not supported"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights there"),
     "shard absent": (put(INDEX, json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})),
                      "model-00001-of-00002.safetensors named in model.safetensors.index.json but not there"),
     "index without map": (put(INDEX, "{}", remove=False), "index.json: no weight_map"),
-    "index is not JSON": (put(INDEX, "<html>", remove=False), "index.json: unreadable"),
+    "index is not JSON": (put(INDEX, "<html>", remove=False), "index.json: not valid JSON"),
     "truncated safetensors": (truncate, "model.safetensors: corrupt or truncated"),
     "garbage safetensors": (put("model.safetensors", b"garbage" * 100), "model.safetensors: corrupt or truncated"),
     "empty safetensors": (put("model.safetensors", b""), "model.safetensors: corrupt or truncated"),
-    "git-lfs pointer": (put("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"), "a git-lfs pointer"),
+    "git-lfs pointer": (put("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
+                        "a git-lfs pointer"),
     "truncated bin": (truncated_bin, "pytorch_model.bin: corrupt or truncated"),
     "garbage bin": (put("pytorch_model.bin", b"garbage" * 100), "pytorch_model.bin: corrupt or truncated"),
     "empty bin": (put("pytorch_model.bin", b""), "pytorch_model.bin: corrupt or truncated"),
@@ -272,7 +284,8 @@ BAD = {
     "dtype": (edit_weights(lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
               r"unsupported dtype: model\.norm\.weight torch.int8"),
     "many missing": (edit_weights(rename_layer),
-                     r"missing: layers\.1\..* and 4 more \(12 in all\); unexpected: model\.layers\.7\..* and 4 more \(12 in all\)"),
+                     r"missing: layers\.1\..* and 4 more \(12 in all\); "
+                     r"unexpected: model\.layers\.7\..* and 4 more \(12 in all\)"),
 }
 
 
@@ -298,25 +311,34 @@ def test_bin_runs_no_code(folder: Path) -> None:
     assert not (folder / "evil").exists()
 
 
-def command(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd="/")
+def forked(work: Callable[[], Any]) -> tuple[int | None, Any]:
+    """Exit code and result of work() in a process of its own, which saves importing everything again."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def main() -> None:
+        torch.set_num_threads(1)             # OpenMP's threads do not survive a fork
+        sender.send(work())
+    process = context.Process(target=main)
+    process.start()
+    sender.close()
+    process.join()
+    return process.exitcode, receiver.recv() if process.exitcode == 0 else None
 
 
-def one_line(done: subprocess.CompletedProcess) -> str:
-    """The error line of a command that ended as a user's mistake; a progress bar may stand before it."""
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()[-1]
-
-
-def test_command(folder: Path) -> None:
-    done = command(ROOT / "scripts/convert_hf_checkpoint.py", "--checkpoint_dir", folder)
+def test_command(folder: Path, monkeypatch, capsys) -> None:
+    command = [str(ROOT / "scripts/convert_hf_checkpoint.py"), "--checkpoint-dir", str(folder)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and str(folder / "model.pth") in done.stdout and "Converting" in done.stderr
     check(folder, load_file(folder / "model.safetensors"))
     os.truncate(folder / "model.safetensors", 5000)
-    old = (folder / "model.pth").stat().st_mtime_ns
-    line = one_line(command(ROOT / "scripts/convert_hf_checkpoint.py", "--checkpoint_dir", folder))
-    assert line.startswith(f"error: {folder}/model.safetensors: corrupt") and (folder / "model.pth").stat().st_mtime_ns == old
+    before = (folder / "model.pth").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(command[0], run_name="__main__")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and error.startswith(f"error: {folder}/model.safetensors: corrupt")
+    assert (folder / "model.pth").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("limit", [4096, 60000])
@@ -343,20 +365,17 @@ def test_full_disk(folder: Path, code: int, monkeypatch) -> None:
 
 
 def test_killed_conversion_leaves_no_checkpoint(folder: Path) -> None:
-    program = f"""
-        import os, signal, sys
-        sys.path.insert(0, {str(ROOT)!r})
-        import convert
-        read_shard = convert.read_shard
+    def dies_at_the_fifth_tensor() -> None:
+        read_shard = convert_module.read_shard
+
         def dying(path, names):
             for number, item in enumerate(read_shard(path, names)):
                 if number == 5:
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield item
-        convert.read_shard = dying
-        convert.convert({str(folder)!r}, progress=False)
-    """
-    assert command("-c", textwrap.dedent(program)).returncode == -signal.SIGKILL
+        convert_module.read_shard = dying
+        convert(folder, progress=False)
+    assert forked(dies_at_the_fifth_tensor)[0] == -signal.SIGKILL
     assert not (folder / "model.pth").exists() and len(list(folder.glob(".model.pth.*.tmp"))) == 1
     convert(folder, progress=False)
     check(folder, load_file(folder / "model.safetensors"))
@@ -366,12 +385,14 @@ def test_killed_conversion_leaves_no_checkpoint(folder: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 @pytest.mark.parametrize("layout", ["single", "shards", "bin"])
 def test_memory(tmp_path: Path, layout: str) -> None:
-    """Resident memory, mapped pages included, grows by less than 1.2 times the checkpoint."""
+    """Resident memory, mapped pages included, grows by less than the checkpoint's size."""
     config = transformers.Qwen3Config(vocab_size=8192, hidden_size=1024, intermediate_size=3072, num_hidden_layers=5,
-                                      num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+                                      num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+                                      tie_word_embeddings=True)
     with torch.device("meta"):
         shapes = transformers.Qwen3ForCausalLM(config).state_dict()
-    source = {name: torch.full(value.shape, 0.5, dtype=torch.bfloat16) for name, value in shapes.items() if name != "lm_head.weight"}
+    source = {name: torch.full(value.shape, 0.5, dtype=torch.bfloat16) for name, value in shapes.items()
+              if name != "lm_head.weight"}
     config.save_pretrained(tmp_path)
     if layout == "bin":
         write_bin(tmp_path, source)
@@ -380,119 +401,13 @@ def test_memory(tmp_path: Path, layout: str) -> None:
         for number in range(count := 1 if layout == "single" else 3):
             save_file({name: source[name] for name in names[number::count]}, tmp_path / f"model-{number}.safetensors")
     size = sum(tensor.nbytes for tensor in source.values())
-    program = f"""
-        import re, sys
-        sys.path.insert(0, {str(ROOT)!r})
-        import convert
-        def peak():
-            return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+    del source
+
+    def growth() -> int:
+        def peak() -> int:
+            return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         before = peak()
-        convert.convert({str(tmp_path)!r}, progress=False)
-        print(peak() - before)
-    """
-    done = command("-c", textwrap.dedent(program))
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1.2 * size, f"{int(done.stdout) / size:.2f} times"
-
-
-def download_module():
-    spec = importlib.util.spec_from_file_location("download", ROOT / "scripts/download.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-REPOSITORY = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-              "chat_template.jinja", "special_tokens_map.json"]
-EXTRAS = ["README.md", ".gitattributes", "modeling_qwen.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors",
-          "original/consolidated.00.pth", "training_args.bin", "tf_model.h5", "onnx/model.onnx"]
-
-
-def test_wanted_files() -> None:
-    wanted_files = download_module().wanted_files
-    assert set(wanted_files(REPOSITORY + EXTRAS)) == set(REPOSITORY)
-    old = ["config.json", "qwen.tiktoken", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
-    assert set(wanted_files(old + ["tokenization_qwen.py", "qwen_generation_utils.py", "optimizer.bin"])) == set(old)
-    assert wanted_files(["config.json", "model.gguf"]) == []
-
-
-@pytest.fixture
-def hub(monkeypatch) -> SimpleNamespace:
-    """download.py with the Hub's two calls replaced; `fail` makes either raise, `asked` records what was asked for."""
-    module, state = download_module(), SimpleNamespace(files=REPOSITORY + EXTRAS, files_that_come=99, fail_info=None, fail_download=None, asked=None)
-
-    def model_info(self, repo_id: str, revision: str | None = None) -> SimpleNamespace:
-        if state.fail_info:
-            raise state.fail_info
-        return SimpleNamespace(sha="0123abcd", siblings=[SimpleNamespace(rfilename=file) for file in state.files])
-
-    def snapshot_download(repo_id: str, **options) -> str:
-        if state.fail_download:
-            raise state.fail_download
-        state.asked = (repo_id, options)
-        options["local_dir"].mkdir(parents=True)
-        for file in options["allow_patterns"][:state.files_that_come]:
-            (options["local_dir"] / file).touch()
-        return str(options["local_dir"])
-    monkeypatch.setattr(module.HfApi, "model_info", model_info)
-    monkeypatch.setattr(module, "snapshot_download", snapshot_download)
-    state.download = module.download
-    return state
-
-
-def test_download(hub: SimpleNamespace, tmp_path: Path) -> None:
-    assert hub.download("Qwen/Qwen3-0.6B", tmp_path, "secret") == tmp_path / "Qwen/Qwen3-0.6B"
-    repo_id, options = hub.asked
-    assert repo_id == "Qwen/Qwen3-0.6B" and set(options["allow_patterns"]) == set(REPOSITORY)
-    assert (options["local_dir"], options["token"], options["revision"]) == (tmp_path / "Qwen/Qwen3-0.6B", "secret", "0123abcd")
-
-
-def answer(kind: type) -> Exception:
-    """A Hub error without the HTTP response it usually carries, whose class depends on the version of huggingface_hub."""
-    return kind.__new__(kind, "the server said so")
-
-
-@pytest.mark.parametrize("kind, message", [
-    (hub_errors.GatedRepoError, "a/b is gated: .*HF_TOKEN"),
-    (hub_errors.RepositoryNotFoundError, "a/b: no such repository, or a private one"),
-    (hub_errors.HfHubHTTPError, "could not download a/b"),
-    (hub_errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
-    (hub_errors.HTTPError, "could not download a/b"),
-    (OSError, "could not download a/b"),
-])
-@pytest.mark.parametrize("call", ["fail_info", "fail_download"])
-def test_download_errors(hub: SimpleNamespace, tmp_path: Path, call: str, kind: type, message: str) -> None:
-    setattr(hub, call, answer(kind))
-    with pytest.raises(UserError, match=message) as error:
-        hub.download("a/b", tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_download_mistakes(hub: SimpleNamespace, tmp_path: Path) -> None:
-    hub.files = ["model.gguf", "README.md"]
-    with pytest.raises(UserError, match="a/b: no config.json with safetensors"):
-        hub.download("a/b", tmp_path)
-    hub.fail_info = answer(hub_errors.RevisionNotFoundError)
-    with pytest.raises(UserError, match="--revision v9"):
-        hub.download("a/b", tmp_path, revision="v9")
-
-
-def test_partial_download(hub: SimpleNamespace, tmp_path: Path) -> None:
-    hub.files_that_come = 3
-    with pytest.raises(UserError, match="could not download all of a/b: .*safetensors.* missing"):
-        hub.download("a/b", tmp_path)
-
-
-@pytest.mark.parametrize("script", ["scripts/download.py", "scripts/prepare.sh"])
-def test_nobody_answers(script: str) -> None:
-    """Without a network the command ends at once with one line; prepare.sh goes no further."""
-    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", "PYTHON": sys.executable}
-    arguments = [sys.executable] * script.endswith(".py") + [ROOT / script, "Qwen/Qwen3-0.6B"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=30, cwd="/", env=env)
-    assert "Qwen/Qwen3-0.6B" in one_line(done) and len(done.stderr.strip().splitlines()) == 1
-
-
-def test_prepare_usage() -> None:
-    done = subprocess.run([ROOT / "scripts/prepare.sh"], capture_output=True, text=True)
-    assert done.returncode == 2 and "usage" in done.stderr
+        convert(tmp_path, progress=False)
+        return peak() - before
+    exitcode, grown = forked(growth)
+    assert exitcode == 0 and 0.1 * size < grown < size, f"{grown / size:.2f} times"
