@@ -1,0 +1,214 @@
+"""CPU kernels in C++, each beside its plain PyTorch twin, x_reference for x. Imports nothing of this project.
+
+B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C model dim; N rows and K_in columns of a
+weight, in groups of G. For up to 16 tokens reading the weights takes the time, and the C++ does it at the memory's
+speed; products for more tokens are PyTorch's.
+"""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .build import available, built_library, cpu_has_bf16, describe, unavailable_reason  # noqa: F401 (re-exported)
+from .memory import copy_to, huge_zeros, trim_memory  # noqa: F401
+
+MAX_TOKENS, MAX_HEAD = 16, 512    # tokens of a matrix-vector product, dimensions of a head: as in tuning.h
+
+
+def on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
+
+
+# ---- linears
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K_in], weight [N, K_in] -> [..., N], summed in fp32."""
+    few = 0 < x.numel() <= MAX_TOKENS * x.size(-1)
+    if on_cpu(x) and few and weight.dtype == x.dtype and weight.is_contiguous() and available():
+        return torch.ops.qwen_fast.linear(x, [weight], weight.size(0), False)
+    return linear_reference(x, weight)
+
+
+def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, quantize_activations: bool = True) -> Tensor:
+    """x [..., K_in], weight int8 [N, K_in], scales fp32 [N] -> [..., N]; w = scale * q.
+
+    quantize_activations: may round up to 16 tokens to int16, in groups of 256 with a scale each (on CPUs with VNNI).
+    """
+    if on_cpu(x) and weight.is_contiguous() and available():
+        return torch.ops.qwen_fast.linear(x, [weight, scales], weight.size(0), quantize_activations)
+    return int8_linear_reference(x, weight, scales)
+
+
+def int8_linear_reference(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+
+
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int,
+                quantize_activations: bool = True) -> Tensor:
+    """x [..., K_in] and weights from pack_int4 -> [..., N].
+
+    quantize_activations: may round up to 16 tokens to int8, in groups of 32 with a scale each (on CPUs with VNNI).
+    """
+    if on_cpu(x) and available():
+        return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, quantize_activations)
+    return int4_linear_reference(x, packed, scales, zeros, out_features)
+
+
+def int4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int) -> Tensor:
+    return F.linear(x, dequantize_packed_int4(packed, scales, zeros, out_features, x.size(-1), x.dtype))
+
+
+def quantize_activations_reference(x: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+    """x [..., K_in] as the kernels round it, in fp32: int16 by 256 beside int8 weights, int8 by 32 beside int4."""
+    most = 127 if dtype == torch.int8 else 127 * 257    # the latter is multiplied as two bytes, each up to 127
+    padded = F.pad(x.float(), (0, -x.size(-1) % group)).unflatten(-1, (-1, group))
+    high = padded.abs().amax(-1, keepdim=True)
+    rounded = torch.where(high > 1e-30, (padded * (most / high)).round() * (high / most), 0.0)
+    return rounded.flatten(-2)[..., :x.size(-1)]
+
+
+# ---- int4 weights: w = scale * (q - zero / 16), scale and zero per row and group of G columns
+#
+# As stored: nibbles uint8 [N, K_in / 2], scales [N, K_in / G], zeros uint8 [N, K_in / G].
+# Packed for the CPU: blocks of 16 rows, [N / 16, K_in / 32, 4, 16, 4] (quantized.h says what goes where), scales bf16
+# and zeros [N / 16, K_in / G, 16]. K_in is padded to whole groups and N to whole blocks.
+
+def pack_nibbles(q: Tensor) -> Tensor:
+    """uint8 [N, K_in] of 0 .. 15 -> [N, ceil(K_in / 2)]: even columns in the lower halves, odd ones in the upper."""
+    q = F.pad(q, (0, q.size(1) % 2))
+    return q[:, ::2] | q[:, 1::2] << 4
+
+
+def unpack_nibbles(weight: Tensor, in_features: int | None = None) -> Tensor:
+    """The inverse of pack_nibbles: uint8 [N, in_features], by default two columns a byte."""
+    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)[:, :in_features]
+
+
+def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The stored form to the CPU's packed form. groupsize: a multiple of 32."""
+    N, groups = scales.shape
+    q = F.pad(unpack_nibbles(weight), (0, groups * groupsize - 2 * weight.size(1), 0, -N % 16))
+    q = q.view(-1, 16, groups * groupsize // 32, 4, 2, 4)       # block, row, unit, register, half, byte
+    lower, upper = q.permute(4, 0, 2, 3, 1, 5)                  # block, unit, register, row, byte
+
+    def in_blocks(t: Tensor) -> Tensor:
+        return F.pad(t, (0, 0, 0, -N % 16)).view(-1, 16, groups).transpose(1, 2)
+    packed = torch.bitwise_or(lower, upper << 4, out=huge_zeros(lower.shape, torch.uint8))
+    return packed, copy_to(in_blocks(scales), "cpu", torch.bfloat16), copy_to(in_blocks(zeros), "cpu", torch.uint8)
+
+
+def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, in_features: int,
+                           dtype: torch.dtype) -> Tensor:
+    """The weights [N, K_in] that the packed form stands for."""
+    q = torch.stack((packed & 15, packed >> 4), dim=3)          # block, unit, register, half, row, byte
+    q = q.permute(0, 4, 1, 2, 3, 5).reshape(len(packed), 16, scales.size(1), -1).to(dtype)
+    w = (q - zeros.to(dtype).transpose(1, 2)[..., None] / 16) * scales.to(dtype).transpose(1, 2)[..., None]
+    return w.flatten(2).flatten(0, 1)[:out_features, :in_features]
+
+
+# ---- whole layers; their twin is the loop over model.TransformerBlock
+
+class LayerTensors(NamedTuple):
+    """A linear's list is [weight], int8 [weight, scales] or int4 [packed, scales, zeros], then its bias if any."""
+    attention_norm: Tensor    # [C]
+    wqkv: list[Tensor]        # [(H + 2 K) * D, C]: queries, keys, values
+    q_norm: Tensor | None     # [D], both or neither
+    k_norm: Tensor | None
+    wo: list[Tensor]          # [C, H * D]
+    ffn_norm: Tensor
+    w13: list[Tensor]         # [2 * intermediate_size, C]: gate, up
+    w2: list[Tensor]          # [C, intermediate_size]
+    k_cache: Tensor           # [B, K, T, D]
+    v_cache: Tensor
+    window: int               # of the attention, 0 for none
+
+
+class FusedLayers(NamedTuple):
+    """Layers whose tensors the C++ keeps behind a single one: torch.compile would take seconds over hundreds."""
+    handle: Tensor
+    dtype: torch.dtype
+
+
+def fuse(layers: Sequence[LayerTensors], n_head: int, intermediate_size: int, eps: float,
+         quantize_activations: bool) -> FusedLayers | None:
+    """For run_fused, which uses these very tensors from then on; None where the kernels cannot stand in for the layers.
+
+    eps: of the RMS norms. quantize_activations: as in int8_linear and int4_linear. Errors: RuntimeError (shapes).
+    """
+    def supported(x: LayerTensors) -> bool:
+        same = x.k_cache.dtype == x.v_cache.dtype == x.attention_norm.dtype == x.ffn_norm.dtype
+        return on_cpu(x.k_cache) and same and x.k_cache.size(3) % 16 == 0 and x.k_cache.size(3) <= MAX_HEAD
+    if not layers or not all(map(supported, layers)) or not available():
+        return None
+    handle = torch.ops.qwen_fast.fuse_layers(n_head, intermediate_size, eps, quantize_activations)
+    for layer in layers:
+        torch.ops.qwen_fast.add_layer(handle, *layer)
+    return FusedLayers(handle, layers[0].k_cache.dtype)
+
+
+def accepts(fused: FusedLayers | None, x: Tensor) -> bool:
+    """Whether run_fused computes x [B, S, C]."""
+    return fused is not None and x.dtype == fused.dtype and x.numel() > 0
+
+
+def run_fused(fused: FusedLayers, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None,
+              input_pos: Tensor) -> Tensor:
+    """x [B, S, C] through all layers in one operator: what lies between their matrices is not worth a call of its own.
+
+    cos, sin fp32 [B, S, 1, D]; logn fp32 [B, S, 1, 1], factors of the queries; input_pos int64 [B, S] or [S]. Keys and
+    values are written to the caches. Errors: RuntimeError, also for a copied handle, whose caches are the original's.
+    """
+    return torch.ops.qwen_fast.run_fused(x, fused.handle, cos, sin, logn, input_pos)
+
+
+# ---- attention over the KV cache
+
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0) -> Tensor:
+    """Causal attention of q [B, S, H, D] at input_pos ([S] or [B, S]) over caches [B, K, T, D] -> [B, S, H * D].
+
+    A query at position p sees slots <= p, with a window only those > p - window. On a CPU the cost follows p, not T.
+    """
+    if q.device.type != "cpu":
+        return attend_reference(q, k_cache, v_cache, input_pos, window)
+    fits = k_cache.dtype == q.dtype and q.size(3) % 16 == 0 and q.size(3) <= MAX_HEAD
+    if on_cpu(q) and fits and k_cache.is_contiguous() and v_cache.is_contiguous() and available():
+        return torch.ops.qwen_fast.attend(q, k_cache, v_cache, input_pos, window)
+    return attend_sliced(q, k_cache, v_cache, input_pos, window)
+
+
+def visible(input_pos: Tensor, slots: int, window: int) -> Tensor:
+    """Which cache slots each query sees: bool [S, slots] or [B, 1, S, slots]."""
+    slot = torch.arange(slots, device=input_pos.device)
+    mask = slot <= input_pos[..., None]
+    if window > 0:
+        mask = mask & (slot > input_pos[..., None] - window)
+    return mask[:, None] if mask.dim() == 3 else mask
+
+
+def attend_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0) -> Tensor:
+    """The same over the whole cache under a mask: no size depends on the positions' values."""
+    k, v, mask = k_cache.to(q.dtype), v_cache.to(q.dtype), visible(input_pos, k_cache.size(2), window)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, enable_gqa=True)
+    return y.transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op("qwen_fast::attend_sliced", mutates_args=())
+def attend_sliced(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+    """The same up to the last position. Opaque to the compiler, because the slice depends on the positions' values."""
+    S, end = q.size(1), int(input_pos.max()) + 1
+    k, v = k_cache[:, :, :end].to(q.dtype), v_cache[:, :, :end].to(q.dtype)
+    from_start = end == S and (window <= 0 or window >= end) and bool((input_pos == torch.arange(S)).all())
+    mask = None if from_start else visible(input_pos, end, window)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=from_start, enable_gqa=True)
+    return y.transpose(1, 2).flatten(2).contiguous()
+
+
+@attend_sliced.register_fake
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+    return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))

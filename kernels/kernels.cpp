@@ -1,0 +1,27 @@
+// The one translation unit of the CPU kernels: matrix-vector products and attention that run at the speed of the
+// memory, and whole layers made of them, which leave matrix-matrix products to PyTorch. build.py builds it on first
+// use; __init__.py holds a plain PyTorch twin of every operator.
+#include <torch/library.h>
+
+#include "layers.h"
+
+TORCH_LIBRARY(qwen_fast, m) {
+    const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+    m.def("linear(Tensor x, Tensor[] tensors, int out_features, bool quantize_activations) -> Tensor", tags);
+    m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", tags);
+    m.def("fuse_layers(int n_head, int intermediate_size, float eps, bool quantize_activations) -> Tensor",
+          fuse_layers);
+    // clang-format off
+    m.def("add_layer(Tensor(a!) handle, Tensor attention_norm, Tensor[] wqkv, Tensor? q_norm, Tensor? k_norm, "
+          "Tensor[] wo, Tensor ffn_norm, Tensor[] w13, Tensor[] w2, Tensor k_cache, Tensor v_cache, int window) -> ()");
+    // clang-format on
+    m.def("run_fused(Tensor x, Tensor(a!) handle, Tensor cos, Tensor sin, Tensor? logn, Tensor input_pos) -> Tensor",
+          tags);
+}
+
+TORCH_LIBRARY_IMPL(qwen_fast, CPU, m) {
+    m.impl("linear", &linear);
+    m.impl("attend", &attend);
+    m.impl("add_layer", &add_layer);
+    m.impl("run_fused", &run_fused);
+}

@@ -1,0 +1,108 @@
+// y[m, n] = sum_k x[m, k] w[n, k] for few tokens and weights in bf16 or fp32, and how the rows of any weight are shared
+// out between threads.
+#pragma once
+#include <ATen/Parallel.h>
+#include <omp.h>
+#include <atomic>
+#include "vec.h"
+
+namespace {
+
+// Shares out 0 .. n: f(begin, end) for a part of what is left, smaller and smaller ones, so that no thread waits long
+// for another at the end. All borders are multiples of `unit`, so that which thread takes what does not matter to the
+// result. row_bytes: of one of the n.
+template <typename F> void share(i64 n, i64 unit, i64 row_bytes, F f) {
+    std::atomic<i64> next{0};
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+        const i64 threads = omp_get_num_threads();
+        for (i64 begin = next; begin < n;) {
+            const i64 size = std::max((n - begin) / (2 * threads), LEAST_SHARE / row_bytes);
+            const i64 end = std::min(n, begin + (size / unit + 1) * unit);
+            if (next.compare_exchange_weak(begin, end)) {
+                f(begin, end);
+                begin = next;
+            }
+        }
+    }
+}
+
+// each: f(n, 2) for rows n and n + apart, f(n, 1) for a row by itself: what is left over, or all if there is too much
+// to compute for two at once.
+struct Halves {
+    i64 begin, end, apart;
+    Halves(i64 begin, i64 end, bool two) : begin(begin), end(end), apart(two ? (end - begin) / 2 : 0) {}
+    template <typename F> INLINE void each(F f) const {
+        for (i64 n = begin; n < begin + apart; n++) f(n, std::integral_constant<int, 2>());
+        for (i64 n = begin + 2 * apart; n < end; n++) f(n, std::integral_constant<int, 1>());
+    }
+};
+
+// Four tokens share one pass over the weights: f(first, how many) for 0 .. M.
+template <typename F> INLINE void tiles(i64 M, F f) {
+    i64 m = 0;
+    for (; m + 4 <= M; m += 4) f(m, std::integral_constant<int, 4>());
+    if (M - m == 3) f(m, std::integral_constant<int, 3>());
+    else if (M - m == 2) f(m, std::integral_constant<int, 2>());
+    else if (M - m == 1) f(m, std::integral_constant<int, 1>());
+}
+
+// R rows of w, `apart` rows from one another, against M tokens. U independent sums per product hide the latency of the
+// multiply-add. next: how many elements ahead to prefetch where the rows are neighbours, in the order of the addresses.
+template <typename T, int R, int M>
+INLINE void dot_rows(const T* w, i64 apart, const T* x, float* y, i64 K, i64 N, i64 next = 0) {
+    using L = Lanes<T>;
+    constexpr int U = R * M >= 4 ? 1 : 4 / (R * M);
+    f32x16 acc[U][16] = {};  // [u][r * M + m]
+    i64 k = 0;
+    for (; k + U * L::N <= K; k += U * L::N)
+        UNROLL(u, U) {
+            typename L::Reg wv[R];
+            UNROLL(r, R) {
+                const T* from = w + r * apart * K + k + u * L::N;
+                if (R <= 2) __builtin_prefetch((const char*)from + AHEAD, 0, 2);
+                else if (next) __builtin_prefetch(w + next + R * k + r * L::N, 0, 2);
+                wv[r] = L::load(from);
+            }
+            UNROLL(m, M) {
+                const auto xv = L::load(x + m * K + k + u * L::N);
+                UNROLL(r, R) acc[u][r * M + m] = L::dot(acc[u][r * M + m], wv[r], xv);
+            }
+        }
+    for (; k < K; k += L::N) {
+        const int n = std::min<i64>(L::N, K - k);
+        UNROLL(r, R) {
+            const auto wv = load_up_to(w + r * apart * K + k, n);
+            UNROLL(m, M) acc[0][r * M + m] = L::dot(acc[0][r * M + m], wv, load_up_to(x + m * K + k, n));
+        }
+    }
+    UNROLL2(u, U - 1, i, R * M) acc[0][i] += acc[u + 1][i];
+    float sums[16];
+    if (R > 2) store16(sums, sums16(sums4(acc[0]), sums4(acc[0] + 4), sums4(acc[0] + 8), sums4(acc[0] + 12)));
+    UNROLL2(r, R, m, M) y[m * N + r * apart] = R > 2 ? sums[r * M + m] : sum(acc[0][r * M + m]);
+}
+
+// R neighbouring rows against M tokens, which find the rows in the cache after the first four
+template <typename T, int R> void dot_tokens(const T* w, const T* x, float* y, i64 M, i64 K, i64 N) {
+    tiles(M, [&](i64 m, auto tokens) INLINE_LAMBDA {
+        dot_rows<T, R, tokens>(w, 1, x + m * K, y + m * N, K, N, m ? 0 : std::max<i64>(R * K, FOUR_ROWS_AHEAD));
+    });
+}
+
+// w [N, K], x [M, K] -> y [M, N], at most 16 tokens: two distant rows at once where x is small, else four neighbours
+template <typename T> void linear_decode(const T* w, const T* x, float* y, i64 M, i64 N, i64 K) {
+    share(N, 16, K * sizeof(T), [&](i64 n, i64 end) {
+        if (M == 1 ? K <= TWO_ROWS_MAX_K : M == 2 && K <= TWO_ROWS_TWO_TOKENS_MAX_K) {
+            const Halves rows(n, end, true);
+            rows.each([&](i64 n, auto R) INLINE_LAMBDA {
+                if (M == 1) dot_rows<T, R, 1>(w + n * K, rows.apart, x, y + n, K, N);
+                else dot_rows<T, R, 2>(w + n * K, rows.apart, x, y + n, K, N);
+            });
+            n = end;
+        }
+        for (; n + 4 <= end; n += 4) dot_tokens<T, 4>(w + n * K, x, y + n, M, K, N);
+        for (; n < end; n++) dot_tokens<T, 1>(w + n * K, x, y + n, M, K, N);
+    });
+}
+
+}  // namespace

@@ -1,0 +1,287 @@
+// Linears with int8 and int4 weights.
+// Up to 16 tokens: with VNNI the activations are rounded to integers in groups along k, each with a scale of its own.
+// Without it, or where activations shall keep their precision, the weights are converted to fp32 on their way.
+// More tokens: a chunk of the weights at a time is converted to the model's dtype and multiplied by PyTorch.
+#pragma once
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <vector>
+#include "linear.h"
+
+namespace {
+
+// M tokens of x in fp32, each padded with zeros, and rounded to integers of type Q: x[k] ~ scale[g] * q[k], g = k / G.
+template <typename Q> struct Activations {
+    i64 padded, groups;                 // lengths of one token's rows
+    std::vector<float> x, scale, sums;  // sums: of the (rounded) x over each group
+    std::vector<Q> q;
+
+    Activations(const float* source, i64 M, i64 K, i64 padded_, i64 G, bool quantize)
+        : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups),
+          q(quantize ? M * padded : 0) {
+        for (i64 m = 0; m < M; m++) std::copy_n(source + m * K, K, x.data() + m * padded);
+        for (i64 i = 0; i < M * groups; i++) {
+            const float* from = x.data() + i * G;
+            f32x16 high = {}, total = {};
+            for (i64 j = 0; j < G; j += 16) {
+                const f32x16 v = load16(from + j);
+                high = max16(high, max16(v, -v));
+                total += v;
+            }
+            if (quantize) total = round_group(from, highest(high), G, q.data() + i * G, scale[i]);
+            sums[i] = sum(total) * scale[i];
+        }
+    }
+
+    // Returns the sum of the integers.
+    static INLINE f32x16 round_group(const float* from, float high, i64 G, Q* to, float& scale) {
+        typedef Q Q16 __attribute__((vector_size(16 * sizeof(Q))));
+        constexpr float most = sizeof(Q) == 1 ? 127.0f : 32639.0f;  // whose upper byte is 127 and lower byte 127
+        const float inverse = high > 1e-30f ? most / high : 0.0f;   // less is rounded to 0
+        f32x16 total = {};
+        for (i64 j = 0; j < G; j += 16) {
+            const f32x16 shifted = load16(from + j) * inverse + ROUND;
+            const Q16 low = __builtin_convertvector((i32x16)shifted, Q16);  // the bits that are the integer
+            std::memcpy(to + j, &low, sizeof low);
+            total += shifted - ROUND;
+        }
+        scale = high / most;
+        return total;
+    }
+};
+
+// ---- int8: w [N, K] as stored
+//
+// The activations are rounded to 16 bits, so that next to nothing of them is lost, and multiplied as two bytes each,
+// q = 256 u + l. dot_u8s8 wants one side unsigned: w + 128 stands in for w, and 128 sum(x) is taken off again.
+//   y[n] = scale[n] * (sum_g s[g] * (256 * sum_{k in g} (w + 128) u + sum_{k in g} (w + 128) l) - 128 * sum_k x[k])
+constexpr int G8 = 256;  // activations to a scale
+
+// For every 64 activations their upper, then their lower bytes, each from -128 to 127
+inline std::vector<int8_t> in_bytes(const std::vector<int16_t>& q) {
+    std::vector<int8_t> bytes(2 * q.size());
+    for (size_t i = 0; i < q.size(); i++) {
+        const int upper = (q[i] + 128) >> 8;
+        int8_t* to = bytes.data() + i / 64 * 128 + i % 64;
+        to[0] = upper, to[64] = q[i] - 256 * upper;
+    }
+    return bytes;
+}
+
+// out[r * M + m] for R rows, `apart` rows from one another: as integers, still with w + 128 for w
+template <int R, int M>
+INLINE void int8_rows_quantized(const int8_t* w, i64 apart, const Activations<int16_t>& a, const int8_t* bytes,
+                                i64 first, i64 K, float* out) {
+    f32x16 acc[R * M] = {};
+    const int8_t* q = bytes + first * 2 * a.padded;
+    for (i64 g = 0; g * G8 < K; g++) {
+        i32x16 upper[R * M] = {}, lower[R * M] = {};
+        const auto add = [&](auto load64, i64 k) INLINE_LAMBDA {
+            UNROLL(r, R) {
+                const int8_t* from = w + r * apart * K + k;
+                __builtin_prefetch(from + (M <= 2 ? AHEAD : FAR_AHEAD), 0, 2);
+                const u8x64 wv = (u8x64)load64(from) ^ 128;  // + 128
+                UNROLL(m, M) {
+                    const int i = r * M + m;
+                    upper[i] = dot_u8s8(upper[i], wv, load<i8x64>(q + 2 * (m * a.padded + k)));
+                    lower[i] = dot_u8s8(lower[i], wv, load<i8x64>(q + 2 * (m * a.padded + k) + 64));
+                }
+            }
+        };
+        if (g * G8 + G8 <= K)
+            UNROLL(i, G8 / 64) add([](const int8_t* from) { return load<i8x64>(from); }, g * G8 + 64 * i);
+        else
+            for (i64 k = g * G8; k < K; k += 64)
+                add([&](const int8_t* from) { return load_first64(from, std::min<i64>(64, K - k)); }, k);
+        UNROLL(i, R * M) {
+            const i32x16 both = (upper[i] << 8) + lower[i];
+            acc[i] += __builtin_convertvector(both, f32x16) * a.scale[(first + i % M) * a.groups + g];
+        }
+    }
+    UNROLL(i, R * M) out[i] = sum(acc[i]);
+}
+
+// The same in fp32, with w itself
+template <int R, int M>
+INLINE void int8_rows_fp32(const int8_t* w, i64 apart, const Activations<int16_t>& a, i64 first, i64 K, float* out) {
+    f32x16 acc[R * M] = {};
+    i64 k = 0;
+    for (; k + 16 <= K; k += 16)
+        UNROLL(r, R) {
+            const f32x16 wv = load16(w + r * apart * K + k);
+            UNROLL(m, M) acc[r * M + m] += wv * load16(a.x.data() + (first + m) * a.padded + k);
+        }
+    UNROLL(i, R * M) {
+        out[i] = sum(acc[i]);
+        for (i64 j = k; j < K; j++) out[i] += w[i / M * apart * K + j] * a.x[(first + i % M) * a.padded + j];
+    }
+}
+
+template <bool quantize>
+void int8_decode(const int8_t* w, const float* scales, const float* x, float* y, i64 M, i64 N, i64 K) {
+    const Activations<int16_t> a(x, M, K, (K + G8 - 1) / G8 * G8, G8, quantize);
+    const auto bytes = in_bytes(a.q);
+    float offset[MAX_TOKENS] = {};
+    if (quantize)
+        for (i64 i = 0; i < M * a.groups; i++) offset[i / a.groups] += 128.0f * a.sums[i];
+    share(N, 16, K, [&](i64 begin, i64 end) {
+        const Halves rows(begin, end, M <= 2 || M > 4);  // a second tile finds them in the cache
+        rows.each([&](i64 n, auto R) INLINE_LAMBDA {
+            tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
+                float out[R * tokens];
+                const int8_t* from = w + n * K;
+                if constexpr (quantize)
+                    int8_rows_quantized<R, tokens>(from, rows.apart, a, bytes.data(), first, K, out);
+                else int8_rows_fp32<R, tokens>(from, rows.apart, a, first, K, out);
+                UNROLL(i, R * tokens) {
+                    const i64 row = n + i / tokens * rows.apart, m = first + i % tokens;
+                    y[m * N + row] = (out[i] - offset[m]) * scales[row];
+                }
+            });
+        });
+    });
+}
+
+// x [M, K], weight int8 [N, K], scales [N] -> y [M, N]
+inline void int8_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
+    const i64 N = weight.size(0), step = std::max<i64>(64, CHUNK / std::max<i64>(weight.size(1), 1));
+    auto chunk = at::empty({std::min(step, N), weight.size(1)}, x.options());
+    for (i64 n = 0; n < N; n += step) {
+        const i64 rows = std::min(step, N - n);
+        const auto converted = chunk.narrow(0, 0, rows).copy_(weight.narrow(0, n, rows));
+        auto of_rows = y.narrow(1, n, rows);
+        at::mul_out(of_rows, at::mm(x, converted.t()), scales.narrow(0, n, rows));
+    }
+}
+
+// ---- int4: w[n, k] = scale[n, g] * (q[n, k] - zero[n, g] / 16), g = k / G, packed in blocks of 16 rows
+//
+// packed [N / 16, K / 32, 4, 16, 4]: for 32 values of k (a unit) four registers, each of which holds 8 of them for 16
+// rows. A byte is two values of q: register j, row r, byte b holds k = 8 j + b in its lower half and k = 8 j + 4 + b in
+// its upper half. scales, zeros [N / 16, K / G, 16]. Sixteen lanes are sixteen rows throughout:
+//   y[n] = sum_g scale[n, g] * (sum_{k in g} q[n, k] x[k] - zero[n, g] / 16 * sum_{k in g} x[k])
+constexpr int G4 = 32;                               // activations to a scale
+constexpr int ROWS = 16, REGISTER = 64, UNIT = 256;  // rows of a block, bytes
+
+struct Int4 {
+    const uint8_t* packed;
+    const BFloat16* scales;
+    const uint8_t* zeros;
+    i64 groups, per;  // groups of G along k, and units in one
+    i64 units() const { return groups * per; }
+};
+
+// f(i, q[.., 8 j + i]) for the eight values of k in register j
+template <typename F> INLINE void each_of_eight(const uint8_t* p, F f) {
+    const auto eight = load<u32x16>(p);
+    UNROLL(i, 8) f(i, __builtin_convertvector((i32x16)((eight >> (i < 4 ? 8 * i : 8 * (i - 4) + 4)) & 15), f32x16));
+}
+
+// dots[r * M + m] = sum over a unit's k of q[r, k] * x[m, k] in integers. p, q: weights and rounded x of the unit
+template <int R, int M>
+INLINE void int4_unit_quantized(const uint8_t* p, i64 stride, const int8_t* q, i64 padded, f32x16* dots) {
+    i32x16 lower_sums[R * M] = {}, upper_sums[R * M] = {};
+    UNROLL2(j, 4, r, R) {
+        const uint8_t* from = p + r * stride + REGISTER * j;
+        __builtin_prefetch(from + (M <= 2 ? AHEAD : FAR_AHEAD), 0, 2);
+        const auto both = load<u8x64>(from);
+        const u8x64 lower = both & 15, upper = (u8x64)((u16x32)both >> 4) & 15;
+        UNROLL(m, M) {
+            const int i = r * M + m;
+            lower_sums[i] = dot_u8s8(lower_sums[i], lower, splat4(q + m * padded + 8 * j));
+            upper_sums[i] = dot_u8s8(upper_sums[i], upper, splat4(q + m * padded + 8 * j + 4));
+        }
+    }
+    UNROLL(i, R * M) dots[i] = __builtin_convertvector(lower_sums[i] + upper_sums[i], f32x16);
+}
+
+// The same in fp32
+template <int R, int M>
+INLINE void int4_unit_fp32(const uint8_t* p, i64 stride, const float* x, i64 padded, f32x16* dots) {
+    UNROLL(i, R * M) dots[i] = f32x16{};
+    for (int j = 0; j < 4; j++)
+        UNROLL(r, R) {
+            each_of_eight(p + r * stride + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA {
+                UNROLL(m, M) dots[r * M + m] += q * x[m * padded + 8 * j + i];
+            });
+        }
+}
+
+// R blocks of sixteen rows, `apart` blocks from one another, against M tokens: out[r * M + m]
+template <int R, int M, bool quantize>
+INLINE void int4_blocks(const Int4& w, i64 block, i64 apart, const Activations<int8_t>& a, i64 first, f32x16* out) {
+    const uint8_t* p = w.packed + block * w.units() * UNIT;
+    const i64 stride = apart * w.units() * UNIT;
+    const float *steps = a.scale.data() + first * a.groups, *sums = a.sums.data() + first * a.groups;
+    f32x16 acc[R * M] = {};
+    for (i64 g = 0; g < w.groups; g++) {
+        f32x16 scale[R], zero[R];
+        UNROLL(r, R) {
+            const i64 at = ((block + r * apart) * w.groups + g) * ROWS;
+            scale[r] = load16(w.scales + at);
+            zero[r] = load16(w.zeros + at) * (1.0f / 16);
+        }
+        for (i64 unit = g * w.per; unit < (g + 1) * w.per; unit++, p += UNIT) {
+            f32x16 dots[R * M];
+            const i64 k = first * a.padded + unit * G4;
+            if constexpr (quantize) int4_unit_quantized<R, M>(p, stride, a.q.data() + k, a.padded, dots);
+            else int4_unit_fp32<R, M>(p, stride, a.x.data() + k, a.padded, dots);
+            UNROLL(i, R * M) {
+                const i64 at = i % M * a.groups + unit;
+                acc[i] += scale[i / M] * (dots[i] * steps[at] - zero[i / M] * sums[at]);
+            }
+        }
+    }
+    UNROLL(i, R * M) out[i] = acc[i];
+}
+
+template <bool quantize> void int4_decode(const Int4& w, const float* x, float* y, i64 M, i64 N, i64 K) {
+    const i64 blocks = (N + ROWS - 1) / ROWS;
+    const Activations<int8_t> a(x, M, K, w.units() * G4, G4, quantize);
+    share(blocks, 2, w.units() * UNIT, [&](i64 begin, i64 end) {
+        const Halves halves(begin, end, M <= 2);
+        halves.each([&](i64 block, auto R) INLINE_LAMBDA {
+            tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
+                f32x16 out[R * tokens];
+                int4_blocks<R, tokens, quantize>(w, block, halves.apart, a, first, out);
+                UNROLL(i, R * tokens) {
+                    const i64 n = (block + i / tokens * halves.apart) * ROWS;
+                    float* to = y + (first + i % tokens) * N + n;
+                    if (n + ROWS <= N) store16(to, out[i]);
+                    else
+                        for (i64 row = 0; row < N - n; row++) to[row] = out[i][row];
+                }
+            });
+        });
+    });
+}
+
+// x [M, K] -> y [M, N]. The chunk is written as [K, rows]: the sixteen rows of a block lie side by side.
+template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& y) {
+    const i64 N = y.size(1), K = x.size(1), padded = w.units() * G4;
+    const i64 step = std::max<i64>(64, CHUNK / padded / 64 * 64);
+    const i64 width = std::min(step, (N + ROWS - 1) / ROWS * ROWS);
+    auto chunk = at::empty({padded, width}, x.options());
+    T* to = chunk.mutable_data_ptr<T>();
+    for (i64 n = 0; n < N; n += step) {
+        const i64 rows = std::min(step, N - n);
+#pragma omp parallel for num_threads(at::get_num_threads())
+        for (i64 r = 0; r < rows; r += ROWS) {
+            const i64 block = (n + r) / ROWS;
+            for (i64 unit = 0; unit < w.units(); unit++) {
+                const i64 g = block * w.groups + unit / w.per;
+                const f32x16 scale = load16(w.scales + g * ROWS), zero = load16(w.zeros + g * ROWS) * (1.0f / 16);
+                const uint8_t* p = w.packed + (block * w.units() + unit) * UNIT;
+                for (int j = 0; j < 4; j++)
+                    each_of_eight(p + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA {
+                        store16(to + (unit * G4 + 8 * j + i) * width + r, scale * (q - zero));
+                    });
+            }
+        }
+        y.narrow(1, n, rows).copy_(at::mm(x, chunk.narrow(0, 0, K).narrow(1, 0, rows)));
+    }
+}
+
+}  // namespace

@@ -1,0 +1,30 @@
+// Limits and tuned numbers of all kernels in one place, each with its reason.
+#pragma once
+#include <cstdint>
+
+namespace {
+
+using i64 = int64_t;
+
+// Limits, which kernels/__init__.py knows too
+constexpr int MAX_TOKENS = 16;  // of a matrix-vector product; products with more tokens are left to PyTorch
+constexpr int MAX_HEAD = 512;   // dimensions of a head
+
+// Linears. One core waits less for the memory if it reads from two places in turn and asks early for what comes next.
+// So every thread walks through the two halves of its rows at once: up to a quarter faster than one row after the
+// other (two neighbours took half as long again). A prefetch to the first-level cache, not the second, cost 10 %.
+constexpr i64 AHEAD = 1024, FAR_AHEAD = 8192;  // bytes; the latter where there is more to compute in between
+// In longer rows, loading the activations for every two rows takes longer than loading the weights, and four neighbours
+// share those loads.
+constexpr i64 TWO_ROWS_MAX_K = 6144, TWO_ROWS_TWO_TOKENS_MAX_K = 2048;
+constexpr i64 FOUR_ROWS_AHEAD = 4096;  // elements, at least
+constexpr i64 LEAST_SHARE = 1 << 16;   // bytes of weights a thread takes at once: enough to hide the atomic counter
+constexpr i64 CHUNK = 1 << 21;         // weights converted at a time for many tokens: they stay in the cache
+
+// Attention
+constexpr int BLOCK = 256;           // cache positions per turn of the online softmax
+constexpr i64 TILE_QUERIES = 64;     // queries of one KV head that share a pass over its keys and values
+constexpr i64 LEAST_SPLIT = 128;     // positions that are worth a thread of their own
+constexpr i64 ONE_THREAD = 1 << 15;  // multiply-adds up to which waking the other threads takes longer
+
+}  // namespace
