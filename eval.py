@@ -1,24 +1,27 @@
-"""Evaluates checkpoints: on tasks of EleutherAI's harness (lm-eval), by the perplexity of a text, and against each other.
+"""Evaluates checkpoints: on tasks of lm-eval, by the perplexity of a text, and against each other.
 
-    python eval.py --checkpoint_path checkpoints/demo/model.pth --compile --tasks hellaswag winogrande
-    python eval.py --checkpoint_path checkpoints/demo/model.pth --perplexity tests/data/heldout.txt
+    python eval.py --compile --tasks hellaswag winogrande
+    python eval.py --model checkpoints/demo/model.pth --perplexity tests/data/heldout.txt
     python eval.py --perplexity tests/data/heldout.txt --compare model.pth model_int8.pth model_int4.pth
 """
 import argparse
 import math
 import os
 import time
+from argparse import BooleanOptionalAction
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import cli
+import harness
 import kernels
 import tp
-from cli import UserError, run
-from formats import set_quantize_activations
+from cli import UserError
 from loading import DEMO, load_model, parse_device, parse_dtype
 from model import Transformer
 from tokenizer import Tokenizer, same_tokenizer
@@ -41,9 +44,9 @@ class TextScore:
 
 
 def windows(ids: Sequence[int], prefix: int, window: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(tokens to read, tokens that the last of them predict): every id of the text is predicted once, after at most `window` tokens.
+    """(tokens to read, tokens that the last of them predict): each id is predicted once, after at most `window` tokens.
 
-    The first window predicts all of its tokens, each later one `stride` more (lm-eval's rolling windows, where stride = window).
+    The first window predicts all of its tokens, each later one `stride` more (lm-eval's have stride = window).
     """
     text = [prefix, *ids]
     end, begin = min(window, len(ids)), 0
@@ -52,194 +55,203 @@ def windows(ids: Sequence[int], prefix: int, window: int, stride: int) -> Iterat
         begin, end = end, min(end + stride, len(ids))
 
 
+def text_windows(model: Transformer, tokenizer: Tokenizer, text: str, window: int | None = None,
+                 stride: int | None = None) -> Iterator[tuple[list[int], list[int]]]:
+    """The windows of a text; by default of at most 2048 tokens, half of which are new. Errors: UserError."""
+    window = check_window(window, model)
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise UserError(f"{stride} must be at least 1 and at most the window of {window} (max_seq_length)", "stride")
+    ids = tokenizer.encode(text, bos=False)
+    if len(ids) < window:
+        raise UserError(f"needs a text of a window of {window} tokens or more, and this one has {len(ids)}: "
+                        "give a longer one, or a smaller max_seq_length", "perplexity")
+    return windows(ids, tokenizer.prefix_id, window, stride)
+
+
+def check_window(window: int | None, model: Transformer) -> int:
+    longest = model.args.max_position
+    if window is not None and not 1 <= window <= longest:
+        raise UserError(f"{window} must be at least 1 and at most the model's context of {longest}", "max_seq_length")
+    return window or min(longest, 2048)
+
+
 @torch.inference_mode()
 def token_logits(model: Transformer, ids: Sequence[int], targets: Sequence[int], chunk: int | None = None,
                  forward: Callable[..., Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The logits that follow the last of `ids`, as many as there are targets, fp32 [n, V], with their targets [n]; chunk after chunk.
+    """The logits that predict targets, the last of which follows all of ids: fp32 [n, V] and targets [n], by chunks.
 
-    chunk: tokens per pass. At most 16 goes through the kernels that decoding uses on a CPU.
+    chunk: tokens per pass (default: 512); up to 16 go through the kernels that decoding uses on a CPU.
     """
     chunk, device, first = chunk or 512, model.device, len(ids) - len(targets)
     model.setup_caches(1, max(len(ids), model.max_seq_length))
     model.set_prompt_length(len(ids))
-    tokens, target = torch.tensor([ids], device=device), torch.tensor(targets, device=device)
+    fused, idx, target = model.fuse(), torch.tensor([ids], device=device), torch.tensor(targets, device=device)
     for begin in range(0, len(ids), chunk):
         end = min(begin + chunk, len(ids))
-        at = torch.arange(min(max(first - begin, 0), end - begin), end - begin, device=device)
-        logits = (forward or model)(tokens[:, begin:end], torch.arange(begin, end, device=device), at if len(at) else at.new_zeros(1))
-        if len(at):
-            yield logits[0].float(), target[end - first - len(at):end - first]
+        scored = torch.arange(min(max(first - begin, 0), end - begin), end - begin, device=device)
+        logits_at = scored if len(scored) else scored.new_zeros(1)
+        logits = (forward or model)(idx[:, begin:end], torch.arange(begin, end, device=device), logits_at, fused)
+        if len(scored):
+            yield logits[0].float(), target[end - first - len(scored):end - first]
 
 
-def text_ids(tokenizer: Tokenizer, text: str, window: int, stride: int) -> list[int]:
-    if not 1 <= stride <= window:
-        raise UserError(f"--stride {stride} must be at least 1 and at most the window of {window} tokens (--max_seq_length)")
-    ids = tokenizer.encode(text, bos=False)
-    if len(ids) < window:
-        raise UserError(f"--perplexity: the text's {len(ids)} tokens are fewer than a window of {window}: "
-                        "give a longer text or a smaller --max_seq_length")
-    return ids
-
-
-def perplexity(model: Transformer, tokenizer: Tokenizer, text: str, window: int, stride: int, chunk: int | None = None,
+def perplexity(model: Transformer, tokenizer: Tokenizer, text: str, window: int | None = None,
+               stride: int | None = None, chunk: int | None = None,
                forward: Callable[..., Tensor] | None = None) -> TextScore:
-    """Scores a text through windows of at most `window` tokens that advance by `stride`. UserError for a text shorter than a window."""
-    ids, nll = text_ids(tokenizer, text, window, stride), 0.0
-    for tokens, targets in windows(ids, tokenizer.prefix_id, window, stride):
-        for logits, target in token_logits(model, tokens, targets, chunk, forward):
-            nll += torch.nn.functional.cross_entropy(logits, target, reduction="none").double().sum().item()
-    return TextScore(nll, len(ids), len(text.encode()))
+    """Scores a text in windows of `window` tokens that advance by `stride`. forward: the model's, compiled."""
+    nll, tokens = 0.0, 0
+    for ids, targets in text_windows(model, tokenizer, text, window, stride):
+        tokens += len(targets)
+        for logits, target in token_logits(model, ids, targets, chunk, forward):
+            nll += F.cross_entropy(logits, target, reduction="none").double().sum().item()
+    return TextScore(nll, tokens, len(text.encode()))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One checkpoint beside the first of its table."""
+    """A checkpoint beside the first of its table."""
     path: Path
     size: int                     # bytes of the file
     score: TextScore
-    kl: float                     # nats per token, of the first's distribution from this one's
+    kl: float                     # nats per token: divergence of this one's distribution from the first's
     agreement: float              # share of tokens at which both have the same most probable token
 
 
 @torch.inference_mode()
 def compare(paths: Sequence[Path], text: str, window: int | None = None, stride: int | None = None,
-            device: torch.device | str = "cpu", dtype: torch.dtype | None = None, chunk: int | None = None, activations: str = "bf16",
-            ranks: tp.Ranks | None = None) -> Iterator[Comparison]:
-    """Compares checkpoints with the first of them at every token of the text, in fp32 from the logits on. Two are in memory at a time."""
+            device: torch.device | str = "cpu", dtype: torch.dtype | None = None, chunk: int | None = None,
+            quantize_activations: bool = False, ranks: tp.Ranks | None = None) -> Iterator[Comparison]:
+    """Compares checkpoints with the first, token by token, in fp32 from the logits on. Two are in memory at a time."""
     def load(path: Path) -> tuple[Transformer, Tokenizer]:
-        model, tokenizer = load_model(path, device, dtype, ranks)
-        set_quantize_activations(model, activations)
-        return model, tokenizer
+        with cli.fields(checkpoint_path="compare"):
+            return load_model(path, device, dtype, ranks, quantize_activations=quantize_activations)
     first, first_tokenizer = load(paths[0])
     window = check_window(window, first)
-    stride = stride or max(window // 2, 1)
-    ids = text_ids(first_tokenizer, text, window, stride)
     for path in paths:
         other, tokenizer = (first, first_tokenizer) if path is paths[0] else load(path)
         check_window(window, other)
         if difference := same_tokenizer(first_tokenizer, tokenizer):
-            raise UserError(f"--compare {path}: the tokenizers differ: {difference}")
-        vocab = min(first.args.vocab_size, other.args.vocab_size)            # the padding of one may be longer
-        nll = kl = same = 0.0
-        for tokens, targets in windows(ids, tokenizer.prefix_id, window, stride):
-            ours = None if other is first else token_logits(other, tokens, targets, chunk)
-            for p, target in token_logits(first, tokens, targets, chunk):
-                p = p[:, :vocab].log_softmax(-1)
-                q = p if ours is None else next(ours)[0][:, :vocab].log_softmax(-1)
+            raise UserError(f"{path}: the tokenizers differ: {difference}", "compare")
+        vocab_size = min(first.args.vocab_size, other.args.vocab_size)       # one may be padded further
+        tokens, nll, kl, same = 0, 0.0, 0.0, 0.0
+        for ids, targets in text_windows(first, tokenizer, text, window, stride):
+            other_logits = None if other is first else token_logits(other, ids, targets, chunk)
+            for logits, target in token_logits(first, ids, targets, chunk):
+                p = logits[:, :vocab_size].log_softmax(-1)
+                q = p if other_logits is None else next(other_logits)[0][:, :vocab_size].log_softmax(-1)
+                tokens += len(target)
                 nll -= q.gather(1, target[:, None]).double().sum().item()
                 kl += (p.exp() * (p - q)).sum(-1).double().sum().item()
                 same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         size = (path / "model.pth" if path.is_dir() else path).stat().st_size
-        yield Comparison(path, size, TextScore(nll, len(ids), len(text.encode())), kl / len(ids), same / len(ids))
+        yield Comparison(path, size, TextScore(nll, tokens, len(text.encode())), kl / tokens, same / tokens)
 
 
 def print_comparisons(rows: Iterable[Comparison]) -> None:
     print(f"{'checkpoint':<40} {'size':>10} {'perplexity':>11} {'bits/byte':>10} {'KL':>9} {'top-1':>8}")
     for row in rows:
-        print(f"{str(row.path)[-40:]:<40} {row.size / 1e6:>7.1f} MB {row.score.perplexity:>11.4f} {row.score.bits_per_byte:>10.4f} {row.kl:>9.5f} "
-              f"{row.agreement:>8.2%}", flush=True)
+        print(f"{str(row.path)[-40:]:<40} {row.size / 1e6:>7.1f} MB {row.score.perplexity:>11.4f} "
+              f"{row.score.bits_per_byte:>10.4f} {row.kl:>9.5f} {row.agreement:>8.2%}", flush=True)
 
 
 # ---- the command
 
-def check_window(window: int | None, model: Transformer) -> int:
-    if window is None:
-        return min(model.args.max_position, 2048)
-    if not 1 <= window <= model.args.max_position:
-        raise UserError(f"--max_seq_length {window} must be at least 1 and at most the model's context of {model.args.max_position} positions")
-    return window
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument_group("tasks of lm-eval").add_argument
+    add("--tasks", nargs="+", metavar="TASK", help="names, patterns, or .yaml files")
+    add("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")
+    add("--num_fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    add("--limit", type=float, metavar="N", help="questions of each task at most; less than 1: a share of them")
+    add("--apply_chat_template", action="store_true", help="ask in the checkpoint's chat template")
+    add("--fewshot_as_multiturn", action=BooleanOptionalAction, default=True, help="the examples are turns of the chat")
+    add("--batch_size", default="auto", metavar="N", help="requests at a time, or auto")
+    add("--seed", type=int, help="of the choice of examples and of sampling (default: lm-eval's)")
+    add("--output_path", type=Path, help="write the results to this .json file, or to results.json in this folder")
+
+    add = parser.add_argument_group("perplexity of a text").add_argument
+    add("--perplexity", type=Path, metavar="FILE", help="perplexity and bits per byte of this text")
+    add("--stride", type=int, metavar="N", help="tokens that the window advances by (default: half of it)")
+    add("--chunk", type=int, metavar="N", help="tokens per pass (default: 512); up to 16 go through decoding's kernels")
+    add("--compare", type=Path, nargs="+", metavar="CHECKPOINT", help="compare these on the text")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
+        help="model.pth, its folder, or a Hugging Face repository such as Qwen/Qwen3-0.6B, to be downloaded")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
+    add("--quantize_activations", action=BooleanOptionalAction, default=False,
+        help="as generate.py does beside int8 and int4 weights")
+    add("--max_seq_length", type=int, metavar="N",
+        help="tokens of context (default: the model's) or of the window over a text (default: the same, 2048 at most)")
+    add("--compile", action="store_true", help="compile the model")
+    return parser.parse_args(argv)
 
 
-def read_text(path: Path) -> str:
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--perplexity {path}: {error}") from None
-    if not text:
-        raise UserError(f"--perplexity {path}: the file is empty")
-    return text
+def check_args(args: argparse.Namespace) -> None:
+    if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size)):
+        raise UserError(f"{args.batch_size} must be a number from 1 on, or auto", "batch_size")
+    if args.limit is not None and not args.limit > 0:
+        raise UserError(f"{args.limit} must be more than 0", "limit")
+    for field, least in (("stride", 1), ("chunk", 1), ("num_fewshot", 0), ("seed", 0)):
+        if getattr(args, field) is not None and getattr(args, field) < least:
+            raise UserError(f"{getattr(args, field)} must be {least} or more", field)
+    if args.compare and (args.tasks or not args.perplexity):
+        raise UserError("needs a text and no tasks: give --perplexity FILE", "compare")
+    if not args.tasks and not args.perplexity:
+        raise UserError("nothing to do: give --tasks, or --perplexity FILE")
 
 
-def output_file(path: Path) -> Path:
+def results_file(path: Path) -> Path:
     """Where the results will go: better found out before the evaluation than after it."""
     file = path if path.suffix == ".json" else path / "results.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_path {path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}", "output_path") from None
     if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"--output_path {path}: cannot be written")
+        raise UserError(f"{path}: cannot be written", "output_path")
     return file
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, default=DEMO)
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval's names, patterns, or .yaml files")
-    parser.add_argument("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")
-    parser.add_argument("--num_fewshot", type=int, help="examples before each question (default: the task's own number)")
-    parser.add_argument("--limit", type=float, help="only so many questions of each task, or this share of them if less than 1")
-    parser.add_argument("--apply_chat_template", action="store_true", help="ask in the checkpoint's chat template")
-    parser.add_argument("--fewshot_as_multiturn", action=argparse.BooleanOptionalAction, default=True, help="examples are turns of the chat")
-    parser.add_argument("--batch_size", default="auto", help="requests at a time, a number or auto")
-    parser.add_argument("--max_seq_length", type=int, help="tokens of context (default: the model's; for --perplexity at most 2048)")
-    parser.add_argument("--output_path", type=Path, help="write lm-eval's results to this JSON file, or to results.json in this folder")
-    parser.add_argument("--seed", type=int, help="of the choice of examples and of sampling (default: lm-eval's)")
-    parser.add_argument("--perplexity", type=Path, metavar="FILE", help="perplexity and bits per byte of a text")
-    parser.add_argument("--stride", type=int, help="by how many tokens the window advances over the text (default: half of it)")
-    parser.add_argument("--chunk", type=int, help="tokens of the text per pass (default: 512); up to 16 go through decoding's kernels")
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="CHECKPOINT", help="compare these on the text of --perplexity")
-    parser.add_argument("--compile", action="store_true", help="compile the model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
-    parser.add_argument("--activations", choices=["int8", "bf16"], default="bf16", help="int8: rounded where generate.py does so")
-    args = parser.parse_args(argv)
-    if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size)):
-        raise UserError(f"--batch_size {args.batch_size} must be a number from 1 on, or auto")
-    args.batch_size = None if args.batch_size == "auto" else int(args.batch_size)
-    if args.limit is not None and not args.limit > 0:
-        raise UserError(f"--limit {args.limit} must be more than 0")
-    for flag, least in (("stride", 1), ("chunk", 1), ("num_fewshot", 0), ("seed", 0)):
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be {least} or more")
-    if args.compare and (args.tasks or not args.perplexity):
-        raise UserError("--compare needs a text and no tasks: give --perplexity FILE")
-    if not args.tasks and not args.perplexity:
-        raise UserError("nothing to do: give --tasks, or --perplexity FILE")
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     with tp.joined() as ranks:
-        command(parse_args(argv), ranks)
+        command(args, ranks)
 
 
 def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
+    check_args(args)
     device = parse_device(args.device)
     device = ranks.take_device(device) if ranks else device
-    dtype = parse_dtype(args.dtype, device)
-    text = read_text(args.perplexity) if args.perplexity else ""
-    file = output_file(args.output_path) if args.output_path and args.tasks else None
+    dtype, text = parse_dtype(args.dtype, device), ""
+    if args.perplexity and not (text := cli.read_text(args.perplexity, "perplexity")):
+        raise UserError(f"{args.perplexity}: the file is empty", "perplexity")
+    file = results_file(args.output_path) if args.output_path and args.tasks else None
     if args.compare:
-        return print_comparisons(compare(args.compare, text, args.max_seq_length, args.stride, device, dtype, args.chunk, args.activations, ranks))
-    model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks)
-    set_quantize_activations(model, args.activations)
+        return print_comparisons(compare(args.compare, text, args.max_seq_length, args.stride, device, dtype,
+                                         args.chunk, args.quantize_activations, ranks))
+    model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks,
+                                  quantize_activations=args.quantize_activations)
     print(f"{args.checkpoint_path}: {str(model.dtype)[6:]}, {device}, {kernels.describe(device)}")
-    window = check_window(args.max_seq_length, model)
+    check_window(args.max_seq_length, model)
     if text:
         start = time.perf_counter()
-        forward = torch.compile(model.forward) if args.compile else None
-        score = perplexity(model, tokenizer, text, window, args.stride or max(window // 2, 1), args.chunk, forward)
-        print(f"perplexity {score.perplexity:.4f}, {score.bits_per_byte:.4f} bits per byte, {score.tokens} tokens, {score.bytes} bytes "
-              f"({time.perf_counter() - start:.1f} seconds)")
+        forward = torch.compile(model.forward, dynamic=True) if args.compile else None       # chunks of any length
+        score = perplexity(model, tokenizer, text, args.max_seq_length, args.stride, args.chunk, forward)
+        print(f"perplexity {score.perplexity:.4f}, {score.bits_per_byte:.4f} bits per byte, {score.tokens} tokens, "
+              f"{score.bytes} bytes ({time.perf_counter() - start:.1f} seconds)")
     if args.tasks:
-        import harness                       # lm-eval takes seconds to import
-        lm = harness.QwenFast(model, tokenizer, args.batch_size, args.max_seq_length, args.compile, args.seed)
-        results = harness.evaluate(lm, args.tasks, args.include_path, args.num_fewshot, args.limit, args.apply_chat_template,
-                                   args.fewshot_as_multiturn, model_args={"checkpoint_path": str(args.checkpoint_path)})
+        batch_size = None if args.batch_size == "auto" else int(args.batch_size)
+        lm = harness.QwenFast(model, tokenizer, batch_size, args.max_seq_length, args.compile, args.seed)
+        results = harness.evaluate(
+            lm, args.tasks, args.include_path, num_fewshot=args.num_fewshot, limit=args.limit,
+            apply_chat_template=args.apply_chat_template, fewshot_as_multiturn=args.fewshot_as_multiturn)
         if results:
+            results["config"]["model_args"] = {"checkpoint_path": str(args.checkpoint_path)}
             harness.write_results(results, file)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

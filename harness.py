@@ -1,18 +1,20 @@
-"""The model as EleutherAI's harness (lm-eval) wants it, and the harness run on it. eval.py is the command."""
+"""EleutherAI's lm-evaluation-harness (lm-eval) on our models: tasks, adapter, evaluation. eval.py is the command.
+
+lm_eval takes seconds to import, and not everyone who imports this file runs it: the functions that need it import it.
+"""
 import itertools
 import json
+import math
 import re
 import secrets
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import lm_eval
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,62 +24,108 @@ from generate import Engine, cache_bytes
 from loading import free_memory
 from model import Transformer
 from sampling import Sampling
-from tasks import load_tasks
 from tokenizer import StreamDecoder, Tokenizer
 
-LOGITS_BYTES = 1 << 29            # of fp32 logits at a time, about
+MAX_LOGITS_BYTES = 1 << 29        # of a pass, fp32 [B, P, V]: with a large vocabulary they outgrow all other memory
+MAX_BATCH = 64                    # rows, where the batch size is automatic
 
 
-# ---- continuations after contexts
+# ---- tasks
 
-@dataclass
-class Row:
-    """Tokens to read at positions start, start + 1, ...; for (offset, request, token) of wanted, `token` is scored after tokens[offset]."""
+def load_tasks(names: Sequence[str], include_path: Path | None = None, include_defaults: bool = True,
+               field: str = "tasks", advice: str = "") -> tuple[Any, list[Any]]:
+    """lm-eval's TaskManager, and the tasks and groups of tasks that names, patterns or .yaml files stand for.
+
+    field: the argument that the names come from.  advice: what else to do where a task's data cannot be had.
+    Errors: UserError, for an unknown name, data that cannot be had, or an unsupported kind of task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    def is_known(name: str) -> bool:
+        return bool(manager.match_tasks([name])) or (name.endswith((".yaml", ".yml")) and Path(name).is_file())
+
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"{include_path}: no such folder", "include_path")
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if include_defaults and not all(map(is_known, names)):
+        manager = TaskManager(include_path=include_path)       # to index lm-eval's own thousands of tasks takes seconds
+    loaded: dict[str, Any] = {}
+    for name in names:
+        if not is_known(name):
+            raise UserError(f"{name}: no such task (`lm-eval ls tasks` lists them; include_path adds others)", field)
+        try:
+            found: Any = manager.load(manager.match_tasks([name]) or [name])
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{name}: its data cannot be had: {reason}. Without a network, write a task whose dataset "
+                            "is a local file and give its folder as include_path (tests/lm_eval_tasks shows how)"
+                            + advice, field) from error
+        if any(getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False)
+               for task in found["tasks"].values()):
+            raise UserError(f"{name}: tasks that run generated code, or show images, are not supported", field)
+        children = {child for names_in_group in found["group_map"].values() for child in names_in_group}
+        loaded |= {key: item for key, item in (found["groups"] | found["tasks"]).items() if key not in children}
+    return manager, list(loaded.values())
+
+
+# ---- log-likelihoods of continuations
+
+Pairs = Sequence[tuple[list[int], list[int]]]        # (context, continuation)
+
+
+class Target(NamedTuple):
+    """A token to score for request number `request`, by the logits after column `offset` of its row."""
+    offset: int
+    request: int
+    token: int
+
+
+class Row(NamedTuple):
+    """A row of a batch: tokens at positions start, start + 1, ... and what is scored there."""
     tokens: list[int]
-    wanted: list[tuple[int, int, int]]
+    targets: list[Target]
     start: int = 0
 
 
-@dataclass
-class Group:
-    """Requests whose context is read once. A lone request's row holds its continuation too; the others' follow in rows of their own."""
+class ContextGroup(NamedTuple):
+    """Requests with the same context, which is prefilled once. The continuation of a single request is in the same row;
+    several have rows of their own, over copies of the context's KV cache."""
     context: Row
     continuations: list[Row]
-    requests: int
+    num_requests: int
 
     @property
     def length(self) -> int:
         return len(self.context.tokens) + max((len(row.tokens) for row in self.continuations), default=0)
 
 
-def group_requests(requests: Sequence[tuple[list[int], list[int]]], max_length: int) -> tuple[list[Group], int]:
-    """Groups (context, continuation) pairs by context, the longest first. Also returns how many pairs were cut on the left to fit max_length."""
+def group_by_context(requests: Pairs, max_length: int) -> tuple[list[ContextGroup], int]:
+    """Groups of requests, the longest first, and how many requests were truncated on the left to max_length."""
     members: dict[Any, list[int]] = {}
-    cut = 0
+    groups, num_truncated = [], 0
     for number, (context, continuation) in enumerate(requests):
         if len(continuation) > max_length:
-            raise UserError(f"a continuation of {len(continuation)} tokens does not fit the context of {max_length} positions (--max_seq_length)")
-        too_long = len(context) + len(continuation) > max_length + 1
-        cut += too_long
-        if continuation:                                 # an empty one is certain
+            raise UserError(f"{max_length} is too short for a continuation of {len(continuation)}", "max_seq_length")
+        too_long = len(context) + len(continuation) > max_length + 1       # the last token is predicted, not read
+        num_truncated += too_long
+        if continuation:                                                   # an empty one has probability 1
             members.setdefault(number if too_long else tuple(context), []).append(number)
-    groups = []
     for numbers in members.values():
         context, continuation = requests[numbers[0]]
         if len(numbers) == 1:
-            tokens = (context + continuation)[-(max_length + 1):-1]
-            first, rest = len(tokens) - len(continuation), []
-            row = Row(tokens, [(first + i, numbers[0], token) for i, token in enumerate(continuation)])
+            tokens, rest = (context + continuation)[-(max_length + 1):-1], []
+            first = len(tokens) - len(continuation)
+            targets = [Target(first + i, numbers[0], token) for i, token in enumerate(continuation)]
         else:
-            row = Row(context, [(len(context) - 1, n, requests[n][1][0]) for n in numbers])
-            rest = [Row(ids[:-1], [(i, n, token) for i, token in enumerate(ids[1:])], len(context))
+            tokens, targets = context, [Target(len(context) - 1, n, requests[n][1][0]) for n in numbers]
+            rest = [Row(ids[:-1], [Target(i, n, token) for i, token in enumerate(ids[1:])], len(context))
                     for n in numbers if len(ids := requests[n][1]) > 1]
-        groups.append(Group(row, rest, len(numbers)))
-    return sorted(groups, key=lambda group: -group.length), cut
+        groups.append(ContextGroup(Row(tokens, targets), rest, len(numbers)))
+    return sorted(groups, key=lambda group: -group.length), num_truncated
 
 
 def memory_for_caches(model: Transformer) -> int:
-    """Bytes, the same number on all ranks: by it they cut the same batches."""
+    """Bytes: the same on all ranks, which must form the same batches."""
     free = free_memory(model.device) // 2
     return min(model.ranks.gather(free)) if model.ranks else free
 
@@ -85,163 +133,169 @@ def memory_for_caches(model: Transformer) -> int:
 class Scorer:
     """Log-probabilities of continuations, in batches padded on the right.
 
-    batch_size: how many requests at a time, None for what suits the device and its memory. Each batch takes two passes: one over the contexts,
-    each once, one over the continuations on copies of the contexts' caches.
+    batch_size: requests per batch; None for what suits the device and its memory.
     """
 
-    def __init__(self, model: Transformer, batch_size: int | None = None, max_length: int | None = None, compile: bool = False):
+    def __init__(self, model: Transformer, batch_size: int | None = None, max_length: int | None = None,
+                 compile: bool = False):
         self.model, self.batch_size, self.max_length = model, batch_size, max_length or model.args.max_position
-        self.compile = compile
-        self.forward = torch.compile(model.forward) if compile else model.forward
-        self.cut = 0                                     # requests that lost tokens on the left so far
+        self.compile, self.forward = compile, torch.compile(model.forward) if compile else model.forward
+        self.num_truncated = 0                           # requests so far that lost tokens on the left
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[tuple[list[int], list[int]]], progress: Callable[[int], Any] = lambda n: None) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's log-probability, and whether it is the greedy choice. No context may be empty."""
-        groups, cut = group_requests(requests, self.max_length)
-        self.cut += cut
-        self.sums, self.greedy = [0.0] * len(requests), [True] * len(requests)
+    def score(self, requests: Pairs, progress: Callable[[int], Any] = lambda n: None) -> list[tuple[float, bool]]:
+        """For each request, the continuation's log-probability, and whether it is the greedy choice. No context may be
+        empty. progress: told after each batch how many requests it held."""
+        groups, num_truncated = group_by_context(requests, self.max_length)
+        self.num_truncated += num_truncated
+        self.logprobs, self.is_greedy = [0.0] * len(requests), [True] * len(requests)
         self.model.setup_caches(1, 1)
         try:
             for batch in self.batches(groups):
                 self.score_batch(batch)
-                progress(sum(group.requests for group in batch))
+                progress(sum(group.num_requests for group in batch))
         finally:
-            self.model.max_batch_size = self.model.max_seq_length = 0         # whoever comes next makes new ones
-        return list(zip(self.sums, self.greedy))
+            self.model.max_batch_size = self.model.max_seq_length = 0      # whoever is next allocates its own caches
+        return list(zip(self.logprobs, self.is_greedy, strict=True))
 
-    def batches(self, groups: list[Group]) -> Iterator[list[Group]]:
-        """As many groups as fit, at least one. Dynamic NTK goes by the length: there no row may decide for others."""
-        tokens, free, args = 2048 if self.model.device.type == "cpu" else 32768, memory_for_caches(self.model), self.model.args
-        batch: list[Group] = []
+    def batches(self, groups: list[ContextGroup]) -> Iterator[list[ContextGroup]]:
+        """As many groups as fit, at least one. Dynamic NTK depends on the length: no row may decide for others."""
+        args, memory, batch, limit = self.model.args, memory_for_caches(self.model), [], 0
+        max_tokens = 2048 if self.model.device.type == "cpu" else 32768
         for group in groups:
-            longest = (*batch, group)[0].length
-            fit = min(64, tokens // longest, free // (2 * cache_bytes(args, 1, longest, self.model.dtype)))
-            if batch and sum(g.requests for g in (*batch, group)) > (self.batch_size or (1 if args.dynamic_ntk else fit)):
+            if batch and sum(g.num_requests for g in (*batch, group)) > limit:
                 yield batch
                 batch = []
+            if not batch:                                # the longest of its batch
+                fitting = memory // (2 * cache_bytes(args, 1, group.length, self.model.dtype))
+                auto = 1 if args.dynamic_ntk else min(MAX_BATCH, max_tokens // group.length, fitting)
+                limit = self.batch_size or auto
             batch.append(group)
         if batch:
             yield batch
 
-    def score_batch(self, batch: list[Group]) -> None:
-        self.model.set_prompt_length(max(group.length for group in batch))
-        contexts = [group.context for group in batch]
-        size, length = self.shape(contexts)
-        caches = [tuple(cache.new_zeros(size, cache.size(1), length, cache.size(3)) for cache in layer.attention.kv_cache.buffers())
-                  for layer in self.model.layers]
-        self.run_rows(contexts, caches)
-        rest = [(row, number) for number, group in enumerate(batch) for row in group.continuations]
-        rest.sort(key=lambda pair: -len(pair[0].tokens))
-        step = self.batch_size or 64
-        for begin in range(0, len(rest), step):
-            rows, sources = zip(*rest[begin:begin + step])
-            size, more = self.shape(rows)
-            source = torch.tensor([*sources, *[0] * (size - len(rows))], device=self.model.device)
-            self.run_rows(rows, [tuple(torch.nn.functional.pad(cache[source], (0, 0, 0, more)) for cache in pair) for pair in caches])
+    def score_batch(self, batch: list[ContextGroup]) -> None:
+        """In two passes, one over the contexts, one over further continuations."""
+        model, contexts = self.model, [group.context for group in batch]
+        model.set_prompt_length(max(group.length for group in batch))
+        B, T = self.batch_shape(contexts)
+        zeros = partial(torch.zeros, B, model.local.n_local_heads, T, model.args.head_dim, dtype=model.dtype,
+                        device=model.device)
+        caches = [(zeros(), zeros()) for _ in model.layers]
+        self.score_rows(contexts, caches)
+        continuations = [(row, number) for number, group in enumerate(batch) for row in group.continuations]
+        continuations.sort(key=lambda pair: -len(pair[0].tokens))
+        step = self.batch_size or MAX_BATCH
+        for begin in range(0, len(continuations), step):
+            rows, owners = zip(*continuations[begin:begin + step], strict=True)
+            B, S = self.batch_shape(rows)
+            owners = torch.tensor([*owners, *[0] * (B - len(rows))], device=model.device)
+            self.score_rows(rows, [(F.pad(k[owners], (0, 0, 0, S)), F.pad(v[owners], (0, 0, 0, S))) for k, v in caches])
 
-    def shape(self, rows: Sequence[Row]) -> tuple[int, int]:
-        """(B, S) that hold the rows. Compiled code sees no size of 1, and no batch that the kernels would treat as decoding."""
-        size, length = len(rows), max(len(row.tokens) for row in rows)
-        return (max(size, 2), max(-(-length // 8) * 8, 16)) if self.compile else (size, length)
+    def batch_shape(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """(B, S) that hold the rows. For the compiler no size is 1, and B x S is more than decoding's kernels take: it
+        would compile these special cases apart."""
+        B, S = len(rows), max(len(row.tokens) for row in rows)
+        return (max(B, 2), max(math.ceil(S / 8) * 8, kernels.MAX_TOKENS)) if self.compile else (B, S)
 
-    def any_size(self, tensor: Tensor, *dims: int) -> None:
-        """Tells the compiler at once which sizes vary, lest it learn it from one recompilation after another."""
-        if self.compile:
-            torch._dynamo.maybe_mark_dynamic(tensor, dims)
-
-    def run_rows(self, rows: Sequence[Row], caches: list[tuple[Tensor, Tensor]]) -> None:
-        """Reads the rows over the caches (k and v of each layer, [B, K, T, D]) and adds what they want to know to sums and greedy."""
-        for layer, (k_cache, v_cache) in zip(self.model.layers, caches):
-            layer.attention.kv_cache.k_cache, layer.attention.kv_cache.v_cache = k_cache, v_cache
-            self.any_size(k_cache, 0, 2), self.any_size(v_cache, 0, 2)
-        self.model.stack = kernels.stack(self.model.layers)
-        size, length = self.shape(rows)
-        idx, start = torch.zeros(size, length, dtype=torch.int64), torch.zeros(size, 1, dtype=torch.int64)
+    def score_rows(self, rows: Sequence[Row], caches: list[tuple[Tensor, Tensor]]) -> None:
+        """Runs the rows over the caches (k and v of each layer, [B, K, T, D]); adds to logprobs and is_greedy."""
+        self.mark_dynamic(itertools.chain.from_iterable(caches), 0, 2)
+        self.model.use_caches(caches)
+        fused, (B, S) = self.model.fuse(), self.batch_shape(rows)
+        idx, input_pos = torch.zeros(B, S, dtype=torch.int64), torch.arange(S).repeat(B, 1)
         for i, row in enumerate(rows):
-            idx[i, :len(row.tokens)], start[i] = torch.tensor(row.tokens), row.start
-        positions = start + torch.arange(length)
-        most, fit = max(len(row.wanted) for row in rows), LOGITS_BYTES // (4 * size * self.model.args.vocab_size)
-        chunk = length if most <= fit else max(fit // 16, 1) * 16
-        for begin in range(0, length, chunk):
-            self.run_chunk(rows, idx[:, begin:begin + chunk].to(self.model.device), positions[:, begin:begin + chunk].to(self.model.device), begin)
+            idx[i, :len(row.tokens)] = torch.tensor(row.tokens)
+            input_pos[i] += row.start
+        min_positions = max(2, math.ceil((kernels.MAX_TOKENS + 1) / B)) if self.compile else 1       # as in batch_shape
+        max_positions = MAX_LOGITS_BYTES // (4 * B * self.model.args.vocab_size)
+        fits = max(len(row.targets) for row in rows) <= max_positions
+        chunk = S if fits else max(max_positions // 16, 1) * 16
+        for begin in range(0, S, chunk):
+            end = begin + chunk
+            targets = [[target for target in row.targets if begin <= target.offset < end] for row in rows]
+            offsets = [sorted({target.offset for target in of_row}) for of_row in targets]
+            P = max(min_positions, *map(len, offsets))
+            logits_at = torch.zeros(B, P, dtype=torch.int64)
+            for i, of_row in enumerate(offsets):
+                logits_at[i, :len(of_row)] = torch.tensor(of_row) - begin
+            inputs = [t.to(self.model.device) for t in (idx[:, begin:end], input_pos[:, begin:end], logits_at)]
+            self.mark_dynamic(inputs, 0, 1)
+            logits = self.forward(*inputs, fused=fused).float().flatten(0, 1)                      # [B P, V]
+            positions = [i * P + offsets[i].index(t.offset) for i, of_row in enumerate(targets) for t in of_row]
+            if positions:
+                self.add_scores(logits, positions, list(itertools.chain.from_iterable(targets)))
 
-    def run_chunk(self, rows: Sequence[Row], idx: Tensor, input_pos: Tensor, begin: int) -> None:
-        (B, S), V = idx.shape, self.model.args.vocab_size
-        wanted = [[(offset - begin, *what) for offset, *what in row.wanted if begin <= offset < begin + S] for row in rows]
-        offsets = [sorted({offset for offset, _, _ in of_row}) for of_row in wanted]
-        P = max(max(2, -(-17 // B)) if self.compile else 1, *map(len, offsets))           # the same holds for the head: see shape
-        at = torch.tensor([[*of_row, *[0] * (P - len(of_row))] for of_row in offsets] + [[0] * P] * (B - len(rows)), device=idx.device)
-        for tensor in (idx, input_pos, at):
-            self.any_size(tensor, 0, 1)
-        logits = self.forward(idx, input_pos, at).float().view(-1, V)                     # [B P, V]
-        which = [(i * P + offsets[i].index(offset), request, token) for i, of_row in enumerate(wanted) for offset, request, token in of_row]
-        if not which:
-            return
-        flat, requests, tokens = zip(*which)
-        flat, tokens = torch.tensor(flat, device=idx.device), torch.tensor(tokens, device=idx.device)
-        logprobs = (logits[flat, tokens] - logits.logsumexp(-1)[flat]).tolist()
-        greedy = (logits.argmax(-1)[flat] == tokens).tolist()
-        for request, logprob, hit in zip(requests, logprobs, greedy):
-            self.sums[request] += logprob
-            self.greedy[request] &= hit
+    def add_scores(self, logits: Tensor, positions: list[int], targets: list[Target]) -> None:
+        """positions: which of the logits [n, V] score which target."""
+        at = torch.tensor(positions, device=logits.device)
+        tokens = torch.tensor([target.token for target in targets], device=logits.device)
+        logprobs = (logits[at, tokens] - logits.logsumexp(-1)[at]).tolist()
+        is_greedy = (logits.argmax(-1)[at] == tokens).tolist()
+        for target, logprob, greedy in zip(targets, logprobs, is_greedy, strict=True):
+            self.logprobs[target.request] += logprob
+            self.is_greedy[target.request] &= greedy
+
+    def mark_dynamic(self, tensors: Iterable[Tensor], *dims: int) -> None:
+        """Tells the compiler at once which sizes vary, lest it learn it from one recompilation after another."""
+        for tensor in tensors if self.compile else ():
+            torch._dynamo.maybe_mark_dynamic(tensor, dims)
 
 
 # ---- generation until a stop string
 
-def generate_texts(generator: Engine, tokenizer: Tokenizer, prompts: list[list[int]], until: Sequence[str], max_new_tokens: int,
-                   sampling: Sampling, seed: int | None = None, max_seq_length: int = 0) -> list[str]:
-    """The text that follows each prompt, up to a stop string or a stop id or max_new_tokens; the stop string may still be at its end."""
+def generate_texts(engine: Engine, tokenizer: Tokenizer, prompts: list[list[int]], until: Sequence[str],
+                   max_new_tokens: int, sampling: Sampling, seed: int | None, max_seq_length: int = 0) -> list[str]:
+    """What follows each prompt up to a stop string, a stop id or max_new_tokens. The stop string may still be there."""
     decoders = [StreamDecoder(tokenizer, skip_special=True) for _ in prompts]
     texts, ended = ["" for _ in prompts], [False for _ in prompts]
     longest = max(map(len, until), default=0)
-    for ids in generator.generate(prompts, max_new_tokens, sampling, seed=seed, max_seq_length=max_seq_length):
-        for i, id in enumerate(ids):
-            ended[i] = ended[i] or id is None
-            if not ended[i]:
-                piece = decoders[i].push(id)
+    for ids in engine.generate(prompts, max_new_tokens, sampling, seed=seed, max_seq_length=max_seq_length):
+        for i, token in enumerate(ids):
+            if token is None:
+                ended[i] = True
+            elif not ended[i]:
+                piece = decoders[i].push(token)
                 texts[i] += piece
                 ended[i] = any(stop in texts[i][-(longest + len(piece)):] for stop in until if stop)
         if all(ended):
             break
-    return [text + decoder.flush() for text, decoder in zip(texts, decoders)]
+    return [text + decoder.flush() for text, decoder in zip(texts, decoders, strict=True)]
 
 
 def sampling_from(options: dict[str, Any]) -> Sampling:
-    """From a task's normalized generation_kwargs, less until and max_gen_toks."""
-    defaults = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True}
+    """From a task's normalized generation_kwargs, less until and max_gen_toks. Errors: UserError."""
+    no_effect = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True}
     for name, value in options.items():
-        if name not in ("do_sample", "temperature", "top_k", "top_p") and value != defaults.get(name):
+        if name not in ("do_sample", "temperature", "top_k", "top_p") and value != no_effect.get(name):
             raise UserError(f"the task's generation_kwargs ask for {name} = {value}, which is not supported")
     if not options.get("do_sample"):
         return Sampling(temperature=0)
     return Sampling(float(options.get("temperature", 1.0)), options.get("top_k") or None, options.get("top_p"))
 
 
-@dataclass(frozen=True)
-class Job:
-    """Prompts that the same generation_kwargs hold for, the longest first. numbers: which of the requests they are."""
-    numbers: list[int]
-    prompts: list[list[int]]
-    until: list[str]
-    max_new_tokens: int
-    sampling: Sampling
-
-
 # ---- the adapter
 
-class QwenFast(TemplateLM):
-    """max_length: of context and continuation, in tokens (default: the model's). batch_size: None for what suits the device. seed: of sampling."""
+class QwenFast:
+    """A model as lm-eval sees it. Instances inherit from lm-eval's TemplateLM too, which tokenizes most requests.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int | None = None, max_length: int | None = None, compile: bool = False,
-                 seed: int | None = None) -> None:
+    batch_size: None for what suits the device.  max_length: of context and continuation (default: the model's).
+    seed: of sampling (default: a new one each time).
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        from lm_eval.api.model import TemplateLM
+        return object.__new__(type("QwenFast", (cls, TemplateLM), {}))
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int | None = None,
+                 max_length: int | None = None, compile: bool = False, seed: int | None = None):
         super().__init__()
-        self.model, self.tokenizer, self.batch_size, self.compile, self.seed = model, tokenizer, batch_size, compile, seed
-        self._device, self.capacity = model.device, 0
+        self.model, self.tokenizer, self._device = model, tokenizer, model.device
+        self.batch_size, self.compile, self.seed, self.cache_length = batch_size, compile, seed, 0
         self.scorer = Scorer(model, batch_size, max_length, compile)
-        self.generator = Engine(model, tokenizer, compile, compile)
-        # A rendered chat goes to lm-eval as a string, and comes back with more text around it: a word that no text holds stands for each control
-        # token that the template wrote.
+        self.engine = Engine(model, tokenizer, compile, compile)
+        # A rendered chat goes to lm-eval as a string, and comes back with more text around it: an unguessable word in
+        # it stands for each control token that the template wrote.
         self.nonce = secrets.token_hex(8)
 
     eot_token_id = property(lambda self: self.tokenizer.eos_id)
@@ -256,98 +310,117 @@ class QwenFast(TemplateLM):
         ids = self.tokenizer.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
         control = set(self.tokenizer.control.values())
         text = ""
-        for id, same in itertools.groupby(ids, lambda id: id if id in control else None):
-            text += self.tokenizer.decode(same) if id is None else f"<{self.nonce}.{id}>" * len(list(same))
-        if not add_generation_prompt:            # the answer has begun: what the template wrote after it goes
+        for is_control, run in itertools.groupby(ids, control.__contains__):
+            run = list(run)
+            text += "".join(f"<{self.nonce}.{i}>" for i in run) if is_control else self.tokenizer.decode(run)
+        if not add_generation_prompt:            # the answer has begun: what the template put after it goes
             begun = chat_history[-1]["content"].strip()
             text = text[:text.rindex(begun) + len(begun)]
         return text
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        pieces = re.split(f"<{self.nonce}\\.([0-9]+)>", string)
-        parts = [int(piece) if i % 2 else piece for i, piece in enumerate(pieces) if i % 2 or piece]
-        return self.tokenizer.encode_segments(parts or [""], add_special_tokens)
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        pieces = re.split(f"<{self.nonce}\\.([0-9]+)>", string)              # text and ids of control tokens in turn
+        segments = [int(piece) if i % 2 else piece for i, piece in enumerate(pieces) if i % 2 or piece]
+        return self.tokenizer.encode_segments(segments or [""], add_special_tokens)
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             return self.scorer.score(pairs, bar.update)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
         pairs, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
-            ids = self.tokenizer.encode(text, bos=False)                  # the prefix is BOS already, where there is one
+            ids = self.tokenizer.encode(text, bos=False)          # the prefix is BOS, where there is one
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 pairs.append((None, *make_disjoint_window(pair)))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(pairs, disable_tqdm)):
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(pairs, disable_tqdm), strict=True):
             totals[owner] += logprob
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """In batches of the same generation_kwargs, the longest prompts first. Compiled, all share one size of batch
+        and cache: another would compile anew."""
         texts: list[str] = [""] * len(requests)
-        alike: dict[str, list[int]] = {}
+        by_kwargs: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
-        jobs = [self.job(requests, numbers) for numbers in alike.values()]
-        longest = max((len(job.prompts[0]) + job.max_new_tokens for job in jobs), default=1)
-        self.capacity = max(self.capacity, min(1 << (longest - 1).bit_length(), self.max_length))
+            by_kwargs.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        groups = []
+        for numbers in by_kwargs.values():
+            options = self.generation_options(requests[numbers[0]].args[1])
+            ids = {n: self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in numbers}
+            room = self.max_length - options[1]
+            self.scorer.num_truncated += sum(len(prompt) > room for prompt in ids.values())
+            numbers = sorted(numbers, key=lambda n: -len(ids[n]))
+            prompts = [ids[n][-room:] for n in numbers]
+            groups.append((numbers, prompts, options, len(prompts[0]) + options[1]))
+        power_of_2 = 1 << (max(length for *_, length in groups) - 1).bit_length() if groups else 0
+        self.cache_length = max(self.cache_length, min(power_of_2, self.max_length))
         with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as bar:
-            for number, text in itertools.chain.from_iterable(map(self.run_job, jobs)):
+            for number, text in itertools.chain.from_iterable(itertools.starmap(self.generate_group, groups)):
                 texts[number] = text
                 bar.update()
         return texts
 
-    def job(self, requests, numbers: list[int]) -> Job:
-        """Errors: UserError for options that are not supported."""
-        options = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], 256))
+    def generate_group(self, numbers: list[int], prompts: list[list[int]], options: tuple[list[str], int, Sampling],
+                       length: int) -> Iterator[tuple[int, str]]:
+        """(number of the request, text) for requests with the same options, as generation_options has them."""
+        from lm_eval.models.utils import postprocess_generated_text
+        length = self.cache_length if self.compile else length
+        fitting = memory_for_caches(self.model) // cache_bytes(self.model.args, 1, length, self.model.dtype)
+        B = self.batch_size or max(1, min(16 if self.model.device.type == "cpu" else MAX_BATCH, fitting))
+        for begin in range(0, len(prompts), B):
+            batch, seed = prompts[begin:begin + B], None if self.seed is None else self.seed + begin
+            batch += [batch[-1]] * (B - len(batch)) * self.compile
+            texts = generate_texts(self.engine, self.tokenizer, batch, *options, seed, length)
+            for number, text in zip(numbers[begin:begin + B], texts):        # less what pads the batch
+                yield number, postprocess_generated_text(text, options[0], None)
+
+    def generation_options(self, kwargs: dict[str, Any]) -> tuple[list[str], int, Sampling]:
+        """(stop strings, max_new_tokens, sampling) of a request. Errors: UserError, for what is not supported."""
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+        options: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, 256))
         eos = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
-        until, new = handle_stop_sequences(options.pop("until", None), eos), options.pop("max_gen_toks")
-        room = self.max_length - new
-        if room < 1:
-            raise UserError(f"a task asks for {new} new tokens, and the context has {self.max_length} positions (--max_seq_length)")
-        ids = {n: self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in numbers}
-        self.scorer.cut += sum(len(prompt) > room for prompt in ids.values())
-        numbers = sorted(numbers, key=lambda n: -len(ids[n]))
-        return Job(numbers, [ids[n][-room:] for n in numbers], until, new, sampling_from(options))
-
-    def run_job(self, job: Job) -> Iterator[tuple[int, str]]:
-        """(number of the request, text). Compiled, all jobs share one size of cache and batch: others compile anew."""
-        length = self.capacity if self.compile else len(job.prompts[0]) + job.max_new_tokens
-        fit = memory_for_caches(self.model) // cache_bytes(self.model.args, 1, length, self.model.dtype)
-        rows = self.batch_size or max(1, min(16 if self.model.device.type == "cpu" else 64, fit))
-        for begin in range(0, len(job.prompts), rows):
-            prompts, seed = job.prompts[begin:begin + rows], None if self.seed is None else self.seed + begin
-            prompts += [prompts[-1]] * (rows - len(prompts)) * self.compile
-            texts = generate_texts(self.generator, self.tokenizer, prompts, job.until, job.max_new_tokens, job.sampling, seed, length)
-            yield from ((n, postprocess_generated_text(text, job.until, None)) for n, text in zip(job.numbers[begin:begin + rows], texts))
+        until, max_new = handle_stop_sequences(options.pop("until", None), eos), options.pop("max_gen_toks")
+        if max_new >= self.max_length:
+            raise UserError(f"{self.max_length} is too short: a task asks for {max_new} new tokens", "max_seq_length")
+        return until, max_new, sampling_from(options)
 
 
-# ---- the harness
+# ---- an evaluation
 
-def evaluate(lm: QwenFast, tasks: Sequence[str], include_path: Path | None = None, num_fewshot: int | None = None, limit: float | None = None,
-             apply_chat_template: bool = False, fewshot_as_multiturn: bool = True, **config: Any) -> dict[str, Any] | None:
-    """lm-eval's results, to which config is added; None on ranks other than the first of a machine. lm.seed stands for all of lm-eval's seeds."""
-    seeds = {} if lm.seed is None else {f"{name}_seed": lm.seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
+def evaluate(lm: Any, tasks: Sequence[str], include_path: Path | None = None, **options: Any) -> dict[str, Any] | None:
+    """lm-eval's results on a QwenFast; None on all ranks of a machine but the first.
+
+    options: of lm_eval.simple_evaluate. lm.seed, if any, is for all of its seeds."""
+    import lm_eval
+    if lm.seed is not None:
+        seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        options |= dict.fromkeys(seeds, lm.seed)
     manager, loaded = load_tasks(tasks, include_path)
     if lm.model.ranks:
-        lm.model.ranks.gather(None)                      # all have the tasks, or all end
-    results = lm_eval.simple_evaluate(lm, tasks=loaded, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False,
-                                      apply_chat_template=apply_chat_template, fewshot_as_multiturn=fewshot_as_multiturn, **seeds)
-    if lm.scorer.cut:
-        print(f"{lm.scorer.cut} requests were longer than {lm.max_length} tokens and were cut on the left", file=sys.stderr)
+        lm.model.ranks.gather(None)                      # all ranks have the tasks, or all end
+    run: Callable[..., Any] = lm_eval.simple_evaluate
+    results = run(lm, tasks=loaded, task_manager=manager, log_samples=False, **options)
+    if lm.scorer.num_truncated:
+        print(f"{lm.scorer.num_truncated} requests were longer than {lm.max_length} tokens: truncated on the left",
+              file=sys.stderr)
     if results:
-        results["config"].update(config, batch_size=lm.batch_size or "auto", device=str(lm.model.device), model_dtype=str(lm.model.dtype))
+        results["config"].update(batch_size=lm.batch_size or "auto", device=str(lm.model.device),
+                                 model_dtype=str(lm.model.dtype))
     return results
 
 
 def write_results(results: dict[str, Any], file: Path | None) -> None:
     """Prints lm-eval's tables and writes its JSON."""
+    from lm_eval.utils import handle_non_serializable, make_table
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
     if file:
-        with atomic_write(file) as partial:
-            partial.write_text(json.dumps(results, indent=2, default=handle_non_serializable), "utf-8")
+        with atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable), "utf-8")
         print(f"results: {file}")

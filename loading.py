@@ -61,14 +61,14 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     if ranks:
         size, shapes = path.stat().st_size, [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
         ranks.check_same(f"{path} ({size} bytes)", (size, args, shapes))
-        if not may_replicate or tp.worth_splitting(nbytes, args.n_layer, ranks.world, device):
-            plan = tp.plan(args, ranks.rank, ranks.world, quantization)
+        if not may_replicate or tp.worth_splitting(nbytes, args.n_layer, ranks.world_size, device):
+            plan = tp.plan(args, ranks.rank, ranks.world_size, quantization)
             model = tp.build(plan, ranks)
     needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
-    sharing = ranks.local_world if ranks and device.type == "cpu" else 1
+    sharing = ranks.local_world_size if ranks and device.type == "cpu" else 1
     check_memory(device, needed * sharing, f"the weights of {path}")
     weights = zip(dtypes, read_weights(path, list(dtypes)), strict=True)
-    shards = ((name, plan.cut(name, tensor)) for name, tensor in weights) if plan else weights
+    shards = ((name, plan.shard(name, tensor)) for name, tensor in weights) if plan else weights
     model.load_state_dict({name: kernels.copy_to(shard, device, dtypes[name]) for name, shard in shards}, assign=True)
     pack_for(model, device)
     set_quantize_activations(model, quantize_activations)

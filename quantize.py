@@ -1,32 +1,59 @@
 """Writes int8 and int4 checkpoints.
 
     python quantize.py --checkpoint_path checkpoints/demo/model.pth --mode int4 --groupsize 32
-    python quantize.py --checkpoint_path PATH --mode int4-gptq --groupsize 128 --calibration_tasks wikitext --calibration_seq_length 2048
+    python quantize.py --checkpoint_path PATH --mode int4-gptq --groupsize 128 --calibration_tasks wikitext
 """
 import argparse
+import contextlib
 import gc
 import itertools
+import math
 import os
+import re
 import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import cli
+import formats
 import GPTQ
-from calibration import calibration_tokens, own_text, read_sources, source_files, texts_of_tasks, widest_inputs
+import harness
+from cli import UserError
 from config import ModelArgs
-from cli import atomic_write, read_json, run, UserError
-from formats import GROUPSIZES, LM_HEADS, MODES, Int4Linear, Quantization, QuantizedLinear, quantize_weight, replace_linears, skipped_names
-from loading import check_fits, parse_device, read_checkpoint, read_weights, VERSION
+from formats import GROUPSIZES, MODES, Int4Linear, Quantization, QuantizedLinear, replace_linears, skipped_names
+from generate import Engine
+from kernels import copy_to
+from loading import (
+    DEMO,
+    VERSION,
+    check_fits,
+    load_model,
+    parse_device,
+    read_checkpoint,
+    read_weights,
+    resolve_checkpoint,
+)
 from model import Transformer
+from sampling import Sampling
 from tokenizer import Tokenizer
 
-GPTQ_MODES = ("int8-gptq", "int4-gptq")  # the same formats, rounded with GPTQ.py
-DEMOS = tuple(Path(__file__).resolve().parent / "checkpoints" / name for name in ("demo", "demo-draft"))
+GPTQ_MODES = ("int8-gptq", "int4-gptq")       # the same formats, rounded with GPTQ.py
+MAX_DOCUMENTS = 10000                         # of a task
+OWN_SEQUENCES, OWN_LENGTH = 16, 256           # that a model writes at a time: once is enough for the demo
+DEMOS = (DEMO.parent, DEMO.parent.with_name("demo-draft"))
+# Of the standard library, the modules that the demos have not seen, and what is no source text.
+HELD_OUT = ("bisect calendar configparser contextlib csv fnmatch fractions graphlib heapq queue sched shlex statistics "
+            "string textwrap").split()
+UNSEEN = re.compile(r"/(test_)?({0})\.py$|test_({0})/|site-packages|config-|pydoc_data|lib2to3/tests/data|test/bad"
+                    r"|ensurepip/_bundled".format("|".join(HELD_OUT)))
+TEXT_FLAGS = ("calibration_tasks", "calibration_file", "include_path", "calibration_limit", "calibration_seq_length")
+LinearBuffers = tuple[str, dict[str, Tensor], float]        # name of a linear, its quantized buffers, relative error
 
 
 @dataclass(frozen=True)
@@ -36,177 +63,311 @@ class Calibration:
     options: GPTQ.Options = GPTQ.Options()
 
 
-def round_linears(path: Path, linears: dict[str, QuantizedLinear], sources: dict[str, str], device: torch.device, measure: bool,
-                  progress: bool) -> Iterator[tuple[str, dict[str, Tensor], float]]:
-    """(name, buffers, RMS of the weight's error over the RMS of the weight) of each linear, rounded to nearest. sources: name -> its weight's."""
+# ---- checkpoints
+
+def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str = "int8", skip: tuple[str, ...] = (),
+                        device: torch.device | str = "cpu", report: bool = False, progress: bool = True,
+                        calibration: Calibration | None = None) -> Path:
+    """Writes model_int8.pth or model_int4.gG.pth beside an unquantized checkpoint and returns its path.
+
+    In memory at a time are the quantized weights and a part of the others, or the model itself while it writes a text.
+    Without a calibration weights are rounded to nearest, as the head always is. Errors: UserError.
+    """
+    if mode not in (*MODES, *GPTQ_MODES):
+        raise UserError(f"{mode!r} is not supported (supported: {', '.join((*MODES, *GPTQ_MODES))})", "mode")
+    if calibration is None and mode in GPTQ_MODES or calibration and mode == "int8":
+        raise ValueError(f"{mode} {'needs a' if mode in GPTQ_MODES else 'takes no'} calibration")
+    format, device = mode.removesuffix("-gptq"), torch.device(device)
+    Quantization(format, groupsize, lm_head).check()
+    plain, args = read_unquantized(path)
+    with torch.device("meta"):
+        model = Transformer(args)
+    check_fits(path, model, plain)
+    quantization = Quantization(format, groupsize, lm_head, skipped_names(model, skip), path.name)
+    linears = dict(replace_linears(model, quantization))
+    keys = {name: f"{name}.weight" if f"{name}.weight" in plain else "tok_embeddings.weight" for name in linears}
+    state = {key: t for key, t in plain.items() if key not in keys.values() or key == "tok_embeddings.weight"}
+    by_gptq = {name: linear for name, linear in linears.items() if calibration and name.startswith("layers.")}
+    rounded = {name: linear for name, linear in linears.items() if name not in by_gptq}
+    lines = []
+    for name, buffers, error in itertools.chain(
+            gptq_linears(path, args, by_gptq, calibration, device, report, progress) if calibration else (),
+            round_linears(path, rounded, keys, device, report, progress)):
+        state |= {f"{name}.{key}": value for key, value in buffers.items()}
+        lines.append((name, linears[name], error, sum(t.nbytes for t in buffers.values()), plain[keys[name]].nbytes))
+    target = path.with_name(f"model_{mode}.pth" if format == "int8" else f"model_{mode}.g{groupsize}.pth")
+    write_checkpoint(target, quantization, state)
+    if uneven := [f"{name} ({linear.in_features})" for name, linear in linears.items()
+                  if linear.in_features % linear.groupsize]:
+        print(f"{len(uneven)} linears whose columns are no multiple of {groupsize} have a shorter last group: "
+              f"{', '.join(uneven[:4])}{' ...' if len(uneven) > 4 else ''}", file=sys.stderr)
+    if report:
+        print_report(lines)
+    return target
+
+
+def read_unquantized(path: Path) -> tuple[dict[str, Tensor], ModelArgs]:
+    """A checkpoint to be quantized, and its configuration. Errors: UserError if it is not there, is quantized already,
+    or nothing can be written beside it."""
+    resolve_checkpoint(path)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: not writable")
+    state, already = read_checkpoint(path)
+    if already:
+        raise UserError(f"{path} is already quantized ({already.mode}): give the model.pth that it was made from",
+                        "checkpoint_path")
+    return state, ModelArgs.from_hf(cli.read_json(path.parent / "config.json"))
+
+
+def round_linears(path: Path, linears: dict[str, QuantizedLinear], keys: dict[str, str], device: torch.device,
+                  measure: bool, progress: bool) -> Iterator[LinearBuffers]:
+    """Rounded to nearest; the error is that of the weights. keys: under which names the checkpoint has them."""
     sizes = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
     with tqdm(total=sum(sizes.values()), unit="weight", unit_scale=True, desc="Rounding", disable=not progress) as bar:
-        for name, weight in zip(linears, read_weights(path, [sources[name] for name in linears])):
-            yield name, *quantize_weight(name, weight, linears[name], device, measure)
+        weights = read_weights(path, [keys[name] for name in linears])
+        for (name, linear), weight in zip(linears.items(), weights, strict=True):
+            yield name, *quantize_weight(name, weight, linear, device, measure)
             bar.update(sizes[name])
 
 
-def gptq_linears(path: Path, args: ModelArgs, linears: dict[str, QuantizedLinear], calibration: Calibration, device: torch.device,
-                 measure: bool, progress: bool) -> Iterator[tuple[str, dict[str, Tensor], float]]:
-    """The same by GPTQ, for linears inside the layers; the error is that of the outputs."""
+def gptq_linears(path: Path, args: ModelArgs, linears: dict[str, QuantizedLinear], calibration: Calibration,
+                 device: torch.device, measure: bool, progress: bool) -> Iterator[LinearBuffers]:
+    """By GPTQ, for linears inside the layers; the error is that of the outputs."""
     with torch.device("meta"):
         model = Transformer(args)
 
     def load(layer: int) -> dict[str, Tensor]:
-        names = [f"layers.{layer}.{name}" for name in model.layers[layer].state_dict()]
-        return {name.split(".", 2)[2]: weight.to(device, torch.float32) for name, weight in zip(names, read_weights(path, names))}
+        keys = list(model.layers[layer].state_dict())
+        weights = read_weights(path, [f"layers.{layer}.{key}" for key in keys])
+        return {key: weight.to(device, torch.float32) for key, weight in zip(keys, weights, strict=True)}
     tokens = own_text(path, device, progress) if calibration.tokens is None else calibration.tokens
     gc.collect()                         # the model that wrote it
     embedding = read_checkpoint(path)[0]["tok_embeddings.weight"]
     return GPTQ.quantize_layers(model, tokens, embedding, load, linears, calibration.options, device, measure, progress)
 
 
-def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str = "int8", skip: tuple[str, ...] = (),
-                        device: torch.device | str = "cpu", report: bool = False, progress: bool = True,
-                        calibration: Calibration | None = None) -> Path:
-    """Writes model_int8.pth or model_int4.gG.pth beside an unquantized checkpoint and returns its path. What is in memory at a time is the
-    quantized weights and a part of the others, or the model itself while it writes a text. Without a calibration weights are rounded to nearest, as
-    the head always is."""
-    check_mode(mode)
-    if calibration is None and mode in GPTQ_MODES or calibration and mode == "int8":
-        raise ValueError(f"{mode} {'needs a' if mode in GPTQ_MODES else 'takes no'} calibration")
-    format, device = mode.removesuffix("-gptq"), torch.device(device)
-    Quantization(format, groupsize, lm_head).check()
-    kept, args = read_unquantized(path)
-    with torch.device("meta"):
-        model = Transformer(args)
-    check_fits(path, model, kept)
-    quantization = Quantization(format, groupsize, lm_head, skipped_names(model, skip), path.name)
-    linears = dict(replace_linears(model, quantization))
-    sources = {name: f"{name}.weight" if f"{name}.weight" in kept else "tok_embeddings.weight" for name in linears}
-    state = {name: tensor for name, tensor in kept.items() if name not in sources.values() or name == "tok_embeddings.weight"}
-    rounded, by_gptq = dict(linears), {}
-    if calibration:
-        by_gptq = {name: rounded.pop(name) for name in linears if name.startswith("layers.")}
-    lines = []
-    for name, buffers, error in itertools.chain(
-            gptq_linears(path, args, by_gptq, calibration, device, report, progress) if calibration else (),
-            round_linears(path, rounded, sources, device, report, progress)):
-        state |= {f"{name}.{key}": value for key, value in buffers.items()}
-        lines.append((name, linears[name], error, sum(value.nbytes for value in buffers.values()), kept[sources[name]].nbytes))
-    target = path.with_name(f"model_{mode}.pth" if format == "int8" else f"model_{mode}.g{groupsize}.pth")
-    with atomic_write(target) as partial:
-        recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(quantization).items()}
+@torch.no_grad()
+def quantize_weight(name: str, weight: Tensor, linear: QuantizedLinear, device: torch.device | None = None,
+                    measure: bool = False) -> tuple[dict[str, Tensor], float]:
+    """The buffers that stand for a weight [N, K], rounded to nearest some rows at a time; if measured, the RMS of their
+    error over the RMS of the weight."""
+    chunks: list[dict[str, Tensor]] = []
+    error = total = 0.0
+    for rows in weight.split(max(1, formats.CHUNK_WEIGHTS // weight.size(1))):
+        rows = rows.to(device or weight.device)
+        formats.check_finite(f"{name}.weight", rows)
+        buffers = linear.quantize(rows)
+        if measure:
+            error += (linear.dequantize(buffers=buffers) - rows.float()).square().sum(dtype=torch.float64).item()
+            total += rows.float().square().sum(dtype=torch.float64).item()
+        chunks.append({key: value.to(weight.device) for key, value in buffers.items()})
+    whole = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]} if len(chunks) > 1 else chunks[0]
+    return whole, math.sqrt(error / total) if total else 0.0
+
+
+def write_checkpoint(path: Path, quantization: Quantization, state: dict[str, Tensor]) -> None:
+    recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(quantization).items()}
+    with cli.atomic_write(path) as partial:
         torch.save({"version": VERSION, "quantization": recorded, "state_dict": state}, partial)
         with open(partial, "rb") as file:
-            os.fsync(file.fileno())      # a full disk may show only here, and must show before the file gets its name
-    if uneven := [f"{name} ({linear.in_features})" for name, linear in linears.items()
-                  if isinstance(linear, Int4Linear) and linear.in_features % linear.groupsize]:
-        print(f"{len(uneven)} linears whose columns are no multiple of {groupsize} have a shorter last group: {', '.join(uneven[:4])}"
-              f"{' ...' if len(uneven) > 4 else ''}", file=sys.stderr)
-    if report:
-        print_report(lines)
-    return target
+            os.fsync(file.fileno())      # a full disk may show only here, and must before the file gets its name
 
 
-def check_mode(mode: str) -> None:
-    if mode not in (*MODES, *GPTQ_MODES):
-        raise UserError(f"--mode {mode!r} is not supported (supported: {', '.join((*MODES, *GPTQ_MODES))})")
-
-
-def read_unquantized(path: Path) -> tuple[dict[str, Tensor], ModelArgs]:
-    """What is to be quantized, and its configuration. UserError if it is not there, is quantized already, or nothing can be written beside it."""
-    if not path.exists():
-        raise UserError(f"--checkpoint_path {path}: no such file (scripts/convert_hf_checkpoint.py makes model.pth from a Hugging Face checkpoint)")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path.parent}: not writable")
-    state, already = read_checkpoint(path)
-    if already:
-        raise UserError(f"--checkpoint_path {path} is already quantized ({already.mode}): give the model.pth that it was made from")
-    return state, ModelArgs.from_hf(read_json(path.parent / "config.json"))
-
-
-def print_report(lines: list[tuple[str, QuantizedLinear, float, int, int]]) -> None:
+def print_report(lines: Iterable[tuple[str, QuantizedLinear, float, int, int]]) -> None:
     print(f"{'linear':<36}{'format':<10}{'shape':>16}{'error':>10}{'MB':>10}{'of':>8}")
     for name, linear, error, after, before in lines:
         kind = f"int4.g{linear.groupsize}" if isinstance(linear, Int4Linear) else "int8"
         shape = f"{linear.out_features} x {linear.in_features}"
         print(f"{name:<36}{kind:<10}{shape:>16}{error:>10.3%}{after / 1e6:>10.2f}{after / before:>8.1%}")
-    after, before = (sum(line[i] for line in lines) for i in (3, 4))
+    after, before = (sum(sizes) for sizes in list(zip(*lines, strict=True))[3:])
     print(f"{'together':<72}{after / 1e6:>10.2f}{after / before:>8.1%}")
 
 
+def quantize_model(model: Transformer, mode: str, groupsize: int = 32, lm_head: str = "int8",
+                   skip: tuple[str, ...] = ()) -> Transformer:
+    """Quantizes a loaded model in place, rounded to nearest, and packs it for its device. skip: patterns of names."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise UserError("the model is already quantized")
+    quantization = Quantization(mode, groupsize, lm_head, skipped_names(model, skip))
+    quantization.check()
+    plain = dict(model.named_parameters())
+    for name, linear in replace_linears(model, quantization):
+        weight = plain.get(f"{name}.weight", plain["tok_embeddings.weight"])
+        for key, value in quantize_weight(name, weight, linear)[0].items():
+            setattr(linear, key, copy_to(value, value.device, value.dtype))
+    formats.pack_for(model, model.device)
+    return model
+
+
+# ---- text to calibrate with
+
+def own_text(path: Path, device: torch.device | str = "cpu", progress: bool = True) -> Tensor:
+    """int64 [B, S]: what the model in a checkpoint writes after one token drawn from its vocabulary, at temperature 1.
+    It serves about as well as text of its training (Williams, Chrysostomou and Aletras 2024, arXiv 2410.17170).
+    Errors: UserError if a weight is NaN or infinite."""
+    try:
+        engine = Engine(*load_model(path, device, torch.bfloat16 if torch.device(device).type == "cpu" else None))
+        for name, weight in engine.model.named_parameters():
+            formats.check_finite(name, weight)
+        length, texts = min(OWN_LENGTH, engine.model.args.max_position), []
+        count = math.ceil(widest_inputs(engine.model.args) / (OWN_SEQUENCES * length))
+        first = torch.randint(engine.vocab_size, (count, OWN_SEQUENCES, 1), generator=torch.Generator().manual_seed(0))
+        with tqdm(total=count * (length - 1), desc="Writing a text", unit="token", disable=not progress) as bar:
+            for seed, begin in enumerate(first):
+                written, sampling = [], Sampling(temperature=1.0, top_k=None)
+                for ids in engine.generate(begin.tolist(), length - 1, sampling, seed=seed, stop_ids=frozenset()):
+                    written.append(ids)
+                    bar.update()
+                texts.append(torch.cat((begin, torch.tensor(written).t()), dim=1))
+    except UserError as error:
+        raise UserError(f"{error.message} (round_to_nearest needs no text of the model's own)", error.field) from None
+    return torch.cat(texts)
+
+
+def widest_inputs(args: ModelArgs) -> int:
+    """Of a model's linears: fewer tokens than that leave a Hessian without full rank."""
+    return max(args.dim, args.intermediate_size, args.n_head * args.head_dim)
+
+
+def calibration_tokens(tokenizer: Tokenizer, texts: list[str], limit: int, seq_length: int, least: int) -> Tensor:
+    """int64 [B, S], B <= limit sequences from all over the texts. Errors: UserError for fewer than `least` tokens."""
+    pieces = [text[i:i + 8 * seq_length] for text in texts for i in range(0, len(text), 8 * seq_length)]
+    ids: list[int] = []
+    for i in torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist():
+        if len(ids) >= limit * seq_length:
+            break
+        ids += tokenizer.encode(pieces[i])
+    count = min(limit, len(ids) // seq_length)
+    if count * seq_length < least:
+        raise UserError(f"too little to calibrate with: {count} sequences of {seq_length} tokens, and the widest "
+                        f"linear has {least} inputs: give more text, or raise calibration_limit")
+    return torch.tensor(ids[:count * seq_length]).view(count, seq_length)
+
+
+def texts_of_tasks(names: list[str], include_path: Path | None = None) -> list[str]:
+    """The documents of lm-eval's tasks with their answers: those for training, else validation, else test."""
+    texts, advice = [], ", or give a text: --calibration_file FILE"
+    for task in flatten(harness.load_tasks(names, include_path, field="calibration_tasks", advice=advice)[1]):
+        docs = (task.training_docs() if task.has_training_docs() else
+                task.validation_docs() if task.has_validation_docs() else task.test_docs())
+        for doc in itertools.islice(docs, MAX_DOCUMENTS):
+            question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+            if isinstance(question, int):        # the choices are beginnings, of which this is right (winogrande)
+                question = task.doc_to_choice(doc)[question]
+            elif isinstance(answer, int):
+                answer = task.doc_to_choice(doc)[answer]
+            texts.append(" ".join(str(text) for text in (question, answer) if text))
+    return texts
+
+
+def flatten(loaded: Iterable) -> Iterator:
+    """The tasks of a list that may hold groups of them."""
+    for item in loaded:
+        if hasattr(item, "doc_to_text"):
+            yield item
+        else:
+            children = getattr(item, "tasks", item)
+            yield from flatten(children.values() if isinstance(children, dict) else children)
+
+
+def source_files(heldout: bool) -> list[Path]:
+    """The standard library's .py files: the held-out modules, or all others but their tests."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    if heldout:
+        return [library / f"{name}.py" for name in HELD_OUT]
+    return [p for p in sorted(library.rglob("*.py")) if not UNSEEN.search(f"/{p.relative_to(library).as_posix()}")]
+
+
+def read_sources(files: list[Path]) -> list[str]:
+    """Text of each file that is UTF-8 and of ordinary size (the largest files are generated tables)."""
+    texts = []
+    for raw in map(Path.read_bytes, files):
+        with contextlib.suppress(UnicodeDecodeError):
+            if 200 < len(raw) < 300_000:
+                texts.append(raw.decode("utf-8"))
+    return texts
+
+
+# ---- the command
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, required=True, help="a model.pth; the quantized file is written beside it")
-    parser.add_argument("--mode", required=True, help=f"one of {', '.join((*MODES, *GPTQ_MODES))}")
-    parser.add_argument("--groupsize", type=int, default=32, help=f"columns that share a scale in int4: {', '.join(map(str, GROUPSIZES))}")
-    parser.add_argument("--lm_head", default="int8", help=f"format of the output head: {', '.join(LM_HEADS)} (as it is); default %(default)s")
-    parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="linears that stay as they are, e.g. 'layers.0.*'; repeatable")
-    parser.add_argument("--round_to_nearest", action="store_true",
-                        help="int4: each weight for itself, without learning from a text that the model writes: sooner done, but less faithful")
-    parser.add_argument("--device", default="cpu", help="where to compute")
-    parser.add_argument("--report", action="store_true",
-                        help="print each linear's error (RMS of the error / RMS of the weights; with GPTQ, of the outputs) and size")
-    gptq = parser.add_argument_group("the modes of GPTQ: what to calibrate with (the demo has a default); all but int8: how")
-    gptq.add_argument("--calibration_tasks", nargs="+", default=[], metavar="TASK", help="documents of lm-eval's tasks, e.g. wikitext")
-    gptq.add_argument("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")
-    gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="plain text")
-    gptq.add_argument("--calibration_limit", type=int, help="sequences at most (128)")
-    gptq.add_argument("--calibration_seq_length", type=int, help="tokens of a sequence (the model's context, at most 2048)")
-    gptq.add_argument("--percdamp", type=float, default=0.01, help="damping: this part of the Hessian's mean diagonal (%(default)s)")
-    gptq.add_argument("--blocksize", type=int, default=128, help="columns whose errors reach the rest of the matrix together (%(default)s)")
-    gptq.add_argument("--act_order", action="store_true", help="quantize groups, and the columns in them, by falling activation")
+    parser = cli.Parser(__doc__)
+    what = parser.add_argument_group("format")
+    what.add_argument("--checkpoint_path", "--model", type=Path, required=True, metavar="PATH",
+                      help="model.pth or its folder; the quantized file is written beside it")
+    what.add_argument("--mode", required=True, choices=(*MODES, *GPTQ_MODES), help="int4 learns from text that the "
+                      "model itself writes, int8-gptq and int4-gptq from a calibration text")
+    what.add_argument("--groupsize", type=int, default=32, choices=GROUPSIZES, help="columns that share a scale (int4)")
+    what.add_argument("--lm_head", default="int8", choices=(*MODES, "unquantized", "none"),
+                      help="of the output head; none is another name of unquantized")
+    what.add_argument("--skip", action="append", default=[], metavar="PATTERN",
+                      help="linears that stay as they are, e.g. 'layers.0.*'; repeatable")
+    what.add_argument("--round_to_nearest", action="store_true", help="int4 without GPTQ: faster, but less faithful")
+    what.add_argument("--device", default="cpu", help="where to compute")
+    what.add_argument("--report", action="store_true", help="print each linear's size, and the RMS of the error over "
+                      "that of its weights (with GPTQ: of its outputs)")
+    gptq = parser.add_argument_group("GPTQ")
+    gptq.add_argument("--percdamp", type=float, default=0.01, help="damping, as a part of the Hessian's mean diagonal")
+    gptq.add_argument("--blocksize", type=int, default=128, help="columns whose errors reach the others together")
+    gptq.add_argument("--act_order", action="store_true", help="groups and columns in decreasing order of activation")
+    text = parser.add_argument_group("calibration text of int8-gptq and int4-gptq (the demo has one)")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument("--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval's tasks, e.g. wikitext")
+    source.add_argument("--calibration_file", type=Path, metavar="FILE", help="plain text")
+    text.add_argument("--include_path", type=Path, metavar="FOLDER", help="where further tasks are")
+    text.add_argument("--calibration_limit", type=int, metavar="N", help="sequences at most (default: 128)")
+    text.add_argument("--calibration_seq_length", type=int, metavar="N",
+                      help="tokens of a sequence (default: the model's context, at most 2048)")
     return parser.parse_args(argv)
 
 
 def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
-    """What the command's flags ask for: --mode int4 learns from the model's own text. UserError if there is no text, or too little of it."""
+    """What the flags ask for: --mode int4 learns from the model's own text. Errors: UserError if there is no text, or
+    too little of it."""
     model_args = read_unquantized(path)[1]
-    for flag, least in (("calibration_limit", 1), ("blocksize", 1), ("percdamp", 0)):
-        if getattr(args, flag) is not None and not getattr(args, flag) >= least:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be {least} or more")
+    for field, least in (("calibration_limit", 1), ("blocksize", 1), ("percdamp", 0)):
+        if getattr(args, field) is not None and not getattr(args, field) >= least:
+            raise UserError(f"{getattr(args, field)} must be {least} or more", field)
     options = GPTQ.Options(args.percdamp, args.blocksize, args.act_order)
     if args.mode == "int4":
         return Calibration(options=options)
-    seq_length = min(model_args.max_position, 2048) if args.calibration_seq_length is None else args.calibration_seq_length
-    if not 1 <= seq_length <= model_args.max_position:
-        raise UserError(f"--calibration_seq_length {seq_length} must be at least 1 and at most the context of {model_args.max_position} positions")
+    context, seq_length = model_args.max_position, args.calibration_seq_length
+    seq_length = min(context, 2048) if seq_length is None else seq_length
+    if not 1 <= seq_length <= context:
+        raise UserError(f"{seq_length} must be at least 1 and at most the context of {context} positions",
+                        "calibration_seq_length")
     tokens = calibration_tokens(Tokenizer.from_dir(path.parent), calibration_texts(args, path),
-                                128 if args.calibration_limit is None else args.calibration_limit, seq_length, widest_inputs(model_args))
+                                args.calibration_limit or 128, seq_length, widest_inputs(model_args))
     print(f"calibrating with {len(tokens)} sequences of {seq_length} tokens", file=sys.stderr)
     return Calibration(tokens, options)
 
 
 def calibration_texts(args: argparse.Namespace, path: Path) -> list[str]:
-    if args.calibration_tasks and args.calibration_file:
-        raise UserError("--calibration_tasks and --calibration_file exclude each other")
     if args.calibration_tasks:
         return texts_of_tasks(args.calibration_tasks, args.include_path)
     if args.calibration_file:
-        return [read_text(args.calibration_file)]
+        return [cli.read_text(args.calibration_file, "calibration_file")]
     if path.parent.resolve() in DEMOS:
         return read_sources(source_files(heldout=False))
-    raise UserError("GPTQ needs text like what the model is for: give --calibration_tasks wikitext, or --calibration_file FILE "
-                    "(--mode int4 needs none: it learns from what the model writes)")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--calibration_file {path}: {error}") from None
+    raise UserError("GPTQ needs text like what the model is for: give --calibration_tasks wikitext, or "
+                    "--calibration_file FILE (--mode int4 needs none: it learns from what the model writes)")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    path = args.checkpoint_path / "model.pth" if args.checkpoint_path.is_dir() else args.checkpoint_path
     device = parse_device(args.device)
-    check_mode(args.mode)
-    for flag in ("calibration_tasks", "calibration_file", "calibration_limit", "calibration_seq_length", "include_path"):
-        if args.mode in MODES and getattr(args, flag) not in (None, []):
-            raise UserError(f"--{flag}: --mode {args.mode} takes no calibration text; --mode {args.mode}-gptq takes one")
+    for field in TEXT_FLAGS:
+        if args.mode in MODES and getattr(args, field) is not None:
+            raise UserError(f"is for --mode {args.mode}-gptq: --mode {args.mode} takes no calibration text", field)
     if args.round_to_nearest and args.mode != "int4":
-        raise UserError(f"--round_to_nearest is for --mode int4, not {args.mode}")
+        raise UserError(f"is for --mode int4, not {args.mode}", "round_to_nearest")
+    path = resolve_checkpoint(args.checkpoint_path, download=True)
     calibration = None if args.mode == "int8" or args.round_to_nearest else read_calibration(args, path)
-    target = quantize_checkpoint(path, args.mode, args.groupsize, args.lm_head, tuple(args.skip), device, args.report, calibration=calibration)
+    lm_head = "none" if args.lm_head == "unquantized" else args.lm_head
+    target = quantize_checkpoint(path, args.mode, args.groupsize, lm_head, tuple(args.skip), device, args.report,
+                                 calibration=calibration)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB ({path.name}: {path.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

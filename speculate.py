@@ -101,7 +101,8 @@ class Draft:
 
     def of_first(self, ranks: tp.Ranks) -> "Draft":
         """Rank 0's draft, on every rank."""
-        return Draft(*(None if t is None else tp.of_first(t, ranks.group) for t in (self.tokens, self.probs, self.ids)))
+        tensors = (self.tokens, self.probs, self.ids)
+        return Draft(*(None if t is None else tp.broadcast(t, ranks.group) for t in tensors))
 
 
 class ModelDraft:

@@ -1,11 +1,11 @@
-"""Tensor parallelism: one model over several processes, each with its share of every layer, started by torchrun.
+"""Tensor parallelism: one model over several processes (ranks), each with a shard of every layer, started by torchrun.
 
     torchrun --standalone --nproc_per_node=2 generate.py --compile
 
-In a layer wqkv and w13 are split by their output rows (whole heads; the same columns of gate and up), wo and w2 by the input columns that
-meet those rows. So attention and the feed-forward need nothing from other ranks until their last product, whose partial results are
-summed over the ranks: two all-reduces a layer (Megatron-LM, Shoeybi et al. 2019). Embedding and output head are split over the vocabulary.
-Where a size does not divide, ranks get padding of zeros, which contributes exactly nothing.
+wqkv and w13 are split by output rows (whole heads; the same rows of gate and up), wo and w2 by the input columns that
+meet those rows. So attention and the feed-forward need nothing from other ranks until their last product, whose partial
+results are summed over the ranks: two all-reduces a layer (Megatron-LM, Shoeybi et al. 2019, section 3). The embedding
+and the output head are split over the vocabulary. A size that does not divide is padded with zeros, which is exact.
 """
 import contextlib
 import datetime
@@ -14,24 +14,24 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Iterator
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from config import ModelArgs
 from cli import UserError, fail
+from config import ModelArgs
 from formats import Int4Linear, Quantization, replace_linears
 from model import Transformer
 
 ROWS, COLUMNS = 0, 1
-# Bytes that a rank reads from its memory in the time of one collective: 0.6 ms (measured) at 30 GB/s, 15 us (assumed) at 2.7 TB/s.
-READ_MEANWHILE = {"cpu": 18e6, "cuda": 40e6}
-# Module -> the dimension of its weight that is split, and what that dimension counts. Everything else, the norms, is whole on every rank.
+# Module -> which dimension of its weight is split, and what that dimension counts. The norms are whole on every rank.
 SPLIT = {
     "tok_embeddings": (ROWS, "vocab"),
     "output": (ROWS, "vocab"),
@@ -40,149 +40,152 @@ SPLIT = {
     "feed_forward.w13": (ROWS, "gate_up"),
     "feed_forward.w2": (COLUMNS, "ffn"),
 }
-Run = tuple[int | None, int]             # (first, count) of the whole tensor's rows or columns; first None: `count` of zeros
+# Bytes of weights that a rank reads in the time of one collective: 0.6 ms (measured, gloo on one machine) at 30 GB/s;
+# 15 us (assumed, NCCL) at 2.7 TB/s.
+BYTES_PER_COLLECTIVE = {"cpu": 18e6, "cuda": 40e6}
+MIN_GROUPSIZE = 32                       # of int4 weights: the kernels' least
 
 
-# ---- which rank holds what
+# ---- the shard plan: which rank holds what
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank holds: `local` are its sizes, the same on every rank; `runs` says which rows and columns of the whole they are."""
+    """What one rank holds."""
     args: ModelArgs
-    local: ModelArgs
+    local: ModelArgs                     # the rank's sizes, the same on every rank
     rank: int
-    runs: dict[str, list[Run]]
-    quantization: Quantization | None = None
-    wo_groupsize: int = 0                # of int4 and published GPTQ: smaller than the checkpoint's where a rank's heads end inside a group
+    indices: dict[str, Tensor]           # int64: the rank's rows or columns in the whole model; -1 is padding
+    quantization: Quantization | None
+    groupsize: int                       # of int4 and published weights, 0 for other formats
+    wo_groupsize: int                    # the same of wo, smaller where a rank's heads end inside a group
 
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """This rank's part of a tensor of the whole state dict: a view of it where it is in one piece."""
+    def shard(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's shard of a tensor of the whole model's state dict, as a view where it is in one piece."""
         module, _, kind = name.rpartition(".")
-        dim, counts = SPLIT.get(module.split(".", 2)[-1] if module.startswith("layers.") else module, (None, None))
-        if dim is None or kind == "order":                   # of the inputs, which are whole where it is kept
+        split = SPLIT.get(module.split(".", 2)[-1] if module.startswith("layers.") else module)
+        if split is None or kind == "order":                 # the order of columns, where the rows are split
             return tensor
+        dim, counted = split
         if dim == ROWS:
-            return take(tensor, ROWS, self.runs[counts])
-        if tensor.dim() == 1:            # partial sums are added up: a bias must be in one of them only; int8 scales belong to rows
+            return select(tensor, ROWS, self.indices[counted])
+        if tensor.dim() == 1:            # int8 scales, one a row, serve every rank; a bias must enter the sum only once
             return torch.zeros_like(tensor) if kind == "bias" and self.rank else tensor
-        columns = 1                      # that one entry stands for
+        columns = 1                      # of the weight that one stored entry stands for
         if kind in ("scales", "zeros"):
-            columns = self.wo_groupsize if counts == "heads" else self.quantization.groupsize
-            tensor = tensor.repeat_interleave(self.quantization.groupsize // columns, dim=1)
-        elif tensor.dtype == torch.uint8 and self.quantization.mode.startswith("int4"):
+            columns = self.wo_groupsize if counted == "heads" else self.groupsize
+            tensor = tensor.repeat_interleave(self.groupsize // columns, dim=1)
+        elif tensor.dtype == torch.uint8 and self.quantization and self.quantization.mode.startswith("int4"):
             columns = 2
-        return take(tensor, COLUMNS, in_units(self.runs[counts], columns))
+        return select(tensor, COLUMNS, self.indices[counted][::columns] // columns)          # -1 stays -1
 
 
-def take(tensor: Tensor, dim: int, runs: list[Run]) -> Tensor:
-    pieces = []
-    for first, count in runs:
-        shape = (*tensor.shape[:dim], count, *tensor.shape[dim + 1:])
-        pieces.append(tensor.new_zeros(shape) if first is None else tensor.narrow(dim, first, count))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-
-
-def plan(args: ModelArgs, rank: int, world: int, quantization: Quantization | None = None) -> Plan:
-    """Errors: UserError, if this number of ranks cannot work."""
-    if world > args.n_head:
-        raise UserError(f"--nproc_per_node: {world} ranks for {args.n_head} attention heads leave some without work (1 to {args.n_head} work)")
-    q_heads, kv_heads = heads_of(args.n_head, args.n_local_heads, rank, world)
-    if quantization and any(name.endswith((".wo", ".w2")) for name in quantization.reordered):
-        raise UserError("--nproc_per_node: published GPTQ checkpoints whose columns are in an order of their own (desc_act) run in one process only")
+def plan(args: ModelArgs, rank: int, world_size: int, quantization: Quantization | None = None) -> Plan:
+    """Errors: UserError with the field world_size, the same on every rank, if so many cannot share this model."""
     groupsize = quantization.groupsize if quantization and quantization.mode != "int8" else 0
-    ffn, vocab = share_of(args.intermediate_size, rank, world, groupsize or 16), share_of(args.vocab_size, rank, world)
-    local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads),
-                    intermediate_size=sum(n for _, n in ffn), vocab_size=sum(n for _, n in vocab))
-    runs = {
-        "vocab": vocab,
-        "qkv": [run for heads, offset in ((q_heads, 0), (kv_heads, args.n_head), (kv_heads, args.n_head + args.n_local_heads))
-                for run in head_runs(heads, args.head_dim, offset)],
-        "heads": head_runs(q_heads, args.head_dim),
-        "gate_up": ffn + [(first if first is None else first + args.intermediate_size, count) for first, count in ffn],
+    check_world_size(args, world_size, groupsize, quantization.reordered if quantization else ())
+    q_heads, kv_heads = assign_heads(args.n_head, args.n_local_heads, rank, world_size)
+    ffn = assign_units(args.intermediate_size, rank, world_size, groupsize or 16)
+    heads = head_rows(q_heads, args.head_dim)
+    keys = head_rows(kv_heads, args.head_dim, offset=args.n_head)
+    values = head_rows(kv_heads, args.head_dim, offset=args.n_head + args.n_local_heads)
+    indices = {
+        "vocab": assign_units(args.vocab_size, rank, world_size),
+        "qkv": torch.cat((heads, keys, values)),
+        "heads": heads,
+        "gate_up": torch.cat((ffn, torch.where(ffn < 0, -1, ffn + args.intermediate_size))),
         "ffn": ffn,
     }
-    runs = {name: joined_runs(r) for name, r in runs.items()}
-    wo_groupsize = groupsize and uncut_groupsize(args, rank, world, groupsize)
-    if wo_groupsize % 32:
-        work = [n for n in range(1, args.n_head + 1) if not any(uncut_groupsize(args, r, n, groupsize) % 32 for r in range(n))]
-        raise UserError(f"--nproc_per_node: attention heads of {args.head_dim} on {world} ranks would cut groups of {groupsize} into groups of "
-                        f"{wo_groupsize}, and 32 is the least (these numbers of ranks work: {', '.join(map(str, work))})")
-    return Plan(args, local, rank, runs, quantization, wo_groupsize)
+    local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads), intermediate_size=len(ffn),
+                    vocab_size=len(indices["vocab"]))
+    wo_groupsize = uncut_groupsize(args, rank, world_size, groupsize) if groupsize else 0
+    return Plan(args, local, rank, indices, quantization, groupsize, wo_groupsize)
 
 
-def worth_splitting(nbytes: int, n_layer: int, world: int, device: torch.device) -> bool:
+def check_world_size(args: ModelArgs, world_size: int, groupsize: int, reordered: tuple[str, ...]) -> None:
+    def least_groupsize(n: int) -> int:
+        return min(uncut_groupsize(args, rank, n, groupsize) for rank in range(n))
+    if world_size > args.n_head:
+        problem = f"leaves some ranks without any of the {args.n_head} attention heads (1 to {args.n_head} work)"
+    elif any(name.endswith((".wo", ".w2")) for name in reordered):
+        problem = "is not for GPTQ checkpoints with reordered columns (desc_act), which run in one process only"
+    elif groupsize and (least := least_groupsize(world_size)) < MIN_GROUPSIZE:
+        works = (str(n) for n in range(1, args.n_head + 1) if least_groupsize(n) >= MIN_GROUPSIZE)
+        problem = (f"would cut groups of {groupsize} between attention heads of {args.head_dim} into groups of {least} "
+                   f"(the least is {MIN_GROUPSIZE}; {', '.join(works)} works)")
+    else:
+        return
+    raise UserError(f"{world_size} {problem}", "world_size")
+
+
+def worth_splitting(nbytes: int, n_layer: int, world_size: int, device: torch.device) -> bool:
     """Whether ranks decode faster with a share of nbytes of weights each than with all of them and no collectives."""
-    return nbytes * (1 - 1 / world) > (2 * n_layer + 2) * READ_MEANWHILE[device.type]
+    per_token = 2 * n_layer + 2          # collectives: two a layer, the embedding's, the logits'
+    return nbytes * (1 - 1 / world_size) > per_token * BYTES_PER_COLLECTIVE[device.type]
 
 
-def share_of(size: int, rank: int, world: int, unit: int = 16) -> list[Run]:
-    """The rank's part of 0 .. size - 1: as many whole units for each rank, padding at the end."""
-    part = math.ceil(size / (world * unit)) * unit
-    first = min(rank * part, size)
-    here = min(part, size - first)
-    return [(first, here)] * (here > 0) + [(None, part - here)] * (here < part)
+def assign_units(size: int, rank: int, world_size: int, unit: int = 16) -> Tensor:
+    """The rank's indices among 0 .. size - 1: the same number of whole units for every rank, the padding at the end."""
+    share = math.ceil(size / (world_size * unit)) * unit
+    indices = torch.arange(rank * share, (rank + 1) * share)
+    return torch.where(indices < size, indices, -1)
 
 
-def heads_of(n_head: int, n_local_heads: int, rank: int, world: int) -> tuple[list[int | None], list[int | None]]:
-    """The rank's query heads and KV heads; None is padding.
+def assign_heads(n_head: int, n_local_heads: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """The rank's query heads and KV heads, int64; -1 is padding.
 
-    Every KV head, with the queries that attend to it, may be cut into s parts, each with its own copy of the KV head. The parts are dealt out in
-    order, the same number to each rank. s is what leaves a rank the fewest heads: 1 where n_local_heads divides, more where there are too few.
+    A KV head with the query heads that attend to it may be cut into s pieces, each with a copy of the KV head. The
+    pieces are dealt out in order, as many to each rank. s is what leaves a rank the fewest heads: 1 where n_local_heads
+    divides evenly, more where there are fewer KV heads than ranks.
     """
-    queries = n_head // n_local_heads                        # of a KV head
+    group = n_head // n_local_heads      # query heads of a KV head
 
     def sizes(s: int) -> tuple[int, int]:
-        """Parts of a rank, queries of a part."""
-        return math.ceil(n_local_heads * s / world), math.ceil(queries / s)
-    s = min(range(1, queries + 1), key=lambda s: (sizes(s)[0] * (sizes(s)[1] + 1), sizes(s)[0]))
-    parts, width = sizes(s)
-    q_heads: list[int | None] = []
-    kv_heads: list[int | None] = []
-    for part in range(rank * parts, (rank + 1) * parts):
-        kv, begin = part // s, part % s * width
-        real = kv < n_local_heads and begin < queries
-        kv_heads.append(kv if real else None)
-        q_heads += [kv * queries + i if real and i < queries else None for i in range(begin, begin + width)]
-    return q_heads, kv_heads
+        """Pieces of a rank, query heads of a piece."""
+        return math.ceil(n_local_heads * s / world_size), math.ceil(group / s)
+    s = min(range(1, group + 1), key=lambda s: (sizes(s)[0] * (sizes(s)[1] + 1), sizes(s)[0]))
+    pieces, width = sizes(s)
+    piece = torch.arange(rank * pieces, (rank + 1) * pieces)[:, None]
+    kv, i = piece // s, piece % s * width + torch.arange(width)                  # i: of the query head in its group
+    real = (kv < n_local_heads) & (i < group)
+    return torch.where(real, kv * group + i, -1).flatten(), torch.where(real[:, :1], kv, -1).flatten()
 
 
-def uncut_groupsize(args: ModelArgs, rank: int, world: int, groupsize: int) -> int:
-    """The largest part of wo's int4 groups that no border between the rank's heads and others cuts."""
-    runs = head_runs(heads_of(args.n_head, args.n_local_heads, rank, world)[0], args.head_dim)
-    return math.gcd(groupsize, *(n for run in runs for n in run if n))
+def head_rows(heads: Tensor, head_dim: int, offset: int = 0) -> Tensor:
+    """Indices of all rows of these heads, in a weight where they come after `offset` other heads."""
+    heads = heads[:, None]
+    return torch.where(heads < 0, -1, (offset + heads) * head_dim + torch.arange(head_dim)).flatten()
 
 
-def head_runs(heads: list[int | None], head_dim: int, offset: int = 0) -> list[Run]:
-    return joined_runs([(None if h is None else (offset + h) * head_dim, head_dim) for h in heads])
+def uncut_groupsize(args: ModelArgs, rank: int, world_size: int, groupsize: int) -> int:
+    """The largest fraction of wo's groups that no border between this rank's heads and others cuts."""
+    heads, _ = assign_heads(args.n_head, args.n_local_heads, rank, world_size)
+    shifts = torch.where(heads < 0, -len(heads), heads - torch.arange(len(heads)))       # equal for adjacent heads
+    begins = [0, *(shifts.diff().nonzero()[:, 0] + 1).tolist()]
+    borders = [*begins, *heads[begins].clamp(min=0).tolist(), len(heads)]
+    return math.gcd(groupsize, *(border * args.head_dim for border in borders))
 
 
-def in_units(runs: list[Run], unit: int) -> list[Run]:
-    """The same in units of several columns each, of which the last real one may be incomplete."""
-    out, here = [], 0
-    for first, count in runs:
-        units = math.ceil((here + count) / unit) - math.ceil(here / unit)
-        out.append((first if first is None else first // unit, units))
-        here += count
-    return [run for run in out if run[1]]
-
-
-def joined_runs(runs: list[Run]) -> list[Run]:
-    """Neighbours become one run."""
-    out = [runs[0]]
-    for first, count in runs[1:]:
-        before, n = out[-1]
-        if (before is None and first is None) or (None not in (before, first) and before + n == first):
-            out[-1] = (before, n + count)
-        else:
-            out.append((first, count))
-    return out
+def select(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """The tensor's rows or columns at these indices, zeros at -1."""
+    if indices[0] >= 0 and bool((indices.diff() == 1).all()):
+        return tensor.narrow(dim, int(indices[0]), len(indices))
+    selected = tensor.index_select(dim, indices.clamp(min=0).to(tensor.device))
+    return selected.index_fill_(dim, (indices < 0).nonzero()[:, 0].to(tensor.device), 0)
 
 
 # ---- the sharded model
 
+collectives = torch.ops._c10d_functional         # to the compiler operators like any other
+
+
 def all_reduce(x: Tensor, group: str) -> Tensor:
-    """The sum of every rank's x. The functional form of the collective is an operator like any other to the compiler."""
-    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+    """The sum of every rank's x, of the same shape everywhere."""
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+
+
+def broadcast(x: Tensor, group: str) -> Tensor:
+    """Rank 0's x, of the same shape everywhere."""
+    return collectives.wait_tensor(collectives.broadcast(x.contiguous(), 0, group))
 
 
 class AllReduce(nn.Module):
@@ -194,28 +197,23 @@ class AllReduce(nn.Module):
         return all_reduce(x, self.group)
 
 
-def of_first(x: Tensor, group: str) -> Tensor:
-    """Rank 0's x, of the same shape everywhere."""
-    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.broadcast(x.contiguous(), 0, group))
-
-
-class GatherVocab(nn.Module):
-    """Logits [B, P, local V] of every rank -> [B, P, V]. All ranks get the very same bits, so with the same noise they draw the same tokens."""
+class GatherLogits(nn.Module):
+    """Every rank's logits [B, P, local V] -> [B, P, V], the same bits on all ranks: so all draw the same tokens."""
 
     def __init__(self, ranks: "Ranks", vocab_size: int):
         super().__init__()
-        self.group, self.world, self.vocab_size = ranks.group, ranks.world, vocab_size
+        self.group, self.world_size, self.vocab_size = ranks.group, ranks.world_size, vocab_size
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), self.world, self.group)
-        parts = torch.ops._c10d_functional.wait_tensor(parts).view(self.world, *x.shape)
-        return parts.movedim(0, 2).flatten(2)[..., :self.vocab_size]
+        shards = collectives.all_gather_into_tensor(x.contiguous(), self.world_size, self.group)
+        shards = collectives.wait_tensor(shards).view(self.world_size, *x.shape)
+        return shards.movedim(0, 2).flatten(2)[..., :self.vocab_size]
 
 
-class VocabEmbedding(nn.Module):
-    """The rows first .. first + n - 1 of an embedding; other ranks look up the other ids."""
+class VocabParallelEmbedding(nn.Module):
+    """Rows first .. first + n - 1 of an embedding; other ranks look up the other ids. [B, S] -> [B, S, C]."""
 
-    def __init__(self, weight: nn.Parameter, first: int, ranks: "Ranks"):
+    def __init__(self, weight: Tensor, first: int, ranks: "Ranks"):
         super().__init__()
         self.weight, self.first, self.group = weight, first, ranks.group
 
@@ -227,185 +225,148 @@ class VocabEmbedding(nn.Module):
 
 
 def build(plan: Plan, ranks: "Ranks") -> Transformer:
-    """The rank's share of the model, empty on the meta device. Its state dict has the whole model's names."""
+    """The rank's shard of the model, empty on the meta device. Its state dict has the whole model's names."""
     with torch.device("meta"):
-        model = Transformer(plan.args, plan.local)
+        model: Any = Transformer(plan.args, plan.local)
         if plan.quantization:
             replace_linears(model, plan.quantization)
+        for i, layer in enumerate(model.layers):
+            wo = layer.attention.wo
+            if plan.quantization and isinstance(wo, Int4Linear):
+                how, name = replace(plan.quantization, groupsize=plan.wo_groupsize), f"layers.{i}.attention.wo"
+                layer.attention.wo = how.linear(name, wo.in_features, wo.out_features, wo.bias is not None)
+            layer.attention.reduce = layer.feed_forward.reduce = AllReduce(ranks)
     model.ranks = ranks
-    for i, layer in enumerate(model.layers):
-        if isinstance(wo := layer.attention.wo, Int4Linear):
-            with torch.device("meta"):
-                regrouped = replace(plan.quantization, groupsize=plan.wo_groupsize)
-                layer.attention.wo = regrouped.linear(f"layers.{i}.attention.wo", wo.in_features, wo.out_features, wo.bias is not None)
-        layer.attention.reduce = layer.feed_forward.reduce = AllReduce(ranks)
-    model.tok_embeddings = VocabEmbedding(model.tok_embeddings.weight, plan.rank * plan.local.vocab_size, ranks)
-    model.gather = GatherVocab(ranks, plan.args.vocab_size)
+    first_id = plan.rank * plan.local.vocab_size
+    model.tok_embeddings = VocabParallelEmbedding(model.tok_embeddings.weight, first_id, ranks)
+    model.gather = GatherLogits(ranks, plan.args.vocab_size)
     return model
-
-
-def shard(model: Transformer, ranks: "Ranks") -> Transformer:
-    """The rank's share of a model that is in memory already (generate.load_model reads no more than the share in the first place)."""
-    here = plan(model.args, ranks.rank, ranks.world)
-    sharded = build(here, ranks)
-    sharded.load_state_dict({name: here.cut(name, tensor).clone() for name, tensor in model.state_dict().items()}, assign=True)
-    return sharded.eval()
 
 
 # ---- the processes
 
-class Agreed(UserError):
+class SharedError(UserError):
     """A mistake that every rank knows of."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that hold one model; `group` is the name under which the collectives know them."""
+    """The processes that hold one model, as one of them sees them."""
     rank: int
-    world: int
+    world_size: int
     local_rank: int                      # among those on this machine
-    local_world: int
-    timeout: float
-    group: str
-    store: dist.Store
-    patient: dist.ProcessGroup           # over gloo, for messages that may be long in coming: a user's next prompt, a large file
+    local_world_size: int
+    group: str                           # the process group of the model's collectives
+    control_group: Any                   # of what may be long in coming: a user's next prompt, a file's conversion
+    store: Any                           # a torch.distributed.Store
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def take_device(self, device: torch.device) -> torch.device:
-        """The rank's own device for a --device cpu or cuda, with the first collective on it: where NCCL cannot start it shows here.
-
-        Errors: UserError."""
-        if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":          # what torchrun sets where the user has said nothing
+        """This rank's own device of that type, after a first collective to try it. Errors: UserError."""
+        if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":    # torchrun's default: use all cores
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // self.local_world))
+            torch.set_num_threads(max(1, cores // self.local_world_size))
         if device.type == "cuda":
             if device.index is not None:
-                raise UserError(f"--device {device}: under torchrun each rank takes a device of its own: say --device cuda")
-            if self.local_world > torch.cuda.device_count():
-                raise UserError(f"--nproc_per_node {self.local_world}: there are {torch.cuda.device_count()} CUDA devices")
+                raise UserError(f"{device}: torchrun gives each rank a device of its own: say cuda", "device")
+            if self.local_world_size > (n := torch.cuda.device_count()):
+                raise UserError(f"{self.local_world_size}: there are {n} CUDA devices", "world_size")
             device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(device)
-        self.gather(None)                                    # no rank enters a collective on the device that another cannot join
+        self.gather(None)                # no rank may wait in the collective below for one that failed above
         try:
             all_reduce(torch.ones(1, device=device), self.group).item()
         except RuntimeError as error:
-            raise UserError(f"torchrun: the ranks cannot reach each other from {device}: {one_line(error)}") from error
+            raise UserError(f"the ranks cannot reach each other from {device}: {str(error)[:200]}") from error
         return device
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value. Raises Agreed if one of them is a UserError: so all ranks end when one of them cannot go on."""
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.patient)
-        errors = {rank: str(v) for rank, v in enumerate(values) if isinstance(v, UserError)}
-        if errors:
-            rank, text = next(iter(errors.items()))
-            raise Agreed(f"rank {rank}: {text}" if rank else text)
+        """Every rank's value, pickled. Errors: SharedError, on all ranks, if one of the values is a UserError."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        for rank, error in enumerate(values):
+            if isinstance(error, UserError):
+                raise SharedError(f"{error.message} (on rank {rank})" if rank else error.message, error.field)
         return values
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, whatever the others pass."""
         return self.gather(value)[0]
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """A UserError in the block reaches all ranks, as Agreed: the others meet it at their next gather, if not in the same way."""
+    def check_same(self, checkpoint: str, content: Any) -> None:
+        """Errors: SharedError, if the content (its repr) is not the same on every rank."""
+        found = self.gather((checkpoint, hashlib.sha256(repr(content).encode()).hexdigest()))
+        for rank, (name, digest) in enumerate(found):
+            if digest != found[0][1]:
+                raise SharedError(f"the ranks have different checkpoints: rank 0 {found[0][0]}, rank {rank} {name}")
+
+    def abort_all(self, error: SharedError | str) -> NoReturn:
+        """Ends this process; all ranks together print one line. Of a SharedError rank 0 does, and the status is 2; of a
+        rank that is lost whichever notices first, and the status is 1."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun's, for another rank's end: not amid the line
+        sys.stderr = sys.__stderr__                          # of a rank that was silent so far
+        shared = isinstance(error, SharedError)
         try:
-            yield
-        except Agreed:
-            raise
-        except UserError as error:
-            self.gather(error)
-
-    def check_same(self, what: str, value: Any) -> None:
-        """Errors: UserError, if value is not the same on every rank."""
-        values = self.gather((what, hashlib.sha256(repr(value).encode()).hexdigest()))
-        for rank, (its, digest) in enumerate(values):
-            if digest != values[0][1]:
-                raise Agreed(f"the ranks have different checkpoints: rank 0 {values[0][0]}, rank {rank} {its}")
-
-    def last_words(self, message: str, status: int) -> None:
-        """Ends this process at once. The message is printed by the first rank that has one."""
-        speak_undisturbed()
-        try:
-            unsaid = self.store.add("last words", 1) == 1
-        except RuntimeError:                                 # the store is gone with the process that held it
-            unsaid = True
-        if unsaid:
-            fail(message)
-        leave(status)
-
-    def end_together(self, message: str) -> None:
-        """Ends all ranks, which have the same message; rank 0 prints it."""
-        speak_undisturbed()
-        if self.first:
-            fail(message)
-        with contextlib.suppress(RuntimeError):              # torchrun stops all ranks when the first one ends: by then it has been said
-            self.gather(None)
-        leave(2)
-
-
-def speak_undisturbed() -> None:
-    """torchrun's signal, on the same occasion, must not cut the message off, nor is it to be lost on a rank that was silent so far."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.stderr = sys.__stderr__
-
-
-def leave(status: int) -> None:
-    sys.__stdout__.flush()
-    os._exit(status)                                         # leaving in order would wait for ranks that are no more
+            prints = self.first if shared else self.store.add("abort", 1) == 1
+        except RuntimeError:                                 # the store died with the rank that held it
+            prints = True
+        if prints:
+            fail(error)
+        if shared:
+            with contextlib.suppress(RuntimeError):
+                self.gather(None)                            # a rank that ended sooner would have torchrun stop rank 0
+        sys.stdout.flush()
+        os._exit(2 if shared else 1)                         # an orderly exit would wait for ranks that are gone
 
 
 def init_dist(timeout: float = 300.0) -> Ranks | None:
-    """Joins the other processes that torchrun started, as the environment describes them. None where this is the only one.
+    """Joins the processes that torchrun started, as the environment describes them; None where this is the only one.
 
-    timeout: seconds without an answer from a rank in the midst of computing after which the others give up. Errors: UserError.
+    timeout: seconds without an answer in the model's collectives after which a rank is lost. Errors: UserError.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return None
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    limit, week = datetime.timedelta(seconds=timeout), datetime.timedelta(days=7)
     try:
-        rank, world, local_rank, local_world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    except (KeyError, ValueError) as error:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all that torchrun sets is in the environment: {error}") from None
-    limit = datetime.timedelta(seconds=timeout)
-    try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"torchrun: rank {rank} of {world} could not join the others: {one_line(error)}") from error
-    return Ranks(rank, world, local_rank, local_world, timeout, dist.group.WORLD.group_name, store, patient)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+        local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        store, rank, world_size = next(rendezvous("env://", timeout=limit))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        control_group = dist.new_group(backend="gloo", timeout=week)
+        assert dist.group.WORLD
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"torchrun: rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} could not join the "
+                        f"others: {error!r:.200}") from error
+    return Ranks(rank, world_size, local_rank, local_world_size, dist.group.WORLD.group_name, control_group, store)
 
 
 @contextlib.contextmanager
 def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
-    """init_dist for a command: only rank 0 prints, and if one rank fails all end, with one message."""
+    """init_dist for a command: only rank 0 prints, and if one rank fails all end, with one line."""
     ranks = init_dist(timeout)
     if ranks is None:
         yield None
         return
-    streams = sys.stdout, sys.stderr
-    if not ranks.first:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    if not torch.cuda.is_available():    # waiting for a GPU, Python would not come to run a handler: there the signal itself ends the process
+    if not torch.cuda.is_available():    # Python runs no handler while it waits for a GPU; there the signal just kills
         stopped = f"torchrun stopped rank {ranks.rank}: another rank failed, or it was interrupted"
-        signal.signal(signal.SIGTERM, lambda *_: ranks.last_words(stopped, 1))
+        signal.signal(signal.SIGTERM, lambda *_: ranks.abort_all(stopped))
+    silence = None if ranks.first else open(os.devnull, "w")
     try:
-        with ranks.together():
-            yield ranks
-    except Agreed as error:
-        ranks.end_together(str(error))
+        with contextlib.redirect_stdout(silence or sys.stdout), contextlib.redirect_stderr(silence or sys.stderr):
+            try:
+                yield ranks
+            except UserError as error:
+                if not isinstance(error, SharedError):
+                    ranks.gather(error)                      # raises SharedError, as the other ranks' next one does
+                raise
+    except SharedError as error:
+        ranks.abort_all(error)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        ranks.last_words(f"rank {ranks.rank} lost touch with another rank, which died or did not answer for {timeout:.0f} s ({one_line(error)})", 1)
-    finally:
-        sys.stdout, sys.stderr = streams
+        ranks.abort_all(f"rank {ranks.rank} lost touch with another rank, which died or did not answer for "
+                        f"{timeout:.0f} s ({str(error)[:200]})")
     dist.destroy_process_group()

@@ -227,11 +227,11 @@ template <typename P, typename Y> INLINE void merge_splits(const P& partial, i64
     for (i64 d = 0; d < D; d += 16) store16(y + d, load16(sum + d) * (1 / total));
 }
 
-// q [B, S, H, D], caches [B, K, T, D], pos [B, S] -> y [B, S, H, D]
+// q [B, S, H, D], caches [B, K, T, D], pos from positions() -> y [B, S, H, D]
 template <typename T, typename Y>
 void attend_heads(const T* q, const Tensor& k_cache, const Tensor& v_cache, i64 H, const Tensor& pos, i64 window,
                   Y* y) {
-    const i64 threads = at::get_num_threads(), S = pos.size(1), *p = pos.const_data_ptr<i64>();
+    const i64 threads = at::get_num_threads(), S = pos.numel() / k_cache.size(0), *p = pos.const_data_ptr<i64>();
     const i64 longest = *std::max_element(p, p + pos.numel()) + 1;
     const Schedule plan(k_cache, H, S, longest, threads);
     const i64 D = plan.D, G = plan.G, R = plan.tile * G, splits = plan.splits, partial_size = Partial::size(R, D);
@@ -271,10 +271,11 @@ void check_caches(const Tensor& k, const Tensor& v, at::ScalarType dtype) {
         "caches of ", k.sizes(), " ", k.scalar_type(), " and ", v.sizes(), " ", v.scalar_type(), " for ", dtype);
 }
 
-// input_pos int64 [S] or [B, S], checked -> [B, S]
+// input_pos int64 [S] or [B, S], checked -> B * S of them, one after another
 Tensor positions(const Tensor& input_pos, i64 B, i64 S, i64 slots) {
     TORCH_CHECK(input_pos.scalar_type() == at::kLong, "input_pos of ", input_pos.scalar_type());
-    const auto pos = input_pos.expand({B, S}).contiguous();
+    const bool all = input_pos.dim() <= 2 && input_pos.size(-1) == S && input_pos.numel() == B * S;
+    const auto pos = (all ? input_pos : input_pos.expand({B, S})).contiguous();
     const i64* p = pos.const_data_ptr<i64>();
     for (i64 i = 0; i < B * S; i++)
         TORCH_CHECK(p[i] >= 0 && p[i] < slots, "position ", p[i], " is outside the cache of ", slots);

@@ -70,7 +70,7 @@ struct Linear {
     Tensor multiply(const Tensor& x, bool quantize_activations) const {
         const i64 M = x.size(0);
         if (M <= MAX_TOKENS) {
-            const auto x32 = x.to(at::kFloat);
+            const auto x32 = is(x, at::kFloat) ? x : x.to(at::kFloat);
             auto y = at::empty({M, N}, x32.options());
             if (M > 0) decode(x32.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, quantize_activations);
             return y;
@@ -148,7 +148,7 @@ struct FusedLayers {
 template <typename T, typename U> struct Step {
     const FusedLayers& fused;
     i64 C;
-    Tensor pos;                     // [B, S]
+    Tensor pos;                     // [M]
     const float *cos, *sin, *logn;  // [M, D], [M, D], [M] or null
     T* x;                           // [M, C], in and out
     i64 M = pos.numel();
@@ -191,9 +191,9 @@ template <typename T, typename U> void attention(const Step<T, U>& step, const L
     const T *q_norm = values<T>(layer.q_norm), *k_norm = values<T>(layer.k_norm);
     T *q = queries.mutable_data_ptr<T>(), *k = cache.mutable_data_ptr<T>(), *v = layer.v_cache.mutable_data_ptr<T>();
     const Tensor& pos = step.pos;
-    const i64* positions = pos.const_data_ptr<i64>();
+    const i64 S = step.M / cache.size(0), *positions = pos.const_data_ptr<i64>();
     step.each([&](i64 m) {
-        const i64 b = m / pos.size(1), slot = positions[m];
+        const i64 b = m / S, slot = positions[m];
         const float *cos = step.cos + m * D, *sin = step.sin + m * D, eps = step.fused.eps;
         const float scale = step.logn ? step.logn[m] : 1.0f;
         const U* head = from + m * layer.wqkv.N;

@@ -18,7 +18,8 @@ step() {
     "$@"
 }
 generate() {
-    step "$python" generate.py --compile --num_samples 2 --max_new_tokens 64 --temperature 0 --prompt "The capital of France is" --checkpoint_path "$@"
+    step "$python" generate.py --compile --num_samples 2 --max_new_tokens 64 --temperature 0 \
+        --prompt "The capital of France is" --checkpoint_path "$@"
 }
 
 step bash scripts/prepare.sh "$repo"

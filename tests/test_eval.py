@@ -3,53 +3,13 @@ import math
 import shutil
 
 import pytest
-import tiny
 import torch
-from conftest import ROOT
 
-import cli
+from conftest import EOS, ROOT, expected_logprobs
 from eval import compare, main, perplexity, token_logits, windows
-from generate import load_model
+from loading import load_model
 
 HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
-EOS = 256
-RANDOM = torch.Generator()
-
-
-def save(family, folder, **changes):
-    """A tiny checkpoint that never generates an id which its tokenizer does not have."""
-    model = tiny.reference(family, eos_token_id=EOS, **changes)
-    model.lm_head.weight[EOS + 1:] = 0
-    return tiny.save(model, folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save("qwen3-tied", tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_model(folder, "cpu", torch.float32)
-
-
-@pytest.fixture(scope="module")
-def reference(folder):
-    import transformers
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-@torch.inference_mode()
-def expected_logprobs(reference, context, continuation, max_length=512):
-    """(log-probability, greedy) of a continuation by transformers, alone and without a cache."""
-    tokens = (context + continuation)[-(max_length + 1):]
-    logits = reference(torch.tensor([tokens[:-1]])).logits[0, -len(continuation):].log_softmax(-1)
-    target = torch.tensor(continuation)
-    return logits.gather(1, target[:, None]).sum().item(), bool((logits.argmax(-1) == target).all())
-
-
-def ids(n):
-    return torch.randint(0, 256, (n,), generator=RANDOM).tolist()
 
 
 # ---- perplexity
@@ -72,47 +32,49 @@ def test_windows_are_lm_evals_rolling_windows():
         assert list(windows(text, 0, 32, stride)) == expected
 
 
-def test_perplexity_equals_transformers(loaded, reference):
+def test_perplexity_equals_transformers(eval_model, hf_model):
     text = HELDOUT[:700]
-    score = perplexity(*loaded, text, 128, 64)
-    tokens = [EOS, *loaded[1].encode(text)]
+    score = perplexity(*eval_model, text, 128, 64)
+    tokens = [EOS, *eval_model[1].encode(text)]
     nll, begin = 0.0, 0
     for end in [*range(128, 700, 64), 700]:
-        nll -= expected_logprobs(reference, tokens[max(0, end - 128):begin + 1], tokens[begin + 1:end + 1])[0]
+        nll -= expected_logprobs(hf_model, tokens[max(0, end - 128):begin + 1], tokens[begin + 1:end + 1])[0]
         begin = end
     assert score.tokens == score.bytes == 700
     assert score.perplexity == pytest.approx(math.exp(nll / 700), rel=1e-5)
     assert score.bits_per_byte == pytest.approx(nll / math.log(2) / 700, rel=1e-6)
-    assert perplexity(*loaded, text, 128, 64, chunk=16).nll == pytest.approx(score.nll, rel=1e-5)
+    assert perplexity(*eval_model, text, 128, 64, chunk=16).nll == pytest.approx(score.nll, rel=1e-5)
 
 
 @torch.inference_mode()
-def test_token_logits_equal_one_pass(loaded, reference):
-    tokens = ids(90)
+def test_token_logits_equal_one_pass(eval_model, hf_model):
+    tokens = torch.randint(256, (90,)).tolist()
     for last, chunk in ((90, None), (20, 16), (1, 7)):
-        logits, targets = map(torch.cat, zip(*token_logits(loaded[0], tokens, tokens[-last:], chunk)))
+        logits, targets = map(torch.cat, zip(*token_logits(eval_model[0], tokens, tokens[-last:], chunk), strict=True))
         assert targets.tolist() == tokens[-last:]
-        torch.testing.assert_close(logits, reference(torch.tensor([tokens])).logits[0, -last:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, hf_model(torch.tensor([tokens])).logits[0, -last:], atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_compare(loaded, folder, tmp_path, reference):
-    other = shutil.copytree(folder, tmp_path / "other")
+def test_compare(eval_model, eval_folder, tmp_path, hf_model):
+    other = shutil.copytree(eval_folder, tmp_path / "other")
     checkpoint = torch.load(other / "model.pth", weights_only=True)
     noise = torch.Generator().manual_seed(0)
     state = {name: w + 0.01 * torch.randn(w.shape, generator=noise) for name, w in checkpoint["state_dict"].items()}
     torch.save({**checkpoint, "state_dict": state}, other / "model.pth")
     text = HELDOUT[:300]
-    same, changed = compare([folder / "model.pth", other], text, 300, 300, "cpu", torch.float32)
-    assert (same.kl, same.agreement) == (0, 1) and same.score.nll == pytest.approx(perplexity(*loaded, text, 300, 300).nll)
+    same, changed = compare([eval_folder / "model.pth", other], text, 300, 300, "cpu", torch.float32)
+    assert (same.kl, same.agreement) == (0, 1)
+    assert same.score.nll == pytest.approx(perplexity(*eval_model, text, 300, 300).nll)
 
-    tokens = torch.tensor([[EOS, *loaded[1].encode(text)[:-1]]])
+    tokens = torch.tensor([[EOS, *eval_model[1].encode(text)[:-1]]])
     theirs = load_model(other, "cpu", torch.float32)[0]
     theirs.setup_caches(1, 300)
-    p = reference(tokens).logits[0].log_softmax(-1)
+    p = hf_model(tokens).logits[0].log_softmax(-1)
     q = theirs(tokens, torch.arange(300), torch.arange(300))[0].log_softmax(-1)
     assert changed.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3) and changed.kl > 0
-    assert changed.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item()) and changed.agreement < 1
+    assert changed.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    assert changed.agreement < 1
     assert changed.size == (other / "model.pth").stat().st_size
 
 
@@ -122,11 +84,12 @@ def run_command(*arguments):
     main(["--device", "cpu", "--dtype", "fp32", *map(str, arguments)])
 
 
-def test_command_perplexity(folder, tmp_path, capsys):
+def test_command_perplexity(eval_folder, tmp_path, capsys):
     (tmp_path / "text").write_text(HELDOUT[:600])
-    run_command("--checkpoint_path", folder, "--perplexity", tmp_path / "text", "--max_seq_length", 256)
+    run_command("--checkpoint_path", eval_folder, "--perplexity", tmp_path / "text", "--max_seq_length", 256)
     assert " bits per byte, 600 tokens, 600 bytes" in capsys.readouterr().out
-    run_command("--perplexity", tmp_path / "text", "--compare", folder, folder / "model.pth", "--max_seq_length", 256)
+    run_command("--perplexity", tmp_path / "text", "--max_seq_length", 256,
+                "--compare", eval_folder, eval_folder / "model.pth")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(line.split()[-2:] == ["0.00000", "100.00%"] for line in lines[1:])
 
@@ -135,9 +98,9 @@ def test_command_perplexity(folder, tmp_path, capsys):
     ([], "nothing to do"),
     (["--compare", "a.pth"], "--compare needs a text"),
     (["--compare", "a.pth", "--perplexity", "SHORT", "--tasks", "x"], "and no tasks"),
-    (["--perplexity", "/nowhere"], "--perplexity /nowhere"),
+    (["--perplexity", "/nowhere"], "--perplexity /nowhere: cannot be read"),
     (["--perplexity", "EMPTY"], "empty"),
-    (["--perplexity", "SHORT"], "fewer than a window"),
+    (["--perplexity", "SHORT"], "--perplexity needs a text of a window of 512"),
     (["--perplexity", "SHORT", "--max_seq_length", "4", "--stride", "5"], "--stride 5"),
     (["--perplexity", "SHORT", "--stride", "0"], "--stride 0"),
     (["--perplexity", "SHORT", "--max_seq_length", "513"], "--max_seq_length 513"),
@@ -151,11 +114,8 @@ def test_command_perplexity(folder, tmp_path, capsys):
     (["--tasks", "x", "--output_path", "SHORT"], "--output_path"),
     (["--tasks", "x", "--include_path", "/nowhere"], "--include_path /nowhere"),
 ])
-def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_line_and_status_2(eval_folder, tmp_path, refusal, arguments, message):
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "SHORT").write_text("def f(x):")
-    arguments = [str(tmp_path / a) if a in ("EMPTY", "SHORT") else a for a in arguments]
-    with pytest.raises(SystemExit) as exit:
-        cli.run(lambda: run_command("--checkpoint_path", folder, *arguments))
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+    arguments = [tmp_path / a if a in ("EMPTY", "SHORT") else a for a in arguments]
+    assert message in refusal(main, "--device", "cpu", "--dtype", "fp32", "--model", eval_folder, *arguments)

@@ -184,7 +184,7 @@ def test_each_machines_first_rank_downloads_for_the_others(full_hub):
     order = []
 
     def ranks(local_rank: int, gather) -> SimpleNamespace:
-        return SimpleNamespace(rank=local_rank, local_rank=local_rank, world=2, local_world=2, gather=gather,
+        return SimpleNamespace(rank=local_rank, local_rank=local_rank, world_size=2, local_world_size=2, gather=gather,
                                check_same=lambda *_: None)
 
     def first_rank(_: None) -> None:

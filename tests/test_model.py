@@ -10,6 +10,7 @@ import kernels
 import tiny
 from generate import Engine, Sampling, load_model
 from model import Linear
+from quantize import quantize_model
 
 GREEDY = Sampling(temperature=0)
 IDS = torch.randint(0, 320, (2, 90), generator=torch.Generator().manual_seed(1))
@@ -86,7 +87,7 @@ def test_fused_layers_equal_the_layers(pair, mode, dtype, tolerance):
     _, ours = pair
     model = copy.deepcopy(ours).to(dtype)
     if mode:
-        formats.quantize_model(model, mode)
+        quantize_model(model, mode)
         formats.set_quantize_activations(model, False)
     for B, steps in ((1, (1,) * 5), (1, (7, 16)), (3, (1, 2, 5))):
         model.setup_caches(B, 64)

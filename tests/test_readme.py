@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 import tiny
 from conftest import ROOT
 
@@ -17,7 +18,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 SHORTER = {                                          # what a command gets so that it ends soon
     "generate.py": ["-n", "4", "--num_samples", "1", "--device", "cpu"],
-    "eval.py": ["--device", "cpu", "--max_seq_length", "64"],
+    "eval.py": ["--device", "cpu", "--max_seq_length", "256"],
     "quantize.py": []}
 
 
@@ -32,7 +33,8 @@ def test_it_is_short():
 
 
 def test_files_in_the_table_exist():
-    names = [name for row in re.findall(r"^\| (`.*?) \|", README, re.MULTILINE) for name in re.findall(r"`([\w./]+)`", row)]
+    rows = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`([\w./]+)`", row)]
     files = [name for name in names if name.endswith((".py", "/"))]
     assert len(files) > 12
     for name in [*files, *re.findall(r"\]\(([\w./-]+)[)#]", README)]:
@@ -47,7 +49,8 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for name in ("demo", "demo-draft", "Qwen/Qwen3-0.6B"):
         (folder / "checkpoints" / name).mkdir(parents=True)
-        tiny.save(tiny.reference("qwen3-tied", seed=len(name), max_position_embeddings=2048), folder / "checkpoints" / name)
+        reference = tiny.reference("qwen3-tied", seed=len(name), max_position_embeddings=2048)
+        tiny.save(reference, folder / "checkpoints" / name)
     (folder / "tests" / "data").mkdir(parents=True)
     (folder / "tests" / "data" / "heldout.txt").write_text((ROOT / "tests" / "data" / "heldout.txt").read_text()[:600])
     shutil.copytree(ROOT / "tests" / "lm_eval_tasks", folder / "tests" / "lm_eval_tasks")
@@ -79,8 +82,8 @@ def test_command(inside, command, capsys):
 def test_torchrun(inside):
     (command,) = [command for command in COMMANDS if command.startswith("torchrun ")]
     command = command.replace("generate.py", str(ROOT / "generate.py")).removeprefix("torchrun")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *shlex.split(command), *SHORTER["generate.py"]],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command), *SHORTER["generate.py"]]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "Average tokens/sec" in done.stdout, done.stderr
 
 

@@ -2,7 +2,8 @@
 
     python tests/lm_eval_tasks/build.py
 
-heldout_choice: which of four lines comes next.  heldout_rolling: the perplexity of whole documents.  heldout_line: write the next line.
+heldout_choice: which of four lines comes next.  heldout_rolling: the perplexity of whole documents.
+heldout_line: write the next line.
 The yaml files name load() and its file, which are found beside them from any working directory.
 """
 import json
@@ -21,8 +22,8 @@ def load(file: str, **metadata):
 
 def questions(lines: list[str], rng: random.Random, number: int) -> list[dict]:
     """Five lines of code and four candidates for the sixth, of which the others are from elsewhere."""
-    usable = [i for i in range(5, len(lines)) if 24 <= len(lines[i].strip()) <= 72
-              and sum(map(len, lines[i - 5:i])) >= 80]
+    usable = [i for i in range(5, len(lines))
+              if 24 <= len(lines[i].strip()) <= 72 and sum(map(len, lines[i - 5:i])) >= 80]
     rows = []
     for i in rng.sample(usable, number):
         others = rng.sample([j for j in usable if lines[j] != lines[i]], 3)
@@ -41,7 +42,7 @@ def next_lines(lines: list[str], rng: random.Random, number: int) -> list[dict]:
 def documents(text: str, rng: random.Random) -> list[dict]:
     sizes = [150, 300, 600, 700, 900, 1200, 1500, 2500, 5000]
     starts = [rng.randrange(len(text) - size) for size in sizes]
-    return [{"text": text[start:start + size]} for start, size in zip(starts, sizes)]
+    return [{"text": text[start:start + size]} for start, size in zip(starts, sizes, strict=True)]
 
 
 def main() -> None:
