@@ -105,7 +105,8 @@ def print_answer(steps: Iterator[list[int | None]], decoder: StreamDecoder) -> t
     """Prints an answer as it comes, until its end or Ctrl-C: its ids, and the tokens/s after the first."""
     answer, times = [], []
     with contextlib.suppress(KeyboardInterrupt):
-        for (i,) in steps:
+        for row in steps:
+            i = row[0] or 0                          # None comes from batches only
             answer.append(i)
             times.append(time.perf_counter())
             print(decoder.push(i), end="", flush=True)

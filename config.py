@@ -79,18 +79,21 @@ def not_supported(key: str, value: Any, supported: Iterable) -> UserError:
 
 def _from_qwen_v1(config: dict) -> ModelArgs:
     """Two generations of key names; the feed-forward width counts gate and up together."""
-    def get(*names: str):
+    def get(*names: str) -> Any:
         return next((config[n] for n in names if n in config), None)
+
+    def need(*names: str) -> Any:
+        if not get(*names):
+            raise KeyError(names[0])
+        return get(*names)
     if config.get("no_bias") not in (None, True):
         raise not_supported("no_bias", config["no_bias"], (True,))
-    n_head, dim = get("num_attention_heads", "n_head"), get("hidden_size", "n_embd")
-    if not n_head or not dim:
-        raise KeyError("num_attention_heads" if not n_head else "hidden_size")
+    n_head, dim = need("num_attention_heads", "n_head"), need("hidden_size", "n_embd")
     seq_length = get("seq_length", "n_positions") or 2048
     return ModelArgs(
-        model_type="qwen", dim=dim, n_layer=get("num_hidden_layers", "n_layer"), n_head=n_head, n_local_heads=n_head,
+        model_type="qwen", dim=dim, n_layer=need("num_hidden_layers", "n_layer"), n_head=n_head, n_local_heads=n_head,
         head_dim=get("kv_channels") or dim // n_head,
-        intermediate_size=get("intermediate_size", "ffn_hidden_size") // 2, vocab_size=config["vocab_size"],
+        intermediate_size=need("intermediate_size", "ffn_hidden_size") // 2, vocab_size=config["vocab_size"],
         max_position=max(get("max_position_embeddings", "n_positions") or 0, seq_length),
         norm_eps=config.get("layer_norm_epsilon", 1e-6), rope_base=config.get("rotary_emb_base", 10000.0),
         qkv_bias=True, tie_word_embeddings=config.get("tie_word_embeddings", False), seq_length=seq_length,

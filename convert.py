@@ -261,7 +261,7 @@ def copy_weights(path: Path, layout: Layout, offsets: dict[str, int], tensors: I
         for place, tensor in tensors:
             dtype = layout[place.key][1]
             file.seek(offsets[place.key] + place.row * place.shape[1:].numel() * dtype.itemsize)
-            file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy())
+            file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
             bar.update(tensor.nbytes)
         file.flush()
         os.fsync(file.fileno())          # a full disk may show only here, and must show before the file gets its name
@@ -293,7 +293,8 @@ class PublishedQuantization:
             return None
         get = (stated if isinstance(stated, dict) else {"quant_method": stated}).get
         method, form = get("quant_method", "unnamed"), get("checkpoint_format") or get("format")
-        bits, groupsize = get("bits", get("w_bit")), get("group_size", get("q_group_size", -1))
+        bits: Any = get("bits", get("w_bit"))
+        groupsize = get("group_size", get("q_group_size", -1))
         if method == "awq":
             layout = "version", str(get("version") or form or "gemm").lower(), ("gemm",)
         else:

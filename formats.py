@@ -311,7 +311,8 @@ def replace_linears(model: Transformer, quantization: Quantization) -> list[tupl
     """Replaces a model's linears in place by empty ones; a tied model gets a quantized head of its own."""
     replaced = []
     for name in linear_names(model):
-        old = model.tok_embeddings if name == "output" and model.output is None else model.get_submodule(name)
+        tied = name == "output" and model.output is None
+        old: Any = model.tok_embeddings if tied else model.get_submodule(name)
         bias = getattr(old, "bias", None)
         with torch.device("meta"):
             new = quantization.linear(name, old.weight.size(1), old.weight.size(0), bias is not None)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool = False,
                  compile_prefill: bool = False, draft: "Engine | str | None" = None, speculate_k: int | None = None):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = model, cast(Tokenizer, tokenizer)     # None serves who passes and takes ids only
         self.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size) if tokenizer else model.args.vocab_size
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
         self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1
@@ -83,7 +83,8 @@ class Engine:
 
         A change to the model takes effect with the next request. Errors: UserError.
         """
-        rows = [list(p) for p in prompts] if prompts and not isinstance(prompts[0], int) else [list(prompts)]
+        single = not prompts or isinstance(prompts[0], int)
+        rows: list[list[int]] = [list(p) for p in cast(Any, [prompts] if single else prompts)]
         sampling.check()
         self.check_request(rows, max_new_tokens)
         lengths, stop_ids = [len(row) for row in rows], self.stop_ids if stop_ids is None else stop_ids
@@ -116,7 +117,7 @@ class Engine:
         start = common_prefix(self.cached, rows[0][:-1]) if keep_cache and len(rows) == 1 and rotated_alike else 0
         self.cached = list(rows[0])
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-        logits = None
+        logits: Any = None
         for begin in range(start, longest, PREFILL_CHUNK):
             idx = padded[:, begin:begin + PREFILL_CHUNK].to(device)
             last = (lengths - 1 - begin)[:, None]                      # each row's last token: is it in this chunk?

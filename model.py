@@ -24,6 +24,8 @@ class Transformer(nn.Module):
 
     args describes the whole model; local, the share of it in this process where tp.py splits it over several.
     """
+    layers: Any                                        # nn.ModuleList of TransformerBlock
+    inv_freq: Tensor                                   # fp32 [D / 2], see config.rope_frequencies
 
     def __init__(self, args: ModelArgs, local: ModelArgs | None = None):
         super().__init__()
@@ -161,7 +163,7 @@ class Attention(nn.Module):
         self.wo = Linear(args.n_head * args.head_dim, args.dim, args.o_bias)
         self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
-        self.kv_cache: KVCache = None                  # by Transformer.setup_caches
+        self.kv_cache: Any = None                      # KVCache, by Transformer.setup_caches
         self.reduce = nn.Identity()                    # tensor parallelism: the sum over ranks
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
@@ -226,6 +228,8 @@ class RMSNorm(nn.Module):
 
 class KVCache(nn.Module):
     """Keys and values of every position so far, each [B, K, T, D]."""
+    k_cache: Tensor
+    v_cache: Tensor
 
     def __init__(self, k_cache: Tensor, v_cache: Tensor):
         super().__init__()

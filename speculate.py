@@ -31,7 +31,7 @@ LOOKUP_LENGTHS = (4, 3, 2)           # how many of the last tokens prompt lookup
 class Decoder(Protocol):
     """What speculation needs of a model with a KV cache: generate.Engine has it."""
     model: Transformer
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer
     vocab_size: int
     compiled: bool
     compiled_prefill: bool
@@ -40,6 +40,8 @@ class Decoder(Protocol):
 
     def prefill(self, rows: Sequence[Sequence[int]], keep_cache: bool) -> Tensor: ...
     def step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor: ...
+    def reserve(self, batch: int, max_seq_length: int) -> bool: ...
+    def run_eagerly(self) -> None: ...
 
 
 def expected_tokens(a: float, k: int) -> float:
@@ -101,8 +103,9 @@ class Draft:
 
     def of_first(self, ranks: tp.Ranks) -> "Draft":
         """Rank 0's draft, on every rank."""
-        tensors = (self.tokens, self.probs, self.ids)
-        return Draft(*(None if t is None else tp.broadcast(t, ranks.group) for t in tensors))
+        def received(t: Tensor | None) -> Tensor | None:
+            return None if t is None else tp.broadcast(t, ranks.group)
+        return Draft(tp.broadcast(self.tokens, ranks.group), received(self.probs), received(self.ids))
 
 
 class ModelDraft:
@@ -314,7 +317,7 @@ class Speculator:
         if draft:
             check_draft(engine, draft)
         self.engine, self.model, self.draft_engine, self.k = engine, engine.model, draft, k
-        self.draft = PromptLookup(engine.model.device)
+        self.draft: ModelDraft | PromptLookup = PromptLookup(engine.model.device)
         if draft:
             self.draft = ModelDraft(draft, engine.vocab_size, engine.compiled)
         self.verify = self.verify_step
@@ -343,7 +346,7 @@ class Speculator:
         drafted = idx[0, 1:]
         if sampling.temperature == 0:
             return accept_greedy(logits, drafted)
-        if probs is None:
+        if probs is None or ids is None:
             probs, ids = torch.ones_like(uniform)[:, None], drafted[:, None]
         return accept(logits, drafted, sampling, probs, ids, uniform, noise)
 
@@ -366,7 +369,7 @@ class Speculator:
         """Extends the text by one token or several, and the caches by all but the last."""
         start = time.perf_counter()
         before, uncached = len(text), self.draft.uncached()
-        k = self.k or self.policy.choose(left, uncached)
+        k = self.k or (self.policy.choose(left, uncached) if self.policy else 0)
         if self.model.ranks and not self.k:
             k = self.model.ranks.from_first(k)
         if left == 1 or self.model.device.type == "cpu":         # on a GPU only the shapes that were compiled
@@ -411,14 +414,15 @@ class Speculator:
         idx, input_pos = self.place(text[-1:], len(text) - 1)
         plain_s = median_seconds(lambda: self.engine.step(idx, input_pos.clone(), sampling, rng), device, 7)
         draft_s = read_s = 0.0
-        if isinstance(self.draft, ModelDraft):
-            read_s = median_seconds(lambda: self.draft.engine.prefill([text[:-1]], False), device, 1) / len(text)
-            self.draft.begin(text, False)
-            self.draft.cached_len = len(text)
-            draft_s = median_seconds(lambda: self.draft.propose(4, sampling, rng), device, 5) / 4
+        model_draft = self.draft if isinstance(self.draft, ModelDraft) else None
+        if model_draft:
+            read_s = median_seconds(lambda: model_draft.engine.prefill([text[:-1]], False), device, 1) / len(text)
+            model_draft.begin(text, False)
+            model_draft.cached_len = len(text)
+            draft_s = median_seconds(lambda: model_draft.propose(4, sampling, rng), device, 5) / 4
         verify_s: dict[int, float] = {}
         for k in [self.k] if self.k else AUTO_K if device.type == "cpu" else AUTO_K_CUDA:
-            draft = (self.draft.propose(k, sampling, rng) if self.draft_engine
+            draft = (model_draft.propose(k, sampling, rng) if model_draft
                      else Draft(torch.zeros(1, k, dtype=torch.int64, device=device)))
             verify_s[k] = median_seconds(functools.partial(self.verify_draft, text, draft, sampling, rng), device, 3)
             rates = [(k + 1) / (v + k * draft_s) for k, v in verify_s.items()]           # if all were accepted

@@ -161,9 +161,9 @@ def learning_rate(step: int, steps: int, warmup: int = 40, decay: float = 0.6) -
 def build_model(name: str):
     from transformers import Qwen3Config, Qwen3ForCausalLM
     end, im_end = VOCAB_SIZE - len(SPECIAL_TOKENS), VOCAB_SIZE - len(SPECIAL_TOKENS) + 2
-    config = Qwen3Config(vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, rope_theta=10000.0,
-                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=im_end, pad_token_id=end,
-                         **SHAPES[name])
+    shape: dict = dict(rope_theta=10000.0, **SHAPES[name])
+    config = Qwen3Config(vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=im_end, pad_token_id=end, **shape)
     model = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = [im_end, end]
     for key, p in model.named_parameters():            # residual outputs start small, the rest at 1/sqrt(fan_in)
@@ -229,7 +229,7 @@ def train(args, folder: Path, state_file: Path) -> None:
             with cli.atomic_write(state_file) as partial:
                 torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                             "step": step + 1}, partial)
-    model.to(torch.bfloat16).eval()
+    model.bfloat16().eval()
     print(f"{args.name}: held-out bits per byte in bf16 {bits_per_byte(model, tokenizer, heldout):.4f}", flush=True)
     model.save_pretrained(folder)
 

@@ -2,7 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:      # before torch reads it: a worker a core, and no threads that wait for others
+if "PYTEST_XDIST_WORKER" in os.environ:      # before torch reads it: one core a worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -571,6 +571,7 @@ def test_other_cpus(tmp_path: Path, cpu: str) -> None:
     compiler.write_text(f'#!/bin/sh\nexec g++ $(echo "$@" | sed "s/-march=native/-march={target}/; s/-O3/-O1/")\n')
     compiler.chmod(0o755)
     env = dict(os.environ, TEST_CPU=cpu, CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(tmp_path))
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "linear or attend or fused", __file__]
+    chosen = ["-m", "not slow", "-k", "linear or attend or fused"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", *chosen, __file__]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "[100%]" in run.stdout and list(tmp_path.glob("kernels_*.so")), run.stdout[-2000:]
