@@ -5,12 +5,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import tp
+from cli import UserError
 from tokenizer import StreamDecoder, Tokenizer
 
-HELP = """Ctrl-C stops an answer; an empty line or Ctrl-D ends.
+HELP = """Ctrl-C stops an answer; at the prompt it ends the program, as Ctrl-D or an empty line do.
 /reset  begins a new conversation
 /help   shows this"""
 
@@ -38,7 +39,8 @@ class RowPrinter:
             print(text, end="", flush=True)
         elif self.live and text:
             up, width = len(self.texts) - row, shutil.get_terminal_size().columns - 1
-            tail = (self.prompts[row] + self.texts[row]).replace("\n", " ")[-width:]
+            tail = (self.prompts[row] + self.texts[row])[-width:].replace("\n", " ")
+            tail = tail if tail.isascii() else tail[-width // 2:]                # there may be wide characters
             print(f"\033[{up}A\r\033[2K{tail}\033[{up}B\r", end="", flush=True)
 
     def close(self) -> None:
@@ -71,7 +73,7 @@ def chat(generate: Callable[..., Iterator[list[int | None]]], tokenizer: Tokeniz
     if not quiet:
         print(dim(HELP))
     while text := next_line(ranks):
-        if text.startswith("/"):
+        if text in ("/reset", "/help"):
             messages = list(beginning) if text == "/reset" else messages
             print(dim("a new conversation" if text == "/reset" else HELP))
             continue
@@ -80,8 +82,8 @@ def chat(generate: Callable[..., Iterator[list[int | None]]], tokenizer: Tokeniz
         capacity = request["max_seq_length"]
         if len(prompt) >= capacity:
             messages.pop()
-            print(f"This makes {len(prompt)} tokens, and --max_seq_length is {capacity}: "
-                  "/reset begins a new conversation")
+            print(f"This makes {len(prompt)} tokens, and the KV cache holds {capacity} (--max_seq_length)"
+                  f"{': /reset begins a new conversation' if use_template else ''}")
             continue
         limited = {**request, "max_new_tokens": min(capacity - len(prompt), request["max_new_tokens"])}
         steps = generate([prompt], **limited, keep_cache=True, progress=show_prefill)
@@ -94,10 +96,13 @@ def chat(generate: Callable[..., Iterator[list[int | None]]], tokenizer: Tokeniz
 def next_line(ranks: tp.Ranks | None) -> str:
     """What the user typed, on every rank; empty at the end."""
     try:
-        text = input("> ").strip() if not ranks or ranks.first else ""
+        text = input("> ") if not ranks or ranks.first else ""
     except (EOFError, KeyboardInterrupt):
         print()
         text = ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin cannot be read: {error}") from None
+    text = text if text.strip() else ""
     return ranks.from_first(text) if ranks else text
 
 
@@ -106,7 +111,7 @@ def print_answer(steps: Iterator[list[int | None]], decoder: StreamDecoder) -> t
     answer, times = [], []
     with contextlib.suppress(KeyboardInterrupt):
         for row in steps:
-            i = row[0] or 0                          # None comes from batches only
+            i = cast(int, row[0])                    # None comes from batches only
             answer.append(i)
             times.append(time.perf_counter())
             print(decoder.push(i), end="", flush=True)

@@ -80,7 +80,8 @@ class Parser(argparse.ArgumentParser):
 
         def spelt(argument: str) -> str:
             name, equals, value = argument.partition("=")
-            return spellings.get(name.replace("-", "_"), name) + equals + value
+            is_flag = argument.startswith("--")
+            return spellings.get(name.replace("-", "_"), name) + equals + value if is_flag else argument
         return super().parse_known_args([spelt(a) for a in (sys.argv[1:] if args is None else args)], namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -99,6 +100,14 @@ def read_text(path: Path | str, field: str = "") -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{path}: cannot be read: {reason}", field) from None
+
+
+def read_stdin() -> str:
+    """Errors: UserError, for what is not text in the terminal's encoding."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"- : stdin cannot be read: {error}", "prompt") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -110,12 +110,12 @@ class Engine:
                 progress: Progress | None = None) -> Tensor:
         """Logits [B, 1, V] of each row's last token. Shorter rows are padded on the right: their first decoded tokens
         overwrite the padding's keys and values."""
-        device, lengths, args = self.model.device, torch.tensor([len(row) for row in rows]), self.model.args
-        longest = int(lengths.max())
+        device, lengths = self.model.device, torch.tensor([len(row) for row in rows])
+        longest, frequencies = int(lengths.max()), self.model.inv_freq.clone()
         self.model.set_prompt_length(longest)
-        rotated_alike = not (args.dynamic_ntk and longest > args.seq_length)
+        rotated_alike = torch.equal(frequencies, self.model.inv_freq)      # dynamic NTK: the cached keys and the new
         start = common_prefix(self.cached, rows[0][:-1]) if keep_cache and len(rows) == 1 and rotated_alike else 0
-        self.cached = list(rows[0])
+        self.cached = self.cached[:start]
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         logits: Any = None
         for begin in range(start, longest, PREFILL_CHUNK):
@@ -127,6 +127,7 @@ class Engine:
             logits = new if logits is None else torch.where(inside[:, :, None].to(device), new, logits)
             if progress and longest > PREFILL_CHUNK:
                 progress(begin + idx.size(1), longest)
+        self.cached = list(rows[0])
         return logits
 
     def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
@@ -147,8 +148,8 @@ class Engine:
             ids = idx[:, 0].tolist()
             yield ids
             if left:
-                self.cached.append(ids[0])
                 idx = following if following is not None else self.step(idx, input_pos, sampling, rng)
+                self.cached.append(ids[0])
 
     def step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
         """The next ids [B, 1]; moves input_pos on."""
@@ -163,7 +164,7 @@ class Engine:
         return sample(self.model(idx, input_pos, fused=self.fused)[:, -1, :self.vocab_size], sampling, noise)
 
     def check_request(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        """Errors: UserError."""
+        """Raises UserError if the model, or its draft, cannot serve the request."""
         check_request(self.model.args, rows, max_new_tokens)
         if self.speculator and len(rows) > 1:
             raise UserError(f"{len(rows)}: speculative decoding takes one sequence at a time", "batch_size")
@@ -175,7 +176,7 @@ class Engine:
         if self.speculator:
             max_seq_length += self.speculator.lookahead
             if self.speculator.draft_engine and self.speculator.draft_engine.reserve(batch, max_seq_length):
-                self.speculator.draft.begin([], keep_cache=False)
+                self.speculator.drafter.begin([], keep_cache=False)
         grown = reserve_caches(self.model, batch, max_seq_length)
         self.cached = [] if grown else self.cached
         self.fused = self.model.fuse()
@@ -189,7 +190,7 @@ class Engine:
 
 def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens: int,
                   context: str = "the model's context") -> None:
-    """Errors: UserError."""
+    """Raises UserError if the request is empty or exceeds the model's context."""
     if not rows or not all(rows):
         raise UserError("is empty", "prompt")
     if max_new_tokens < 1:
@@ -311,7 +312,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="sample from the K most probable tokens; 0: from all")
     output.add_argument("--top_p", type=float, metavar="P",
                         help="sample from the most probable tokens that have a probability of P together")
-    output.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    output.add_argument("--seed", type=int, metavar="N",
+                        help="the same seed gives the same text (with drafts: for a fixed K)")
     output.add_argument("--ignore_eos", action="store_true", help="go on past the end of the text")
     output.add_argument("--quiet", action="store_true", help="print the text alone")
 
@@ -358,9 +360,11 @@ def list_models() -> None:
 
 
 def check_args(args: argparse.Namespace) -> Sampling:
-    for field in ("num_samples", "batch_size", "max_new_tokens"):
-        if getattr(args, field) < 1:
-            raise UserError(f"{getattr(args, field)} must be 1 or more", field)
+    for field, least in (("num_samples", 1), ("batch_size", 1), ("max_new_tokens", 1), ("max_seq_length", 0)):
+        if getattr(args, field) < least:
+            raise UserError(f"{getattr(args, field)} must be {least} or more", field)
+    if args.seed is not None and not 0 <= args.seed < 1 << 63:
+        raise UserError(f"{args.seed} must be from 0 to 2^63 - 1", "seed")
     for field in ("system", "no_thinking"):
         if getattr(args, field) and not (args.chat or args.interactive and args.chat is None):
             raise UserError("needs --chat", field)
@@ -391,12 +395,14 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     engine = Engine(model, tokenizer, args.compile, args.compile_prefill, draft, speculate_k)
     if engine.speculator:
         engine.speculator.measures = True            # for the summary, whether or not k is to be chosen
-    capacity = args.max_seq_length or (min(context, 4096) if args.interactive else 0)
+    if isinstance(draft, Engine):
+        context = min(context, draft.model.args.max_position)
+    capacity = min(context, args.max_seq_length or 4096) if args.interactive else args.max_seq_length
     request = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, max_seq_length=capacity, seed=args.seed,
                    stop_ids=frozenset() if args.ignore_eos else None)
     prompts = [tokenizer.encode("def")]              # to warm up with
     if not args.interactive:
-        prompts = [read_prompt(args, tokenizer, engine.vocab_size, log)] * args.batch_size
+        prompts = [read_prompt(args, tokenizer, engine.vocab_size, context, ranks, log)] * args.batch_size
         length = len(prompts[0])
         engine.check_request(prompts, args.max_new_tokens)
         if args.max_seq_length and length + args.max_new_tokens > args.max_seq_length:
@@ -416,14 +422,19 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     run_samples(args, engine, prompts, request, log)
 
 
-def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, log: TextIO) -> list[int]:
+def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, context: int, ranks: tp.Ranks | None,
+                log: TextIO) -> list[int]:
     if is_synthetic(args):
-        length = int(args.prompt)
-        if not length:
-            raise UserError("0 asks for a synthetic prompt of 0 tokens (--prompt_file reads any text)", "prompt")
+        length = int(args.prompt[:20])
+        if not 0 < length <= context:
+            raise UserError(f"{args.prompt[:20]} asks for a synthetic prompt of so many tokens, and the context has "
+                            f"{context} positions (--prompt_file reads any text)", "prompt")
         print(f"Synthetic prompt of {length} tokens", file=log)
         return torch.randint(min(vocab_size, 1024), (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = args.prompt
+    if text == "-":
+        text = cli.read_stdin() if not ranks or ranks.first else ""
+        text = ranks.from_first(text) if ranks else text
     if args.prompt_file:
         text = cli.read_text(args.prompt_file, "prompt_file")
     if not text:
@@ -469,7 +480,7 @@ def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int
     weights, rates, decode_rates = bytes_read_per_token(engine.model), [], []
     for number in range(1, args.num_samples + 1):
         request["seed"] = None if args.seed is None else args.seed + number - 1
-        passed = speculator.statistics.passes if speculator else 0
+        passes_before = speculator.statistics.passes if speculator else 0
         profiler = torch.profiler.profile() if args.profile and number == args.num_samples else None
         printer = RowPrinter([shown] * len(prompts))
         with profiler or contextlib.nullcontext():
@@ -477,7 +488,9 @@ def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int
         printer.close()
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
-        passes = 1 + speculator.statistics.passes - passed if speculator else timing.steps
+        passes = timing.steps
+        if speculator:
+            passes = 1 + (speculator.statistics.passes - passes_before)                   # 1 for the prefill
         rates.append(timing.tokens / timing.total)
         decode_rates.append(timing.decode_rate)
         print(f"Time for inference {number}: {timing.total:.02f} sec total, {rates[-1]:.02f} tokens/sec\n"

@@ -20,7 +20,7 @@ from config import ModelArgs, rope_frequencies
 
 
 class Transformer(nn.Module):
-    """Built empty, best under torch.device("meta"); weights come by load_state_dict(..., assign=True).
+    """Built empty, best under torch.device("meta"); weights are loaded by load_state_dict(..., assign=True).
 
     args describes the whole model; local, the share of it in this process where tp.py splits it over several.
     """
@@ -32,8 +32,8 @@ class Transformer(nn.Module):
         self.args, self.local = args, local or args
         self.ranks: Any = None                         # tp.Ranks of a model that is split over processes
         self.quantize_activations = True               # by formats.set_quantize_activations
-        rows = self.local.vocab_size                   # with its weight given, the embedding skips an initialization,
-        self.tok_embeddings = nn.Embedding(rows, args.dim, _weight=torch.empty(rows, args.dim))    # slow to import
+        rows = self.local.vocab_size                   # a given _weight spares an initialization that is slow to import
+        self.tok_embeddings = nn.Embedding(rows, args.dim, _weight=torch.empty(rows, args.dim))
         windows = args.windows or (0,) * args.n_layer
         self.layers = nn.ModuleList(TransformerBlock(self.local, window) for window in windows)
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -50,11 +50,12 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
     def setup_caches(self, batch: int, max_seq_length: int, dtype: torch.dtype | None = None) -> None:
-        """Allocates every layer's KV cache for positions 0 .. max_seq_length - 1; large enough ones are kept."""
+        """Allocates every layer's KV cache for positions 0 .. max_seq_length - 1, unless it is large enough."""
         dtype = dtype or self.dtype
         if (batch == self.max_batch_size and max_seq_length <= self.max_seq_length
                 and dtype == self.layers[0].attention.kv_cache.k_cache.dtype):
             return
+        self.max_batch_size = self.max_seq_length = 0  # in case that there is no memory
         for layer in self.layers:                      # the old caches go before the new ones come
             layer.attention.kv_cache = None
         shape = (batch, self.local.n_local_heads, max_seq_length, self.args.head_dim)
@@ -137,7 +138,7 @@ class TransformerBlock(nn.Module):
         return h + self.feed_forward(self.ffn_norm(h))
 
     def kernel_args(self) -> kernels.LayerTensors | None:
-        """The tensors that the fused layers compute this block from; None if it was modified: they would not see it."""
+        """The tensors that the fused layers compute this block from; None if it was modified, which they would miss."""
         attention, feed_forward, head_norm = self.attention, self.feed_forward, type(self.attention.q_norm)
         expected = [(self, TransformerBlock), (attention, Attention), (feed_forward, FeedForward),
                     (self.attention_norm, RMSNorm), (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm),

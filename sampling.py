@@ -82,7 +82,7 @@ def runs_fused(model: Transformer) -> bool:
 
 
 def skip_vector_instructions() -> None:
-    """Spares the compiler ten seconds of trying which vector instructions work here, where little is left to speed up.
+    """Spares ten seconds of the compiler's probing for vector instructions, where little is left to compile.
 
     It holds for the whole process, so only before the compiler has tried: later code must agree with earlier."""
     from torch._inductor import config, cpu_vec_isa

@@ -96,7 +96,7 @@ def accept(logits: Tensor, drafted: Tensor, sampling: Sampling, probs: Tensor, i
 
 @dataclass
 class Draft:
-    """Drafted tokens [1, k], and the distributions that they were drawn from (see accept), or None for sure ones."""
+    """Drafted tokens [1, k], and the distributions that they were drawn from (see accept), or None if certain."""
     tokens: Tensor
     probs: Tensor | None = None
     ids: Tensor | None = None
@@ -135,7 +135,7 @@ class ModelDraft:
         return max(0, len(self.text) - 2 - self.cached_len)
 
     def propose(self, k: int, sampling: Sampling, rng: torch.Generator) -> Draft:
-        """The first step reads two tokens: after a round without rejections the last but one is not cached yet."""
+        """The first step reads two tokens: if all k were accepted, the last drafted one is unread (see rollback)."""
         if self.uncached():
             self.engine.cached = self.text[:self.cached_len]
             self.engine.prefill([self.text[:-1]], keep_cache=True)
@@ -229,10 +229,12 @@ class KPolicy:
         budget = self.round_s[0] * (self.BUDGET[0] + self.BUDGET[1] * self.num_generated)
         if not choices or self.since_plain >= self.RECHECK or self.overspent_s > budget:
             return 0
-        gain, best = max((expected_tokens(self.acceptance, k) * self.round_s[0] / self.round_s[k], -k) for k in choices)
+        gains = {k: expected_tokens(self.acceptance, k) * self.round_s[0] / self.round_s[k] for k in choices}
+        best = max(gains, key=gains.__getitem__)
+        gain = gains[best]
         saved_s = left * self.round_s[0] * (1 - 1 / gain)
         pays = gain > self.MARGIN and saved_s > 1.5 * uncached * self.read_s             # 1.5: the text may end early
-        return -best if pays else 0
+        return best if pays else 0
 
     def record(self, k: int, accepted: int, seconds: float, catching_up: bool = False) -> None:
         """Learns from a round; the time of one in which the draft had to catch up says nothing about the next."""
@@ -290,7 +292,7 @@ class Statistics:
 
     @property
     def passes(self) -> int:
-        """Of the model that the text is by."""
+        """Passes of the verifying model."""
         return self.rounds + self.plain_steps
 
     @property
@@ -307,8 +309,7 @@ class Speculator:
     """Rounds of drafting and verification on an engine's text, batch 1 only.
 
     draft: the draft model's engine, or None for prompt lookup.
-    k: drafted tokens a round, or None to choose it while running: then timing decides where a round ends, and a seed
-    fixes the text at temperature 0 only.
+    k: drafted tokens a round; None chooses it by timing, so that a seed fixes the text at temperature 0 only.
     Errors: UserError.
     """
 
@@ -317,9 +318,9 @@ class Speculator:
         if draft:
             check_draft(engine, draft)
         self.engine, self.model, self.draft_engine, self.k = engine, engine.model, draft, k
-        self.draft: ModelDraft | PromptLookup = PromptLookup(engine.model.device)
+        self.drafter: ModelDraft | PromptLookup = PromptLookup(engine.model.device)
         if draft:
-            self.draft = ModelDraft(draft, engine.vocab_size, engine.compiled)
+            self.drafter = ModelDraft(draft, engine.vocab_size, engine.compiled)
         self.verify = self.verify_step
         if engine.compiled and not runs_fused(self.model):       # on a CPU one compilation serves every k
             self.verify = compile_step(self.verify_step, self.model, dynamic=None, prefill_too=engine.compiled_prefill)
@@ -335,8 +336,8 @@ class Speculator:
 
     def run_eagerly(self) -> None:
         self.verify = self.verify_step
-        if isinstance(self.draft, ModelDraft):
-            self.draft.step = self.draft.draft_step
+        if isinstance(self.drafter, ModelDraft):
+            self.drafter.step = self.drafter.draft_step
 
     def verify_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, probs: Tensor | None, ids: Tensor | None,
                     uniform: Tensor, noise: Tensor) -> Tensor:
@@ -356,7 +357,7 @@ class Speculator:
         yield first
         if self.measures and self.policy is None:
             self.policy = self.measure(sampling, rng)
-        self.draft.begin(text, keep_cache)
+        self.drafter.begin(text, keep_cache)
         if self.policy:
             self.policy.begin_request()
         left = n - 1
@@ -366,15 +367,15 @@ class Speculator:
             yield from new
 
     def round(self, text: list[int], left: int, sampling: Sampling, rng: torch.Generator) -> list[int]:
-        """Extends the text by one token or several, and the caches by all but the last."""
+        """Extends the text, its ids, in place by one token or several, and the caches by all but the last."""
         start = time.perf_counter()
-        before, uncached = len(text), self.draft.uncached()
+        before, uncached = len(text), self.drafter.uncached()
         k = self.k or (self.policy.choose(left, uncached) if self.policy else 0)
         if self.model.ranks and not self.k:
             k = self.model.ranks.from_first(k)
         if left == 1 or self.model.device.type == "cpu":         # on a GPU only the shapes that were compiled
             k = min(k, left - 1)
-        draft = self.draft.propose(k, sampling, rng) if k else None
+        draft = self.drafter.propose(k, sampling, rng) if k else None
         if draft and self.follows_first:
             draft = draft.of_first(self.model.ranks)
         if draft is None:
@@ -382,7 +383,7 @@ class Speculator:
             tokens = self.engine.step(*self.place(text[-1:], before - 1), sampling, rng).flatten().tolist()
         else:
             accepted, *tokens = self.verify_draft(text, draft, sampling, rng).tolist()
-            self.draft.rollback(before, k, accepted)
+            self.drafter.rollback(before, k, accepted)
         text += tokens[:accepted + 1]
         self.engine.cached = text[:-1]
         self.statistics.add(k, accepted)
@@ -414,12 +415,13 @@ class Speculator:
         idx, input_pos = self.place(text[-1:], len(text) - 1)
         plain_s = median_seconds(lambda: self.engine.step(idx, input_pos.clone(), sampling, rng), device, 7)
         draft_s = read_s = 0.0
-        model_draft = self.draft if isinstance(self.draft, ModelDraft) else None
+        model_draft = self.drafter if isinstance(self.drafter, ModelDraft) else None
         if model_draft:
             read_s = median_seconds(lambda: model_draft.engine.prefill([text[:-1]], False), device, 1) / len(text)
             model_draft.begin(text, False)
             model_draft.cached_len = len(text)
-            draft_s = median_seconds(lambda: model_draft.propose(4, sampling, rng), device, 5) / 4
+            few = min(4, self.lookahead)                         # more might not fit into the draft's KV cache
+            draft_s = median_seconds(lambda: model_draft.propose(few, sampling, rng), device, 5) / few
         verify_s: dict[int, float] = {}
         for k in [self.k] if self.k else AUTO_K if device.type == "cpu" else AUTO_K_CUDA:
             draft = (model_draft.propose(k, sampling, rng) if model_draft

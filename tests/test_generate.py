@@ -125,6 +125,28 @@ def test_an_answer_broken_off_leaves_a_usable_cache(loaded):
     assert tokens(engine, longer, 12, keep_cache=True) == tokens(Engine(*loaded), longer, 12)
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 2])
+def test_ctrl_c_during_prefill_or_a_step_leaves_a_usable_cache(loaded, monkeypatch, chunk):
+    """Interrupted in a chunk of the prompt (0, 1) or in a step after it: only what was computed counts as cached."""
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    engine, prompt, calls = Engine(*loaded), list(range(1, 33)), []
+    tokens(engine, [7] * 40, 3, max_seq_length=128)
+    plain = engine.model.forward
+
+    def interrupted(*args, **more):
+        calls.append(1)
+        if len(calls) == chunk + 1:
+            raise KeyboardInterrupt
+        return plain(*args, **more)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.model, "forward", interrupted)
+        patched.setattr(engine, "run_forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokens(engine, prompt, 5, keep_cache=True)
+    longer = prompt + [50, 51]
+    assert tokens(engine, longer, 8, keep_cache=True) == tokens(Engine(*loaded), longer, 8)
+
+
 # ---- sampling
 
 def chi_square_fits(counts, probs):
@@ -331,8 +353,11 @@ def test_interactive_chats_by_default_and_explains_itself(tmp_path, capsys, monk
     (["--temperature", "-1"], "--temperature -1"),
     (["--temperature", "nan"], "--temperature nan"), (["--top_p", "0"], "--top_p 0"),
     (["--top_p", "1.5"], "--top_p 1.5"), (["--top_k", "-1"], "--top_k -1"),
+    (["--max_seq_length", "-5"], "--max_seq_length -5"), (["--seed", "99999999999999999999"], "--seed 9999"),
+    (["--prompt", "9" * 5000], "--prompt 99999999999999999999 asks for"),
     (["--device", "tpu9"], "tpu9"), (["--device", "meta"], "meta"),
     (["--prompt", "500"], "exceed the model's context of 512"),
+    (["--prompt", "600"], "--prompt 600 asks for a synthetic prompt"),
     (["--prompt", "0"], "--prompt 0 asks for a synthetic prompt"), (["--prompt", "٣", "--top_k", "-1"], "--top_k -1"),
     (["--system", "x"], "--system needs --chat"), (["--no-thinking"], "--no_thinking needs --chat"),
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),

@@ -308,10 +308,10 @@ def test_samples_of_the_whole_program(sampling, drafts):
     counts = {}
     with torch.inference_mode():
         probs = exact_probabilities(target, prompt, sampling)
-        for _ in range(DRAWS):
+        for _ in range(DRAWS // 5):
             text = list(prompt)
-            speculator.draft.begin(text, False)
-            speculator.draft.cached_len = len(prompt) - 1
+            speculator.drafter.begin(text, False)
+            speculator.drafter.cached_len = len(prompt) - 1
             while len(text) < len(prompt) + 3:
                 speculator.round(text, 50, sampling, rng)
             key = tuple(text[len(prompt):len(prompt) + 3])
@@ -429,6 +429,14 @@ def test_statistics_are_those_of_the_rounds():
         found.add(k, accepted)
     assert found.counts == [1, 0, 2, 0, 1] and found.plain_steps == 1 and found.mean_accepted == 2
     assert found.acceptance == 8 / 10 and found.passes == 5
+
+
+@pytest.mark.parametrize("k, n", [(1, 1), (1, 2), (2, 1), (8, 1)])
+def test_costs_are_measured_within_the_draft_models_cache(tiny_pair, k, n):
+    (target, tokenizer), draft = tiny_pair
+    engine = speculating(target, tokenizer, copy_of(*draft), k)
+    engine.speculator.measures = True
+    assert len(tokens(engine, PROMPT, n)) == n and engine.speculator.policy.draft_s > 0
 
 
 # ---- the command
