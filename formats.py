@@ -35,16 +35,17 @@ int4pack_mm = torch.ops.aten._weight_int4pack_mm
 # ---- int4's scales and zeros
 
 def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The scales s (bf16) and zeros z (uint8), [N, ceil(K / G)], that stand best for each group. They minimize
+    """Scales s (bf16) and zeros z (uint8, in steps of s / ZERO_STEPS), [N, ceil(K / G)], for weights x. In each group,
+    they minimize the weighted error
 
-        E = sum w (x - s (q - z))^2    with q = round(x / s + z) in 0 .. 15, and w the importance [K] of columns (or 1),
+        E = sum w (x - s (q - z))^2,    q = round(x / s + z) in 0 .. 15,    w the importance [K] of columns (or 1),
 
-    among a few that start from levels over the group's range or a little less (SHRINK), and alternate between q and
-    the least-squares fit of s and z to it. With W = sum w, that is
+    over all candidates visited: starting from levels that span the group's range, or a little less (SHRINK), q and the
+    least-squares fit of s and z to it alternate. With W = sum w, the fit is
 
         s = (sum wqx - sum wq sum wx / W) / (sum wqq - (sum wq)^2 / W),    z = (sum wq - sum wx / s) / W,
 
-    and once z is rounded, s = sum wdx / sum wdd with d = q - z. Zero is always between the ends of the levels.
+    and after rounding z, s = sum wdx / sum wdd with d = q - z. The levels' range always includes zero.
     """
     groups = in_groups(weight.float(), groupsize, mode="replicate")                        # [N, K / G, G]
     w = groups.new_ones(1, groupsize) if importance is None else (importance / importance.mean())[None]
@@ -96,9 +97,9 @@ def divisor(scales: Tensor) -> Tensor:
 # ---- linears
 
 class QuantizedLinear(nn.Module):
-    """In the place of a model.Linear. On CPUs with VNNI, it may quantize the activations of a few tokens too.
+    """Takes a model.Linear's place. On CPUs with VNNI, the activations of a few tokens may be quantized too.
 
-    scales and zeros are [N, ceil(K / G)] here, in both formats; int8's zeros are 0.
+    The methods take scales and zeros of [N, ceil(K / G)] in both formats; int8's zeros are 0.
     """
     lowest, highest, zero_steps = 0, 15, ZERO_STEPS
     groupsize: int
@@ -112,17 +113,17 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def find_params(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scales and zeros for any rows [n, K] of a weight, or for one group of columns with their importance [g]."""
+        """Scales and zeros for any rows [n, K] of a weight; or for one group of columns, of some importance [g]."""
         raise NotImplementedError
 
     def round(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        """q of any rows of a weight, or of any columns of one group: the nearest levels."""
+        """The nearest q, for any rows of a weight or any columns of one group."""
         groups = in_groups(weight.float(), min(self.groupsize, weight.size(1)))
         q = (groups / divisor(scales)[:, :, None]).add_(zeros[:, :, None] / self.zero_steps).round_()
         return q.clamp_(self.lowest, self.highest).to(self.weight.dtype).flatten(1)[:, :weight.size(1)]
 
     def restore(self, q: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights that such q stand for."""
+        """The weights that q stands for."""
         groups = in_groups(q, min(self.groupsize, q.size(1))).to(dtype)
         weight = (groups - zeros[:, :, None].to(dtype) / self.zero_steps) * scales[:, :, None].to(dtype)
         return weight.flatten(1)[:, :q.size(1)]
