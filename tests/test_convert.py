@@ -326,6 +326,7 @@ def forked(work: Callable[[], Any]) -> tuple[int | None, Any]:
     return process.exitcode, receiver.recv() if process.exitcode == 0 else None
 
 
+@pytest.mark.slow
 def test_command(folder: Path, monkeypatch, capsys) -> None:
     command = [str(ROOT / "scripts/convert_hf_checkpoint.py"), "--checkpoint-dir", str(folder)]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd="/")

@@ -90,6 +90,7 @@ def test_draft_shares_the_tokenizer_and_is_much_smaller(demo, draft):
     assert sum(file.stat().st_size for file in files) < 16e6
 
 
+@pytest.mark.slow
 def test_int8_decodes_as_bf16_does():
     """On 10 held-out prompts the first 64 greedy tokens are mostly the same; what differs are near-ties."""
     model, tokenizer = load_model(DEMO, "cpu", torch.bfloat16)

@@ -418,6 +418,7 @@ def test_out_of_memory_says_what_was_needed(folder, loaded, monkeypatch):
         next(Engine(*loaded).generate([[1]] * 7, 10, max_seq_length=500))
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_so_and_runs_eagerly(folder):
     """With a real compiler setting that cannot work, in a fresh process: the kernels' build fails too."""
     done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", folder / "model.pth", "--compile",

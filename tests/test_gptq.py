@@ -211,6 +211,7 @@ def test_a_model_with_wide_linears_writes_more(tiny_folder, monkeypatch):
     assert tokens.size(1) == 16 and len(tokens.unique(dim=0)) == len(tokens)
 
 
+@pytest.mark.slow
 def test_int4_learns_from_what_the_model_writes(copied, monkeypatch, capsys):
     """By the command and from Python, unless rounding is asked for."""
     monkeypatch.setattr(quantize, "OWN_LENGTH", 32)
@@ -270,6 +271,7 @@ def test_int8(copied):
 
 # ---- the command
 
+@pytest.mark.slow
 def test_refusals(copied, tmp_path, capsys):
     folder = copied("qwen3")
     text = tmp_path / "text.txt"
@@ -314,6 +316,7 @@ def test_refusals(copied, tmp_path, capsys):
         (folder / "model.pth").write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_a_task_whose_data_cannot_be_had(tiny_folder, tmp_path, capsys):
     (tmp_path / "far.yaml").write_text("task: far_away\ndataset_path: nobody/nothing-of-that-name\n"
                                        "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\n"

@@ -222,6 +222,7 @@ def test_the_flag_of_a_command_is_named(hub, capsys):
     assert capsys.readouterr().err.startswith("error: --draft_checkpoint_path absent.pth: no such file")
 
 
+@pytest.mark.slow
 def test_nobody_answers():
     """Without a network prepare.sh ends with the download's one line and goes no further."""
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", "PYTHON": sys.executable}

@@ -478,6 +478,7 @@ def test_full_disk_leaves_the_old_file(folders, tmp_path, capsys, monkeypatch):
     assert (folder / "model_int8.pth").read_bytes() == before and not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_leaves_the_old_file(folders, tmp_path):
     folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
     before = (folder / "model_int8.pth").read_bytes()

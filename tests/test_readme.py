@@ -71,6 +71,7 @@ def inside(project, monkeypatch):
 PYTHON = [command for command in COMMANDS if command.startswith("python ")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", PYTHON)
 def test_command(inside, command, capsys):
     script, *argv = shlex.split(command.removeprefix("python "))

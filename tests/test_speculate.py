@@ -100,6 +100,7 @@ def test_greedy_on_the_demo(demo, small, kind, k):
         assert engine.speculator.statistics.passes == math.ceil(95 / (k + 1))
 
 
+@pytest.mark.slow
 def test_bf16_differs_only_between_near_ties(small):
     """Where the text first differs from plain decoding's, the two tokens' logits are as close as bf16 sums in another
     order may move them."""
