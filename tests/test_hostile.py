@@ -79,13 +79,8 @@ def check(cases, main=generate.main) -> Counter:
 
 @pytest.fixture
 def copy_of(tiny_folder, tmp_path):
-    """family -> a copy of its folder, to be damaged, without the checkpoint that model.pth was converted from."""
-    def copied(family: str) -> Path:
-        folder = tmp_path / family
-        shutil.copytree(tiny_folder(family), folder)
-        (folder / "model.safetensors").unlink()
-        return folder
-    return copied
+    """family -> a copy of its folder, to be damaged."""
+    return lambda family: shutil.copytree(tiny_folder(family), tmp_path / family)
 
 
 # ---- config.json
@@ -111,14 +106,16 @@ def mutations(config: dict):
 
 
 def config_cases(copy_of, number: int | None):
-    """number: of all cases, chosen at random; None for all of them."""
+    """Every third converts the checkpoint first. number: of all cases, chosen at random; None for all of them."""
     cases = []
     for family in ("qwen2-window", "qwen3", "llama3.1", "mistral-window", "qwen-v1"):
         folder = copy_of(family)
         original = json.loads((folder / "config.json").read_text())
         cases += [(f"{family}: {name}", folder, config) for name, config in mutations(original)]
-    for name, folder, config in random.Random(0).sample(cases, number or len(cases)):
+    for i, (name, folder, config) in enumerate(random.Random(0).sample(cases, number or len(cases))):
         (folder / "config.json").write_text(json.dumps(config))
+        if i % 3 == 0:
+            (folder / "model.pth").unlink(missing_ok=True)
         yield name, ["--checkpoint_path", str(folder), *COMMAND]
 
 
