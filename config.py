@@ -5,7 +5,7 @@ what the models here do not carry, is refused by name, never ignored.
 """
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -48,6 +48,13 @@ class ModelArgs:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    # Mixture of experts; 0 and () in dense models, where intermediate_size is the feed-forward's width in every layer
+    n_expert: int = 0
+    n_expert_per_token: int = 0
+    expert_size: int = 0                 # feed-forward width of one expert
+    shared_expert_size: int = 0          # of the expert that every token passes through, 0 for none
+    normalize_experts: bool = False      # whether the chosen experts' weights are scaled to sum up to 1
+    dense_layers: tuple[int, ...] = ()   # layers with a plain feed-forward all the same
     windows: tuple[int, ...] = ()        # per layer: how many positions attention looks back, 0 = all
     seq_length: int = 0                  # Qwen v1: the training length, from which logn and dynamic NTK count
     logn: bool = False
@@ -61,9 +68,8 @@ class ModelArgs:
             raise UserError(f"config.json: model_type {model_type!r:.80} is not supported (supported: "
                             f"{', '.join(FAMILIES)})")
         for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-            if config.get(key):
-                raise UserError(f"config.json: {key} {config[key]!r:.80}: mixture-of-experts layers are not supported "
-                                "yet")
+            if config.get(key) and not issubclass(FAMILIES[model_type], MoEConfig):
+                raise UserError(f"config.json: {key} {config[key]!r:.80}: {model_type} has no experts")
         args = checked(FAMILIES[model_type], config, "config.json").model_args()
         args.check()
         return args
@@ -84,6 +90,8 @@ class ModelArgs:
             raise UserError(f"config.json: {heads} are no multiple of num_key_value_heads {self.n_local_heads}")
         if self.intermediate_size < 1:
             raise UserError("config.json: intermediate_size leaves nothing to gate and up")
+        if self.n_expert_per_token > self.n_expert:
+            raise UserError(f"config.json: num_experts_per_tok {self.n_expert_per_token} of {self.n_expert} experts")
 
 
 # ---- config.json
@@ -144,7 +152,7 @@ class QwenV1Config(Checked):
 
 class LlamaConfig(Checked):
     """What the other families share. Sizes have no default: a file without them is damaged."""
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    model_type: str
     vocab_size: int = Field(ge=1, le=1 << 24)
     hidden_size: Size
     intermediate_size: Size
@@ -181,9 +189,9 @@ class LlamaConfig(Checked):
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
             intermediate_size=self.intermediate_size, vocab_size=self.vocab_size, max_position=max_position,
             norm_eps=self.rms_norm_eps, rope_base=rope_base, rope=scaling,
-            qkv_bias=self.attention_bias or self.model_type == "qwen2", o_bias=self.attention_bias,
-            mlp_bias=self.mlp_bias, qk_norm=self.model_type == "qwen3", tie_word_embeddings=self.tie_word_embeddings,
-            windows=self.windows())
+            qkv_bias=self.attention_bias or self.model_type in ("qwen2", "qwen2_moe"), o_bias=self.attention_bias,
+            mlp_bias=self.mlp_bias, qk_norm=self.model_type in ("qwen3", "qwen3_moe"),
+            tie_word_embeddings=self.tie_word_embeddings, windows=self.windows())
 
 
 class MistralConfig(LlamaConfig):
@@ -219,6 +227,60 @@ class Qwen2Config(LlamaConfig):
 class Qwen3Config(Qwen2Config):
     head_dim: Size = 128
     attention_bias: bool = False
+
+
+class MoEConfig(LlamaConfig):
+    """What the families with experts share; as for the sizes, what has no default must be there."""
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    num_experts: Size = Field(validation_alias=AliasChoices("num_experts", "num_local_experts"))
+    num_experts_per_tok: Size
+    use_sliding_window: Literal[False] = False           # no release has one
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: list[int] | None = None
+    norm_topk_prob: bool = False
+
+    def model_args(self) -> ModelArgs:
+        plain = self.mlp_only_layers or []
+        dense = (i for i in range(self.num_hidden_layers) if i in plain or (i + 1) % self.decoder_sparse_step)
+        return replace(super().model_args(), n_expert=self.num_experts, n_expert_per_token=self.num_experts_per_tok,
+                       normalize_experts=self.norm_topk_prob, dense_layers=tuple(dense))
+
+
+class Qwen2MoeConfig(MoEConfig):
+    num_key_value_heads: Size | None = 16
+    qkv_bias: Literal[True] = True
+    moe_intermediate_size: Size
+    shared_expert_intermediate_size: Size
+
+    def model_args(self) -> ModelArgs:
+        return replace(super().model_args(), expert_size=self.moe_intermediate_size,
+                       shared_expert_size=self.shared_expert_intermediate_size)
+
+
+class Qwen3MoeConfig(MoEConfig):
+    num_key_value_heads: Size | None = 4
+    attention_bias: bool = False
+    moe_intermediate_size: Size
+
+    def model_args(self) -> ModelArgs:
+        return replace(super().model_args(), expert_size=self.moe_intermediate_size)
+
+
+class MixtralConfig(MoEConfig):
+    num_key_value_heads: Size | None = 8
+    rms_norm_eps: float = Field(1e-5, gt=0, lt=1)
+    rope_theta: float = Field(1e6, gt=1, le=1e12)
+    sliding_window: Size | None = None
+    norm_topk_prob: Literal[True] = True                 # what the model does; its files do not say so
+    mlp_only_layers: None = None
+    decoder_sparse_step: Literal[1] = 1
+
+    def windows(self) -> tuple[int, ...]:
+        return (self.sliding_window or 0,) * self.num_hidden_layers
+
+    def model_args(self) -> ModelArgs:
+        return replace(super().model_args(), expert_size=self.intermediate_size)
 
 
 class RopeConfig(Checked):
@@ -267,7 +329,8 @@ class RopeConfig(Checked):
 
 
 FAMILIES: dict[str, type[QwenV1Config] | type[LlamaConfig]] = {
-    "qwen": QwenV1Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
+    "qwen": QwenV1Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig,
+    "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig, "mixtral": MixtralConfig}
 
 
 # ---- RoPE
@@ -317,6 +380,10 @@ def _qwen_v1(layers: int, dim: int, heads: int, ffn: int, vocab: int, theta: flo
                 max_position_embeddings=context, use_logn_attn=extended, use_dynamic_ntk=extended)
 
 
+def _experts(number: int, per_token: int, size: int, **more) -> dict:
+    return dict(num_experts=number, num_experts_per_tok=per_token, moe_intermediate_size=size, **more)
+
+
 _LLAMA3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 _LLAMA31 = dict(rope_scaling=dict(factor=8.0, **_LLAMA3))
 _LLAMA32 = dict(rope_scaling=dict(factor=32.0, **_LLAMA3), tie_word_embeddings=True)
@@ -350,12 +417,26 @@ PUBLISHED = {
     "Qwen3-8B": _shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 1e6, 40960),
     "Qwen3-14B": _shape("qwen3", 40, 5120, 40, 8, 128, 17408, 151936, 1e6, 40960),
     "Qwen3-32B": _shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 1e6, 40960),
+    "Qwen1.5-MoE-A2.7B": _shape("qwen2_moe", 24, 2048, 16, 16, 128, 5632, 151936, 1e6, 8192,
+                                **_experts(60, 4, 1408, shared_expert_intermediate_size=5632)),
+    "Qwen2-57B-A14B": _shape("qwen2_moe", 28, 3584, 28, 4, 128, 18944, 151936, 1e6, 131072,
+                             **_experts(64, 8, 2560, shared_expert_intermediate_size=20480)),
+    "Qwen3-30B-A3B": _shape("qwen3_moe", 48, 2048, 32, 4, 128, 6144, 151936, 1e6, 40960,
+                            **_experts(128, 8, 768, norm_topk_prob=True)),
+    "Qwen3-Coder-30B-A3B": _shape("qwen3_moe", 48, 2048, 32, 4, 128, 6144, 151936, 1e7, 262144,
+                                  **_experts(128, 8, 768, norm_topk_prob=True)),
+    "Qwen3-235B-A22B": _shape("qwen3_moe", 94, 4096, 64, 4, 128, 12288, 151936, 1e6, 40960,
+                              **_experts(128, 8, 1536, norm_topk_prob=True)),
+    "Qwen3-Coder-480B-A35B": _shape("qwen3_moe", 62, 6144, 96, 8, 128, 8192, 151936, 1e7, 262144,
+                                    **_experts(160, 8, 2560, norm_topk_prob=True)),
     "Llama-2-7B": _shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e4, 4096, rms_norm_eps=1e-5),
     "Llama-2-13B": _shape("llama", 40, 5120, 40, 40, 128, 13824, 32000, 1e4, 4096, rms_norm_eps=1e-5),
     "Llama-2-70B": _shape("llama", 80, 8192, 64, 8, 128, 28672, 32000, 1e4, 4096, rms_norm_eps=1e-5),
     "Llama-3.1-8B": _shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA31),
     "Llama-3.2-1B": _shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA32),
     "Llama-3.2-3B": _shape("llama", 28, 3072, 24, 8, 128, 8192, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA32),
+    "Mixtral-8x7B": _shape("mixtral", 32, 4096, 32, 8, 128, 14336, 32000, 1e6, 32768, rms_norm_eps=1e-5,
+                           num_local_experts=8, num_experts_per_tok=2),
     "CodeLlama-7B-Python": _shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e6, 16384, rms_norm_eps=1e-5),
     "CodeLlama-34B": _shape("llama", 48, 8192, 64, 8, 128, 22016, 32000, 1e6, 16384, rms_norm_eps=1e-5),
 }

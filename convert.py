@@ -9,7 +9,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +52,23 @@ LLAMA_NAMES = {                          # Llama, Mistral, Qwen1.5 to Qwen3
     "layers.{}.mlp.gate_proj": "layers.{}.feed_forward.w13/gate",
     "layers.{}.mlp.up_proj": "layers.{}.feed_forward.w13/up",
     "layers.{}.mlp.down_proj": "layers.{}.feed_forward.w2",
+    "layers.{}.mlp.gate": "layers.{}.feed_forward.router",
+    "layers.{}.mlp.experts.{}.gate_proj": "layers.{}.feed_forward.w13/gate",
+    "layers.{}.mlp.experts.{}.up_proj": "layers.{}.feed_forward.w13/up",
+    "layers.{}.mlp.experts.{}.down_proj": "layers.{}.feed_forward.w2/down",
+    "layers.{}.mlp.shared_expert.gate_proj": "layers.{}.feed_forward.shared.w13/gate",
+    "layers.{}.mlp.shared_expert.up_proj": "layers.{}.feed_forward.shared.w13/up",
+    "layers.{}.mlp.shared_expert.down_proj": "layers.{}.feed_forward.shared.w2",
+    "layers.{}.mlp.shared_expert_gate": "layers.{}.feed_forward.shared_gate",
     "norm": "norm",
     "lm_head": "output",
+}
+MIXTRAL_NAMES = {
+    **{source: target for source, target in LLAMA_NAMES.items() if ".mlp." not in source},
+    "layers.{}.block_sparse_moe.gate": "layers.{}.feed_forward.router",
+    "layers.{}.block_sparse_moe.experts.{}.w1": "layers.{}.feed_forward.w13/gate",
+    "layers.{}.block_sparse_moe.experts.{}.w3": "layers.{}.feed_forward.w13/up",
+    "layers.{}.block_sparse_moe.experts.{}.w2": "layers.{}.feed_forward.w2/down",
 }
 QWEN_V1_NAMES = {
     "wte": "tok_embeddings",
@@ -74,10 +89,19 @@ PACKED, INTEGERS = (".qweight", ".qzeros", ".g_idx"), (torch.int32,)     # of qu
 
 @dataclass(frozen=True)
 class TargetSlice:
-    """Where a source tensor goes: rows `row` to `row + shape[0]` of target tensor `key`."""
+    """Where a source tensor of a shape goes: to target tensor `key` from row `row` on. Of a three-dimensional one, all
+    experts together, the first two dimensions are rows."""
     key: str
     row: int
     shape: torch.Size
+
+    @property
+    def rows(self) -> int:
+        return self.shape[:max(1, len(self.shape) - 1)].numel()
+
+    @property
+    def columns(self) -> torch.Size:
+        return self.shape[max(1, len(self.shape) - 1):]
 
 
 @dataclass(frozen=True)
@@ -98,22 +122,40 @@ Slices = dict[str, TargetSlice]
 Tensors = dict[str, SourceTensor]
 
 
-def target_slices(args: ModelArgs) -> Slices:
-    """Source name (without prefix) -> its slice, for every tensor of an unquantized checkpoint of this model."""
+def target_slices(args: ModelArgs, names: Collection[str]) -> Slices:
+    """Source name (without prefix) -> its slice, for every tensor of an unquantized checkpoint of this model.
+
+    names: of the checkpoint's tensors, which say whether all experts' weights are in one tensor or in one each."""
     with torch.device("meta"):
         targets = {key: value.shape for key, value in Transformer(args).state_dict().items()}
-    q, kv, ffn = args.n_head * args.head_dim, args.n_local_heads * args.head_dim, args.intermediate_size
-    fused = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv), "gate": (0, ffn), "up": (ffn, ffn)}        # first row, rows
+    q, kv = args.n_head * args.head_dim, args.n_local_heads * args.head_dim
+    heads = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}                   # first row, rows
+    family = {"qwen": QWEN_V1_NAMES, "mixtral": MIXTRAL_NAMES}.get(args.model_type, LLAMA_NAMES)
     slices = {}
-    for source, target in (QWEN_V1_NAMES if args.model_type == "qwen" else LLAMA_NAMES).items():
+
+    def add(source: str, key: str, row: int, shape: tuple[int, ...]) -> None:
+        slices[source] = TargetSlice(key, row, torch.Size(shape))
+    for (source, target), layer, kind in itertools.product(family.items(), range(args.n_layer), ("weight", "bias")):
         module, _, projection = target.partition("/")
-        for layer in range(args.n_layer if "{}" in source else 1):
-            for kind in ("weight", "bias"):
-                key = f"{module.format(layer)}.{kind}"
-                if key in targets:
-                    row, rows = fused[projection] if projection else (0, targets[key][0])
-                    place = TargetSlice(key, row, torch.Size((rows, *targets[key][1:])))
-                    slices[f"{source.format(layer)}.{kind}"] = place
+        key, of_expert = f"{module.format(layer)}.{kind}", source.count("{}") == 2
+        is_dense = not args.n_expert or layer in args.dense_layers
+        if key not in targets or ("{}" not in source and layer) or ("feed_forward.w" in key and of_expert == is_dense):
+            continue
+        all_rows, *columns = targets[key]
+        if not of_expert:
+            halves = {"gate": (0, all_rows // 2), "up": (all_rows // 2, all_rows // 2)}
+            row, rows = heads.get(projection) or halves.get(projection) or (0, all_rows)
+            add(f"{source.format(layer)}.{kind}", key, row, (rows, *columns))
+            continue
+        joined = f"layers.{layer}.mlp.experts.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
+        E, rows = args.n_expert, all_rows // args.n_expert               # rows of an expert
+        if joined in names:
+            add(joined, key, 0, (E, rows, *columns))
+            continue
+        for expert in range(E):
+            of_source = rows if projection == "down" else rows // 2
+            row = expert * rows + (of_source if projection == "up" else 0)
+            add(f"{source.format(layer, expert)}.{kind}", key, row, (of_source, *columns))
     return slices
 
 
@@ -244,8 +286,8 @@ def layout_of(tensors: Iterable[tuple[TargetSlice, Tensor]]) -> Layout:
     layout: Layout = {}
     for place, tensor in tensors:
         shape, dtype = layout.get(place.key, (torch.Size((0,)), tensor.dtype))
-        rows = max(place.row + place.shape[0], shape[0])
-        layout[place.key] = torch.Size((rows, *place.shape[1:])), torch.promote_types(dtype, tensor.dtype)
+        rows = max(place.row + place.rows, shape[0])
+        layout[place.key] = torch.Size((rows, *place.columns)), torch.promote_types(dtype, tensor.dtype)
     return layout
 
 
@@ -258,7 +300,7 @@ def copy_weights(path: Path, layout: Layout, offsets: dict[str, int], tensors: I
         for place, tensor in tensors:
             check_finite(place.key, tensor)
             dtype = layout[place.key][1]
-            file.seek(offsets[place.key] + place.row * place.shape[1:].numel() * dtype.itemsize)
+            file.seek(offsets[place.key] + place.row * place.columns.numel() * dtype.itemsize)
             file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
             bar.update(tensor.nbytes)
         file.flush()
@@ -417,7 +459,7 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     published, args = PublishedQuantization.from_hf(config), ModelArgs.from_hf(config)
     tensors = index_tensors(folder)
     check_layers(f"{folder}: tensors do not fit its config.json", args, tensors)
-    slices = target_slices(args)
+    slices = target_slices(args, tensors)
     if args.tie_word_embeddings:
         drop_tied_head(folder, tensors)
     packed = PackedLinears(published, tensors, slices) if published else None

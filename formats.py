@@ -103,6 +103,7 @@ class QuantizedLinear(nn.Module):
     """
     lowest, highest, zero_steps = 0, 15, ZERO_STEPS
     groupsize: int
+    experts = 1                          # how many a model.MoE keeps in its rows
     weight: Tensor
     scales: Any                          # Tensor; None where pack_for has put them elsewhere
     zeros: Any
@@ -150,6 +151,10 @@ class QuantizedLinear(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def expert_args(self, dtype: torch.dtype) -> list[Tensor]:
+        """As model.Linear's."""
+        return present(self.weight, self.scales, self.zeros)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.multiply(x)
         return y if self.bias is None else y + self.bias
@@ -157,6 +162,7 @@ class QuantizedLinear(nn.Module):
 
 class Int8Linear(QuantizedLinear):
     lowest, highest = -127, 127
+    zeros = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
@@ -204,9 +210,10 @@ class Int4Linear(QuantizedLinear):
 
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         assert self.layout == "stored"
-        if device.type == "cpu" and kernels.available():
-            packed = kernels.pack_int4(self.weight, self.scales, self.zeros, self.groupsize)
-            (self.weight, self.scales, self.zeros), self.layout = packed, "cpu"
+        if self.experts > 1 or (device.type == "cpu" and kernels.available()):
+            packed = kernels.pack_int4(self.weight.cpu(), self.scales.cpu(), self.zeros.cpu(), self.groupsize)
+            self.weight, self.scales, self.zeros = (tensor.to(device) for tensor in packed)
+            self.layout = "packed"
         elif tiles := int4pack_tiles(self, device, dtype):
             self.weight = convert_int4pack(self.weight >> 4 | self.weight << 4, tiles)   # even columns upper
             offsets = (8 - self.zeros.float() / ZERO_STEPS) * self.scales.float()        # w = scale * (q - 8) + offset
@@ -214,7 +221,7 @@ class Int4Linear(QuantizedLinear):
             self.scales, self.zeros, self.layout = scales.transpose(0, 1).contiguous(), None, "cuda"
 
     def multiply(self, x: Tensor) -> Tensor:
-        if self.layout == "cpu":
+        if self.layout == "packed":
             return kernels.int4_linear(x, self.weight, self.scales, self.zeros, self.out_features,
                                        self.quantize_activations)
         if self.layout == "cuda":
@@ -223,7 +230,7 @@ class Int4Linear(QuantizedLinear):
         return F.linear(x, self.dequantize(x.dtype))
 
     def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
-        fits = self.layout == "cpu" and type(self) in (Int4Linear, GPTQLinear) and is_unmodified(self, type(self))
+        fits = self.layout == "packed" and type(self) in (Int4Linear, GPTQLinear) and is_unmodified(self, type(self))
         return present(self.weight, self.scales, self.zeros, self.bias) if fits else None
 
 
@@ -322,7 +329,10 @@ def replace_linears(model: Transformer, quantization: Quantization) -> list[tupl
         with torch.device("meta"):
             new = quantization.linear(name, old.weight.size(1), old.weight.size(0), bias is not None)
         if new is not None:
-            new.bias, (parent, _, leaf) = bias, name.rpartition(".")
+            new.bias, new.experts, (parent, _, leaf) = bias, getattr(old, "experts", 1), name.rpartition(".")
+            rows = new.out_features // new.experts
+            if isinstance(new, Int4Linear) and new.experts > 1 and rows % 16:
+                raise UserError(f"{name}: experts of {rows} rows, which are no multiple of 16, cannot be int4")
             setattr(model.get_submodule(parent), leaf, new)
             replaced.append((name, new))
     return replaced
@@ -342,8 +352,10 @@ def set_quantize_activations(model: Transformer, on: bool) -> None:
 
 
 def linear_names(model: Transformer) -> list[str]:
-    """All that can be quantized. The head counts even where it is tied to the embedding."""
-    return [*(n for n, module in model.named_modules() if isinstance(module, Linear) and n != "output"), "output"]
+    """All that can be quantized, which a router and its like are too small for. The head counts even where it is tied
+    to the embedding."""
+    names = (name for name, module in model.named_modules() if isinstance(module, Linear))
+    return [*(name for name in names if not name.endswith(("output", ".router", ".shared_gate"))), "output"]
 
 
 def skipped_names(model: Transformer, patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from chat import RowPrinter, chat, show_prefill
 from cli import UserError
 from config import PUBLISHED, ModelArgs
 from loading import DEMO, check_memory, load_model, parse_device, parse_dtype
-from model import Transformer
+from model import MoE, Transformer
 from sampling import Sampling, begin_step, compile_step, exponential_noise, sample
 from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
@@ -219,14 +219,18 @@ def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> bool:
 # ---- what a run reports
 
 def bytes_read_per_token(model: Transformer) -> int:
-    """All weights but the input embedding, of which a token needs one row; tied to the head, it is read whole."""
+    """All weights but the input embedding, of which a token needs one row (tied to the head, it is read whole), and the
+    experts that are not chosen."""
     tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
     if model.output is not None:
         del tensors[id(model.tok_embeddings.weight)]
     for layer in model.layers:
         for cache in layer.attention.kv_cache.buffers() if layer.attention.kv_cache else ():
             del tensors[id(cache)]
-    return sum(t.nbytes for t in tensors.values())
+    of_experts = ((module.n_chosen / module.n_expert, tensor) for module in model.modules() if isinstance(module, MoE)
+                  for linear in (module.w13, module.w2) for tensor in linear.expert_args(model.dtype))
+    unread = sum(int((1 - share) * tensor.nbytes) for share, tensor in of_experts)
+    return sum(t.nbytes for t in tensors.values()) - unread
 
 
 def memory_used(device: torch.device) -> float:

@@ -35,7 +35,7 @@ class Transformer(nn.Module):
         rows = self.local.vocab_size                   # a given _weight spares an initialization that is slow to import
         self.tok_embeddings = nn.Embedding(rows, args.dim, _weight=torch.empty(rows, args.dim))
         windows = args.windows or (0,) * args.n_layer
-        self.layers = nn.ModuleList(TransformerBlock(self.local, window) for window in windows)
+        self.layers = nn.ModuleList(TransformerBlock(self.local, layer, window) for layer, window in enumerate(windows))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = None if args.tie_word_embeddings else Linear(args.dim, self.local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
@@ -84,8 +84,7 @@ class Transformer(nn.Module):
         layers = [layer.kernel_args() for layer in self.layers]
         if not layers or any(layer is None for layer in layers):
             return None
-        return kernels.fuse(layers, self.local.n_head, self.local.intermediate_size, self.args.norm_eps,
-                            self.quantize_activations)
+        return kernels.fuse(layers, self.local.n_head, self.args.norm_eps, self.quantize_activations)
 
     def forward(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor | None = None,
                 fused: kernels.FusedLayers | None = None) -> Tensor:
@@ -126,9 +125,11 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, window: int):
+    def __init__(self, args: ModelArgs, layer: int, window: int):
         super().__init__()
-        self.attention, self.feed_forward = Attention(args, window), FeedForward(args)
+        self.attention = Attention(args, window)
+        has_experts = args.n_expert and layer not in args.dense_layers
+        self.feed_forward = MoE(args) if has_experts else FeedForward(args.dim, args.intermediate_size, args.mlp_bias)
         self.attention_norm, self.ffn_norm = RMSNorm(args.dim, args.norm_eps), RMSNorm(args.dim, args.norm_eps)
 
     # The compiler works on one block and reuses the result for every layer.
@@ -139,20 +140,19 @@ class TransformerBlock(nn.Module):
 
     def kernel_args(self) -> kernels.LayerTensors | None:
         """The tensors that the fused layers compute this block from; None if it was modified, which they would miss."""
-        attention, feed_forward, head_norm = self.attention, self.feed_forward, type(self.attention.q_norm)
-        expected = [(self, TransformerBlock), (attention, Attention), (feed_forward, FeedForward),
-                    (self.attention_norm, RMSNorm), (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm),
-                    (attention.k_norm, head_norm), (attention.reduce, nn.Identity), (feed_forward.reduce, nn.Identity)]
-        linears = [attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2]
+        attention, head_norm, dtype = self.attention, type(self.attention.q_norm), self.ffn_norm.weight.dtype
+        expected = [(self, TransformerBlock), (attention, Attention), (self.attention_norm, RMSNorm),
+                    (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm), (attention.k_norm, head_norm),
+                    (attention.reduce, nn.Identity)]
+        feed_forward = self.feed_forward.kernel_args(dtype) if hasattr(self.feed_forward, "kernel_args") else None
+        wqkv, wo = linear_args(dtype, attention.wqkv, attention.wo)
         if (head_norm not in (RMSNorm, nn.Identity) or not all(is_unmodified(module, kind) for module, kind in expected)
-                or not all(hasattr(linear, "kernel_args") for linear in linears)):
-            return None
-        wqkv, wo, w13, w2 = (linear.kernel_args(self.ffn_norm.weight.dtype) for linear in linears)
-        if not (wqkv and wo and w13 and w2):
+                or not (wqkv and wo and feed_forward)):
             return None
         q_norm, k_norm = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
-        return kernels.LayerTensors(self.attention_norm.weight, wqkv, q_norm, k_norm, wo, self.ffn_norm.weight, w13, w2,
-                                    attention.kv_cache.k_cache, attention.kv_cache.v_cache, attention.window)
+        return kernels.LayerTensors(self.attention_norm.weight, wqkv, q_norm, k_norm, wo, self.ffn_norm.weight,
+                                    feed_forward, attention.kv_cache.k_cache, attention.kv_cache.v_cache,
+                                    attention.window)
 
 
 class Attention(nn.Module):
@@ -183,10 +183,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, dim: int, size: int, bias: bool = False):
         super().__init__()
-        self.w13 = Linear(args.dim, 2 * args.intermediate_size, args.mlp_bias)                       # gate, then up
-        self.w2 = Linear(args.intermediate_size, args.dim, args.mlp_bias)
+        self.size = size
+        self.w13 = Linear(dim, 2 * size, bias)         # gate, then up
+        self.w2 = Linear(size, dim, bias)
         self.reduce = nn.Identity()                    # as in Attention
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,13 +198,65 @@ class FeedForward(nn.Module):
         gate, up = self.w13(x).chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def kernel_args(self, dtype: torch.dtype) -> kernels.FeedForwardTensors | None:
+        """As in TransformerBlock."""
+        w13, w2 = linear_args(dtype, self.w13, self.w2)
+        fits = w13 and w2 and is_unmodified(self, FeedForward) and is_unmodified(self.reduce, nn.Identity)
+        return kernels.FeedForwardTensors(w13, w2, self.size) if fits else None
+
+
+class MoE(nn.Module):
+    """A mixture of experts: a router chooses a few feed-forwards for each token, and weighs what they make of it. Some
+    families have a shared one too, which all tokens pass, times a gate. w13 and w2 hold all experts, one after another,
+    as their rows: so they are quantized, stored and split like any linear."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_expert, self.n_chosen, self.size = args.n_expert, args.n_expert_per_token, args.expert_size
+        self.normalize = args.normalize_experts
+        self.router = Linear(args.dim, self.n_expert)
+        self.w13 = Linear(args.dim, self.n_expert * 2 * self.size, experts=self.n_expert)       # gate, up; gate ...
+        self.w2 = Linear(self.size, self.n_expert * args.dim, experts=self.n_expert)
+        self.shared = FeedForward(args.dim, args.shared_expert_size) if args.shared_expert_size else None
+        self.shared_gate = Linear(args.dim, 1) if args.shared_expert_size else None
+        self.reduce = nn.Identity()                    # as in Attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)                         # [M, C]
+        chosen, weights = self.route(flat)
+        args = [linear.expert_args(x.dtype) for linear in (self.w13, self.w2)]
+        y = kernels.experts(flat, chosen, weights, *args, self.n_expert, self.size, self.w13.quantize_activations)
+        if self.shared is not None and self.shared_gate is not None:
+            y = y + self.shared_gate(flat).sigmoid() * self.shared(flat)
+        return self.reduce(y.view_as(x))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which experts are chosen for x [M, C], int64 [M, n_chosen], and their weights, fp32."""
+        weights, chosen = self.router(x).float().softmax(-1).topk(self.n_chosen, dim=-1)
+        return chosen, weights / weights.sum(-1, keepdim=True) if self.normalize else weights
+
+    def kernel_args(self, dtype: torch.dtype) -> kernels.FeedForwardTensors | None:
+        """As in TransformerBlock."""
+        w13, w2, router = linear_args(dtype, self.w13, self.w2, self.router)
+        if not (w13 and w2 and router and is_unmodified(self, MoE) and is_unmodified(self.reduce, nn.Identity)):
+            return None
+        shared, gate = kernels.FeedForwardTensors([], [], 0), []
+        if self.shared is not None:
+            shared, (gate,) = self.shared.kernel_args(dtype), linear_args(dtype, self.shared_gate)
+        if not shared or gate is None:
+            return None
+        return kernels.FeedForwardTensors(w13, w2, self.size, router, gate, *shared[:3], self.n_expert, self.n_chosen,
+                                          self.normalize)
+
 
 class Linear(nn.Module):
     """y = x W^T + b. A quantized linear (formats.py) takes its place with the same forward."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+    quantize_activations = False                       # of a quantized one: its setting
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, experts: int = 1):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.experts = in_features, out_features, experts
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
@@ -215,6 +268,10 @@ class Linear(nn.Module):
         """What the fused layers compute it from, for inputs of a dtype; None if they cannot."""
         fits = self.weight.dtype == dtype and self.weight.is_contiguous()
         return present(self.weight, self.bias) if fits and is_unmodified(self, Linear) else None
+
+    def expert_args(self, dtype: torch.dtype) -> list[Tensor]:
+        """What kernels.experts computes experts from, as kernel_args has them."""
+        return [self.weight]
 
 
 class RMSNorm(nn.Module):
@@ -255,6 +312,10 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what its class says: no subclass of it, no hooks, no forward of its own."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return type(module) is kind and not hooked
+
+
+def linear_args(dtype: torch.dtype, *linears: Any) -> list[list[Tensor] | None]:
+    return [linear.kernel_args(dtype) if hasattr(linear, "kernel_args") else None for linear in linears]
 
 
 def present(*tensors: Tensor | None) -> list[Tensor]:

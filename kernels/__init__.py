@@ -112,7 +112,81 @@ def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
     return w.flatten(2).flatten(0, 1)[:out_features, :in_features]
 
 
+# ---- experts
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: list[Tensor], w2: list[Tensor], n_expert: int, size: int,
+            quantize_activations: bool = True) -> Tensor:
+    """The weighted sum of what experts make of x [M, C] -> [M, C].
+
+    chosen: int64 [M, k], of each token; weights: fp32 [M, k]. w13, w2: see FeedForwardTensors; int4 is packed.
+    """
+    if on_cpu(x) and available():
+        return torch.ops.qwen_fast.experts(x.contiguous(), chosen, weights, w13, w2, n_expert, size,
+                                           quantize_activations)
+    if chosen.numel() <= FEW_PAIRS:
+        return experts_gathered(x, chosen, weights, w13, w2, n_expert, size)
+    return experts_one_by_one(x, chosen, weights, w13, w2, n_expert, size)
+
+
+FEW_PAIRS = 64    # of a token and an expert, up to which gathering their weights is worth the memory it takes
+
+
+def experts_gathered(x: Tensor, chosen: Tensor, weights: Tensor, w13: list[Tensor], w2: list[Tensor], n_expert: int,
+                     size: int) -> Tensor:
+    """The same by copies of the chosen experts' weights: no size depends on the choice."""
+    C, k = x.size(1), chosen.size(1)
+    gate_up = expert_weights(w13, chosen.flatten(), n_expert, 2 * size, C, x.dtype)                # [M k, 2 F, C]
+    gate, up = torch.bmm(gate_up, x.repeat_interleave(k, dim=0)[:, :, None]).chunk(2, dim=1)
+    down = expert_weights(w2, chosen.flatten(), n_expert, C, size, x.dtype)
+    y = torch.bmm(down, F.silu(gate) * up).view(-1, k, C)
+    return (y.float() * weights[:, :, None]).sum(1).to(x.dtype)
+
+
+@torch.library.custom_op("qwen_fast::experts_one_by_one", mutates_args=())
+def experts_one_by_one(x: Tensor, chosen: Tensor, weights: Tensor, w13: list[Tensor], w2: list[Tensor], n_expert: int,
+                       size: int) -> Tensor:
+    """The same expert by expert, each over its tokens. Opaque to the compiler: the loop follows the choice's values."""
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in chosen.unique():
+        token, slot = (chosen == e).nonzero(as_tuple=True)
+        gate_up = expert_weights(w13, e[None], n_expert, 2 * size, x.size(1), x.dtype)[0]
+        gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
+        down = expert_weights(w2, e[None], n_expert, x.size(1), size, x.dtype)[0]
+        y.index_add_(0, token, F.linear(F.silu(gate) * up, down).float() * weights[token, slot][:, None])
+    return y.to(x.dtype)
+
+
+@experts_one_by_one.register_fake
+def _(x: Tensor, *others) -> Tensor:
+    return torch.empty_like(x)
+
+
+def expert_weights(tensors: list[Tensor], which: Tensor, n_expert: int, N: int, K_in: int,
+                   dtype: torch.dtype) -> Tensor:
+    """The weights of some experts, int64 [n] -> [n, N, K_in]."""
+    weight, *params = (tensor.unflatten(0, (n_expert, -1))[which] for tensor in tensors)
+    if len(params) == 2:
+        parts = (part.flatten(0, 1) for part in (weight, *params))
+        return dequantize_packed_int4(*parts, N * len(which), K_in, dtype).unflatten(0, (-1, N))
+    return weight.to(dtype) * params[0].to(dtype)[:, :, None] if params else weight
+
+
 # ---- whole layers; their twin is the loop over model.TransformerBlock
+
+class FeedForwardTensors(NamedTuple):
+    """w2(silu(gate) * up), or experts of this kind, one after another in the rows of w13 and w2. Lists as below."""
+    w13: list[Tensor]                 # [E * 2 * size, C]: gate, up
+    w2: list[Tensor]                  # [E * C, size]
+    size: int
+    router: list[Tensor] = []         # [E, C]
+    shared_gate: list[Tensor] = []    # [1, C], if any
+    shared_w13: list[Tensor] = []
+    shared_w2: list[Tensor] = []
+    shared_size: int = 0
+    n_expert: int = 0                 # 0: a single feed-forward, no experts
+    n_chosen: int = 0
+    normalize: bool = False           # whether the chosen experts' weights are scaled to sum up to 1
+
 
 class LayerTensors(NamedTuple):
     """A linear's list is [weight], int8 [weight, scales] or int4 [packed, scales, zeros], then its bias if any."""
@@ -122,8 +196,7 @@ class LayerTensors(NamedTuple):
     k_norm: Tensor | None
     wo: list[Tensor]          # [C, H * D]
     ffn_norm: Tensor
-    w13: list[Tensor]         # [2 * intermediate_size, C]: gate, up
-    w2: list[Tensor]          # [C, intermediate_size]
+    feed_forward: FeedForwardTensors
     k_cache: Tensor           # [B, K, T, D]
     v_cache: Tensor
     window: int               # of the attention, 0 for none
@@ -135,8 +208,7 @@ class FusedLayers(NamedTuple):
     dtype: torch.dtype
 
 
-def fuse(layers: Sequence[LayerTensors], n_head: int, intermediate_size: int, eps: float,
-         quantize_activations: bool) -> FusedLayers | None:
+def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activations: bool) -> FusedLayers | None:
     """For run_fused, which uses these very tensors from then on; None where the kernels cannot stand in for the layers.
 
     eps: of the RMS norms. quantize_activations: as in int8_linear and int4_linear. Errors: RuntimeError (shapes).
@@ -146,9 +218,9 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, intermediate_size: int, ep
         return on_cpu(x.k_cache) and same and x.k_cache.size(3) % 16 == 0 and x.k_cache.size(3) <= MAX_HEAD
     if not layers or not all(map(supported, layers)) or not available():
         return None
-    handle = torch.ops.qwen_fast.fuse_layers(n_head, intermediate_size, eps, quantize_activations)
-    for layer in layers:
-        torch.ops.qwen_fast.add_layer(handle, *layer)
+    handle = torch.ops.qwen_fast.fuse_layers(n_head, eps, quantize_activations)
+    for x in layers:
+        torch.ops.qwen_fast.add_layer(handle, *x[:6], *x.feed_forward, *x[7:])
     return FusedLayers(handle, layers[0].k_cache.dtype)
 
 

@@ -105,6 +105,10 @@ def register_fakes() -> None:
     def _(x: Tensor, tensors: list[Tensor], out_features: int, quantize_activations: bool) -> Tensor:
         return x.new_empty(*x.shape[:-1], out_features)
 
+    @torch.library.register_fake("qwen_fast::experts")
+    def _(x: Tensor, *others) -> Tensor:
+        return torch.empty_like(x)
+
     @torch.library.register_fake("qwen_fast::attend")
     def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
         return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))

@@ -8,12 +8,15 @@
 TORCH_LIBRARY(qwen_fast, m) {
     const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
     m.def("linear(Tensor x, Tensor[] tensors, int out_features, bool quantize_activations) -> Tensor", tags);
+    m.def("experts(Tensor x, Tensor chosen, Tensor weights, Tensor[] w13, Tensor[] w2, int n_expert, int size, "
+          "bool quantize_activations) -> Tensor", tags);
     m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", tags);
-    m.def("fuse_layers(int n_head, int intermediate_size, float eps, bool quantize_activations) -> Tensor",
-          fuse_layers);
+    m.def("fuse_layers(int n_head, float eps, bool quantize_activations) -> Tensor", fuse_layers);
     // clang-format off
     m.def("add_layer(Tensor(a!) handle, Tensor attention_norm, Tensor[] wqkv, Tensor? q_norm, Tensor? k_norm, "
-          "Tensor[] wo, Tensor ffn_norm, Tensor[] w13, Tensor[] w2, Tensor k_cache, Tensor v_cache, int window) -> ()");
+          "Tensor[] wo, Tensor ffn_norm, Tensor[] w13, Tensor[] w2, int ffn_size, Tensor[] router, "
+          "Tensor[] shared_gate, Tensor[] shared_w13, Tensor[] shared_w2, int shared_size, int n_expert, "
+          "int n_chosen, bool normalize, Tensor k_cache, Tensor v_cache, int window) -> ()");
     // clang-format on
     m.def("run_fused(Tensor x, Tensor(a!) handle, Tensor cos, Tensor sin, Tensor? logn, Tensor input_pos) -> Tensor",
           tags);
@@ -21,6 +24,7 @@ TORCH_LIBRARY(qwen_fast, m) {
 
 TORCH_LIBRARY_IMPL(qwen_fast, CPU, m) {
     m.impl("linear", &linear);
+    m.impl("experts", &experts);
     m.impl("attend", &attend);
     m.impl("add_layer", &add_layer);
     m.impl("run_fused", &run_fused);

@@ -3,6 +3,7 @@
 // through PyTorch's products, in the model's own dtype.
 #pragma once
 #include <ATen/ops/from_blob.h>
+#include <variant>
 #include "attention.h"
 #include "quantized.h"
 
@@ -45,21 +46,66 @@ struct Linear {
                 scales.size(1), weight.size(1) / scales.size(1)};
     }
 
-    template <bool quantize> void decode_quantized(const float* x, float* y, i64 M) const {
-        if (zeros.defined()) int4_decode<quantize>(int4(), x, y, M, N, K);
-        else int8_decode<quantize>(weight.const_data_ptr<int8_t>(), scales.const_data_ptr<float>(), x, y, M, N, K);
+    // Rows e * N / E to (e + 1) * N / E: one of E experts. An int4 block of rows must not belong to two of them.
+    Linear expert(i64 e, i64 E) const {
+        Linear one = *this;
+        one.N = N / E;
+        for (Tensor* t : {&one.weight, &one.scales, &one.zeros})
+            if (t->defined()) *t = t->narrow(0, e * (t->size(0) / E), t->size(0) / E);
+        return one;
+    }
+
+    // One of the products that decode() computes: x [M, K] -> y [M, N], at most 16 tokens, with the weights of expert e
+    struct Product {
+        i64 e, M;
+        const float* x;
+        float* y;
+    };
+    template <bool quantize> void decode_quantized(const std::vector<Product>& products, i64 E) const {
+        const i64 n = N / E;
+        if (zeros.defined()) {
+            std::vector<Int4Rows<quantize>> rows;
+            for (const auto& p : products) {
+                Int4 w = int4();
+                const i64 block = p.e * (n / ROWS);
+                w.packed += block * w.units() * UNIT, w.scales += block * w.groups * ROWS;
+                w.zeros += block * w.groups * ROWS;
+                rows.emplace_back(w, p.x, p.y, p.M, n, K);
+            }
+            return share_all(rows);
+        }
+        std::vector<Int8Rows<quantize>> rows;
+        const auto* w = weight.const_data_ptr<int8_t>();
+        const float* s = scales.const_data_ptr<float>();
+        for (const auto& p : products) rows.emplace_back(w + p.e * n * K, s + p.e * n, p.x, p.y, p.M, n, K);
+        share_all(rows);
+    }
+    template <typename T> void decode_plain(const std::vector<Product>& products, i64 E) const {
+        const i64 n = N / E;
+        std::vector<Rows<T>> rows;
+        std::vector<std::vector<T>> rounded(products.size());
+        for (size_t i = 0; i < products.size(); i++) {
+            const auto& p = products[i];
+            const T* x = (const T*)p.x;
+            if (!std::is_same_v<T, float>) {
+                rounded[i].resize(p.M * K);
+                convert(p.x, rounded[i].data(), p.M * K);
+                x = rounded[i].data();
+            }
+            rows.push_back({weight.const_data_ptr<T>() + p.e * n * K, x, p.y, p.M, n, K});
+        }
+        share_all(rows);
+    }
+    void decode(const std::vector<Product>& products, i64 E, bool quantize_activations) const {
+        if (scales.defined() && quantize_activations) decode_quantized<HAVE_VNNI>(products, E);
+        else if (scales.defined()) decode_quantized<false>(products, E);
+        else if (is(weight, at::kFloat)) decode_plain<float>(products, E);
+        else decode_plain<BFloat16>(products, E);
     }
 
     // x [M, K] -> y [M, N], at most 16 tokens
     void decode(const float* x, float* y, i64 M, bool quantize_activations) const {
-        if (scales.defined() && quantize_activations) decode_quantized<HAVE_VNNI>(x, y, M);
-        else if (scales.defined()) decode_quantized<false>(x, y, M);
-        else if (is(weight, at::kFloat)) linear_decode(weight.const_data_ptr<float>(), x, y, M, N, K);
-        else {
-            std::vector<BFloat16> rounded(M * K);
-            convert(x, rounded.data(), M * K);
-            linear_decode(weight.const_data_ptr<BFloat16>(), rounded.data(), y, M, N, K);
-        }
+        decode({{0, M, x, y}}, 1, quantize_activations);
         if (!bias.defined()) return;
         const float* b = bias.const_data_ptr<float>();
         for (i64 m = 0; m < M; m++)
@@ -120,16 +166,31 @@ INLINE void finish_head(const U* x, const T* norm, float eps, const float* cos, 
     convert(turned, out, D);
 }
 
+struct FeedForward {
+    Linear w13, w2;  // gate, then up; down
+};
+
+// E feed-forwards, expert after expert in the rows of w13 and w2, of which the router chooses k for a token
+struct Experts {
+    FeedForward all;
+    i64 E, k;
+    bool normalize;  // the weights of those chosen sum up to 1
+    Linear router;
+    std::optional<FeedForward> shared;  // an expert of all tokens, times sigmoid(shared_gate(x))
+    std::optional<Linear> shared_gate;
+};
+
 struct Layer {
     Tensor attention_norm, q_norm, k_norm, ffn_norm, k_cache, v_cache;  // q_norm and k_norm: both or neither
-    Linear wqkv, wo, w13, w2;
+    Linear wqkv, wo;
+    std::variant<FeedForward, Experts> feed_forward;
     i64 window;
 };
 
 // All layers, checked once. They live in the memory of a tensor, which the program holds and hands to every call: so
 // torch.compile sees one tensor instead of the hundreds in it, and takes that much less time.
 struct FusedLayers {
-    i64 n_head, intermediate_size;
+    i64 n_head;
     float eps;
     bool quantize_activations;
     const FusedLayers* self = this;  // is not, in a copy of that tensor
@@ -206,42 +267,171 @@ template <typename T, typename U> void attention(const Step<T, U>& step, const L
     step.add(step.multiply(layer.wo, y));
 }
 
-// x += w2(silu(gate) * up), where gate and up [F] are w13(norm(x))
-template <typename T, typename U> void feed_forward(const Step<T, U>& step, const Layer& layer) {
-    const i64 F = layer.w2.K;
-    const Tensor both = step.multiply(layer.w13, step.normed(layer.ffn_norm));
-    Tensor y = step.empty(F);
-    const U* from = both.const_data_ptr<U>();
-    U* yp = y.mutable_data_ptr<U>();
-    step.each([&](i64 m) {
-        const U *gate = from + m * 2 * F, *up = gate + F;
-        U* to = yp + m * F;
-        i64 f = 0;
-        for (; f + 16 <= F; f += 16) {
-            const f32x16 g = load16(gate + f), e = exp16(-max16(g, -g));  // exp(-|g|) does not overflow
-            store16(to + f, (g < f32x16{} ? g * e : g) / (e + 1.0f) * load16(up + f));
+// silu(gate) * up [F] of gate_up [2 F]
+template <typename U> INLINE void silu_times(const U* gate_up, U* to, i64 F) {
+    const U *gate = gate_up, *up = gate + F;
+    i64 f = 0;
+    for (; f + 16 <= F; f += 16) {
+        const f32x16 g = load16(gate + f), e = exp16(-max16(g, -g));  // exp(-|g|) does not overflow
+        store16(to + f, (g < f32x16{} ? g * e : g) / (e + 1.0f) * load16(up + f));
+    }
+    for (; f < F; f++) to[f] = (float)gate[f] / (1.0f + std::exp(-(float)gate[f])) * (float)up[f];
+}
+
+// [rows, 2 F] -> [rows, F]
+template <typename U> Tensor silu_times(const Tensor& gate_up) {
+    const i64 rows = gate_up.size(0), F = gate_up.size(1) / 2;
+    Tensor y = at::empty({rows, F}, gate_up.options());
+    const U* from = gate_up.const_data_ptr<U>();
+    U* to = y.mutable_data_ptr<U>();
+#pragma omp parallel for num_threads(at::get_num_threads()) if (rows * F > ONE_THREAD)
+    for (i64 i = 0; i < rows; i++) silu_times(from + i * 2 * F, to + i * F, F);
+    return y;
+}
+
+// w2(silu(gate) * up) of x [M, C], where gate and up are w13(x)
+template <typename U> Tensor run(const FeedForward& ff, const Tensor& x, bool quantize_activations) {
+    return ff.w2.multiply(silu_times<U>(ff.w13.multiply(x, quantize_activations)), quantize_activations);
+}
+
+// Which experts the tokens go to. A pair is a token and one of its experts; pairs are in the experts' order.
+struct Routing {
+    i64 M, k;
+    std::vector<i64> first;        // [E + 1]: of an expert's pairs
+    std::vector<i64> token, pair;  // of a pair; of token m's j-th expert, [M * k]
+    std::vector<float> weight;     // [M * k]
+
+    // chosen: expert of token m's j-th choice, [M * k]
+    Routing(const std::vector<i64>& chosen, std::vector<float> weight, i64 M, i64 k, i64 E)
+        : M(M), k(k), first(E + 1), token(M * k), pair(M * k), weight(std::move(weight)) {
+        for (const i64 e : chosen) first[e + 1]++;
+        for (i64 e = 0; e < E; e++) first[e + 1] += first[e];
+        std::vector<i64> next(first.begin(), first.end() - 1);
+        for (i64 i = 0; i < M * k; i++) token[pair[i] = next[chosen[i]]++] = i / k;
+    }
+
+    // The k most probable of logits [M, E], the first among equals
+    template <typename U> static Routing best(const U* logits, i64 M, i64 k, i64 E, bool normalize) {
+        std::vector<i64> chosen(M * k);
+        std::vector<float> weight(M * k), p(E);
+        for (i64 m = 0; m < M; m++) {
+            const U* from = logits + m * E;
+            const float most = *std::max_element(from, from + E);
+            float all = 0, sum = 0;
+            for (i64 e = 0; e < E; e++) all += p[e] = std::exp((float)from[e] - most);
+            for (i64 j = 0; j < k; j++) {
+                const i64 e = std::max_element(p.begin(), p.end()) - p.begin();
+                chosen[m * k + j] = e;
+                sum += weight[m * k + j] = p[e];
+                p[e] = -1;
+            }
+            for (i64 j = 0; j < k; j++) weight[m * k + j] /= normalize ? sum : all;
         }
-        for (; f < F; f++) to[f] = (float)gate[f] / (1.0f + std::exp(-(float)gate[f])) * (float)up[f];
+        return Routing(chosen, std::move(weight), M, k, E);
+    }
+};
+
+// x [pairs, K] -> [pairs, N / E], each pair by its expert's rows of w, which are read once
+template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, const Tensor& x, bool quantize_activations) {
+    const i64 E = routing.first.size() - 1, n = w.N / E, K = w.K;
+    Tensor y = at::empty({x.size(0), n}, x.options());
+    const Tensor x32 = x.to(at::kFloat), y32 = is(y, at::kFloat) ? y : at::empty(y.sizes(), x32.options());
+    std::vector<Linear::Product> products;
+    for (i64 e = 0; e < E; e++) {
+        const i64 begin = routing.first[e], count = routing.first[e + 1] - begin;
+        if (count > MAX_TOKENS)
+            y.narrow(0, begin, count).copy_(w.expert(e, E).multiply(x.narrow(0, begin, count), quantize_activations));
+        else if (count)
+            products.push_back({e, count, x32.const_data_ptr<float>() + begin * K, y32.mutable_data_ptr<float>() + begin * n});
+    }
+    w.decode(products, E, quantize_activations);
+    if (!y.is_same(y32))
+        for (const auto& p : products) {
+            const i64 begin = routing.first[p.e] * n;
+            convert(y32.const_data_ptr<float>() + begin, y.mutable_data_ptr<U>() + begin, p.M * n);
+        }
+    return y;
+}
+
+// The weighted sum of what the experts make of h [M, C], in fp32
+template <typename U> Tensor run(const FeedForward& experts, const Routing& routing, const Tensor& h, bool quantize_activations) {
+    const i64 C = h.size(1), pairs = routing.token.size();
+    Tensor x = at::empty({pairs, C}, h.options()), y = at::empty(h.sizes(), h.options().dtype(at::kFloat));
+    const U* from = h.const_data_ptr<U>();
+    U* to = x.mutable_data_ptr<U>();
+    for (i64 p = 0; p < pairs; p++) std::copy_n(from + routing.token[p] * C, C, to + p * C);
+    const Tensor hidden = silu_times<U>(by_expert<U>(experts.w13, routing, x, quantize_activations));
+    const Tensor out = by_expert<U>(experts.w2, routing, hidden, quantize_activations);
+    const U* outs = out.const_data_ptr<U>();
+    float* sums = y.mutable_data_ptr<float>();
+#pragma omp parallel for num_threads(at::get_num_threads()) if (pairs * C > ONE_THREAD)
+    for (i64 m = 0; m < routing.M; m++)
+        for (i64 c = 0; c < C; c++) {
+            float sum = 0;
+            for (i64 i = m * routing.k; i < (m + 1) * routing.k; i++)
+                sum += routing.weight[i] * (float)outs[routing.pair[i] * C + c];
+            sums[m * C + c] = sum;
+        }
+    return y;
+}
+
+// x += feed_forward(norm(x))
+template <typename T, typename U> void feed_forward(const Step<T, U>& step, const Layer& layer) {
+    const Tensor h = step.normed(layer.ffn_norm);
+    const bool quantize_activations = step.fused.quantize_activations;
+    if (const auto* dense = std::get_if<FeedForward>(&layer.feed_forward))
+        return step.add(run<U>(*dense, h, quantize_activations));
+    const auto& experts = std::get<Experts>(layer.feed_forward);
+    const Tensor logits = step.multiply(experts.router, h);
+    const auto routing = Routing::best(logits.const_data_ptr<U>(), step.M, experts.k, experts.E, experts.normalize);
+    Tensor y = run<U>(experts.all, routing, h, quantize_activations);
+    if (experts.shared) {
+        const Tensor gate = step.multiply(*experts.shared_gate, h).to(at::kFloat).sigmoid();
+        y.addcmul_(gate, run<U>(*experts.shared, h, quantize_activations).to(at::kFloat));
+    }
+    step.add(y.to(h.scalar_type()));
+}
+
+// What the experts chosen [M, k], times their weights fp32 [M, k], make of x [M, C] -> [M, C]
+Tensor experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, at::TensorList w13, at::TensorList w2,
+               i64 n_expert, i64 size, bool quantize_activations) {
+    const auto dtype = x.scalar_type();
+    const i64 M = x.size(0), C = x.size(1), k = chosen.size(1);
+    TORCH_CHECK(M > 0 && k > 0 && is(chosen, at::kLong) && is(weights, at::kFloat) && chosen.numel() == M * k &&
+                    weights.numel() == M * k && x.is_contiguous(),
+                "experts: x ", x.sizes(), ", chosen ", chosen.sizes(), ", weights ", weights.sizes());
+    const FeedForward all{Linear(w13, n_expert * 2 * size, C, dtype), Linear(w2, n_expert * C, size, dtype)};
+    const Tensor chosen_ = chosen.contiguous(), weights_ = weights.contiguous();
+    const auto *c = chosen_.const_data_ptr<i64>();
+    const float* w = weights_.const_data_ptr<float>();
+    for (i64 i = 0; i < M * k; i++) TORCH_CHECK(c[i] >= 0 && c[i] < n_expert, "experts: expert ", c[i]);
+    const Routing routing({c, c + M * k}, {w, w + M * k}, M, k, n_expert);
+    Tensor y;
+    by_dtype(x, [&](auto zero) {
+        if (M > MAX_TOKENS) y = run<decltype(zero)>(all, routing, x, quantize_activations);
+        else y = run<float>(all, routing, x.to(at::kFloat), quantize_activations);
     });
-    step.add(step.multiply(layer.w2, y));
+    return y.to(dtype);
 }
 
 // -> uint8 [sizeof(FusedLayers)], to which add_layer adds the layers one by one
-Tensor fuse_layers(i64 n_head, i64 intermediate_size, double eps, bool quantize_activations) {
-    TORCH_CHECK(n_head > 0 && intermediate_size > 0, "fuse_layers: ", n_head, " heads, ", intermediate_size);
-    auto* const fused = new FusedLayers{n_head, intermediate_size, (float)eps, quantize_activations};
+Tensor fuse_layers(i64 n_head, double eps, bool quantize_activations) {
+    TORCH_CHECK(n_head > 0, "fuse_layers: ", n_head, " heads");
+    auto* const fused = new FusedLayers{n_head, (float)eps, quantize_activations};
     return at::from_blob(fused, {(i64)sizeof(FusedLayers)}, [](void* p) { delete (FusedLayers*)p; }, at::kByte);
 }
 
 void add_layer(const Tensor& handle, const Tensor& attention_norm, at::TensorList wqkv, const MaybeTensor& q_norm,
                const MaybeTensor& k_norm, at::TensorList wo, const Tensor& ffn_norm, at::TensorList w13,
-               at::TensorList w2, const Tensor& k_cache, const Tensor& v_cache, i64 window) {
+               at::TensorList w2, i64 ffn_size, at::TensorList router, at::TensorList shared_gate,
+               at::TensorList shared_w13, at::TensorList shared_w2, i64 shared_size, i64 n_expert, i64 n_chosen,
+               bool normalize, const Tensor& k_cache, const Tensor& v_cache, i64 window) {
     auto* fused = FusedLayers::of(handle);
     const auto dtype = k_cache.scalar_type();
     check_caches(k_cache, v_cache, dtype);
     const auto& first_cache = fused->layers.empty() ? k_cache : fused->layers[0].k_cache;
-    const i64 C = fused->layers.empty() ? attention_norm.numel() : fused->layers[0].w2.N;
-    const i64 H = fused->n_head, K = k_cache.size(1), D = k_cache.size(3), F = fused->intermediate_size;
+    const i64 C = fused->layers.empty() ? attention_norm.numel() : fused->layers[0].wo.N;
+    const i64 H = fused->n_head, K = k_cache.size(1), D = k_cache.size(3), F = ffn_size, E = std::max<i64>(n_expert, 1);
     TORCH_CHECK(k_cache.sizes() == first_cache.sizes() && is(first_cache, dtype) && C > 0 && H % K == 0,
                 "add_layer: caches ", k_cache.sizes(), " ", dtype, " for ", H, " heads");
     TORCH_CHECK(q_norm.has_value() == k_norm.has_value(), "add_layer: norms of both queries and keys, or of neither");
@@ -251,9 +441,24 @@ void add_layer(const Tensor& handle, const Tensor& attention_norm, at::TensorLis
         TORCH_CHECK(fits, "add_layer: a norm ", norm->sizes(), " ", norm->scalar_type(), " for ", size, " ", dtype);
         return *norm;
     };
+    const auto feed_forward = [&](at::TensorList w13, at::TensorList w2, i64 E, i64 F) {
+        TORCH_CHECK(F > 0, "add_layer: a feed-forward of ", F);
+        return FeedForward{Linear(w13, E * 2 * F, C, dtype), Linear(w2, E * C, F, dtype)};
+    };
+    std::variant<FeedForward, Experts> ff = feed_forward(w13, w2, E, F);
+    if (n_expert) {
+        TORCH_CHECK(0 < n_chosen && n_chosen <= E && 2 * F % ROWS == 0 && C % ROWS == 0, "add_layer: ", n_chosen,
+                    " of ", E, " experts [", F, ", ", C, "]");
+        Experts experts{std::get<FeedForward>(ff), E, n_chosen, normalize, Linear(router, E, C, dtype), {}, {}};
+        if (shared_size) {
+            experts.shared = feed_forward(shared_w13, shared_w2, 1, shared_size);
+            experts.shared_gate = Linear(shared_gate, 1, C, dtype);
+        }
+        ff = std::move(experts);
+    }
     fused->layers.push_back({norm(attention_norm, C), norm(q_norm, D), norm(k_norm, D), norm(ffn_norm, C), k_cache,
                              v_cache, Linear(wqkv, (H + 2 * K) * D, C, dtype), Linear(wo, C, H * D, dtype),
-                             Linear(w13, 2 * F, C, dtype), Linear(w2, C, F, dtype), window});
+                             std::move(ff), window});
 }
 
 // x [B, S, C] through all layers, at input_pos [B, S] or [S]. cos, sin fp32 [B, S, 1, D], logn none or fp32 [B, S, 1,
@@ -265,7 +470,7 @@ Tensor run_fused(const Tensor& x, const Tensor& handle, const Tensor& cos_, cons
     const auto cos = cos_.contiguous(), sin = sin_.contiguous(), logn = logn_ ? logn_->contiguous() : Tensor();
     const auto& cache = fused->layers[0].k_cache;
     const i64 B = cache.size(0), S = x.dim() == 3 ? x.size(1) : 0, M = B * S;
-    const i64 D = cache.size(3), C = fused->layers[0].w2.N;
+    const i64 D = cache.size(3), C = fused->layers[0].wo.N;
     const auto fp32 = [](const Tensor& t, i64 size) { return is(t, at::kFloat) && t.numel() == size; };
     TORCH_CHECK(M > 0 && is(x, cache.scalar_type()) && x.size(0) == B && x.size(2) == C && fp32(cos, M * D) &&
                     fp32(sin, M * D) && (!logn.defined() || fp32(logn, M)),

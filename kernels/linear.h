@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 #include <atomic>
+#include <vector>
 #include "vec.h"
 
 namespace {
@@ -89,9 +90,16 @@ template <typename T, int R> void dot_tokens(const T* w, const T* x, float* y, i
     });
 }
 
-// w [N, K], x [M, K] -> y [M, N], at most 16 tokens: two distant rows at once where x is small, else four neighbours
-template <typename T> void linear_decode(const T* w, const T* x, float* y, i64 M, i64 N, i64 K) {
-    share(N, 16, K * sizeof(T), [&](i64 n, i64 end) {
+// w [N, K], x [M, K] -> y [M, N], at most 16 tokens: two distant rows at once where x is small, else four neighbours.
+// This and its like in quantized.h are what a thread computes of y for the rows it is given, 0 .. count.
+template <typename T> struct Rows {
+    const T *w, *x;
+    float* y;
+    i64 M, N, K;
+    i64 count() const { return N; }
+    i64 unit() const { return 16; }
+    i64 bytes() const { return K * sizeof(T); }  // of a row
+    void operator()(i64 n, i64 end) const {
         if (M == 1 ? K <= TWO_ROWS_MAX_K : M == 2 && K <= TWO_ROWS_TWO_TOKENS_MAX_K) {
             const Halves rows(n, end, true);
             rows.each([&](i64 n, auto R) INLINE_LAMBDA {
@@ -102,6 +110,20 @@ template <typename T> void linear_decode(const T* w, const T* x, float* y, i64 M
         }
         for (; n + 4 <= end; n += 4) dot_tokens<T, 4>(w + n * K, x, y + n, M, K, N);
         for (; n < end; n++) dot_tokens<T, 1>(w + n * K, x, y + n, M, K, N);
+    }
+};
+
+// The rows of several matrices of one size, as if they were one.
+template <typename R> void share_all(const std::vector<R>& matrices) {
+    if (matrices.empty()) return;
+    const R& any = matrices[0];
+    const i64 count = any.count();
+    share(count * matrices.size(), any.unit(), any.bytes(), [&](i64 n, i64 end) {
+        while (n < end) {
+            const i64 first = n % count, last = std::min(count, first + end - n);
+            matrices[n / count](first, last);
+            n += last - first;
+        }
     });
 }
 

@@ -119,21 +119,31 @@ INLINE void int8_rows_fp32(const int8_t* w, i64 apart, const Activations<int16_t
     }
 }
 
-template <bool quantize>
-void int8_decode(const int8_t* w, const float* scales, const float* x, float* y, i64 M, i64 N, i64 K) {
-    const Activations<int16_t> a(x, M, K, (K + G8 - 1) / G8 * G8, G8, quantize);
-    const auto bytes = in_bytes(a.q);
+template <bool quantize> struct Int8Rows {
+    const int8_t* w;
+    const float* scales;
+    float* y;
+    i64 M, N, K;
+    Activations<int16_t> a;
+    std::vector<int8_t> halves = in_bytes(a.q);
     float offset[MAX_TOKENS] = {};
-    if (quantize)
-        for (i64 i = 0; i < M * a.groups; i++) offset[i / a.groups] += 128.0f * a.sums[i];
-    share(N, 16, K, [&](i64 begin, i64 end) {
+
+    Int8Rows(const int8_t* w, const float* scales, const float* x, float* y, i64 M, i64 N, i64 K)
+        : w(w), scales(scales), y(y), M(M), N(N), K(K), a(x, M, K, (K + G8 - 1) / G8 * G8, G8, quantize) {
+        if (quantize)
+            for (i64 i = 0; i < M * a.groups; i++) offset[i / a.groups] += 128.0f * a.sums[i];
+    }
+    i64 count() const { return N; }
+    i64 unit() const { return 16; }
+    i64 bytes() const { return K; }
+    void operator()(i64 begin, i64 end) const {
         const Halves rows(begin, end, M <= 2 || M > 4);  // a second tile finds them in the cache
         rows.each([&](i64 n, auto R) INLINE_LAMBDA {
             tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
                 float out[R * tokens];
                 const int8_t* from = w + n * K;
                 if constexpr (quantize)
-                    int8_rows_quantized<R, tokens>(from, rows.apart, a, bytes.data(), first, K, out);
+                    int8_rows_quantized<R, tokens>(from, rows.apart, a, halves.data(), first, K, out);
                 else int8_rows_fp32<R, tokens>(from, rows.apart, a, first, K, out);
                 UNROLL(i, R * tokens) {
                     const i64 row = n + i / tokens * rows.apart, m = first + i % tokens;
@@ -141,8 +151,8 @@ void int8_decode(const int8_t* w, const float* scales, const float* x, float* y,
                 }
             });
         });
-    });
-}
+    }
+};
 
 // x [M, K], weight int8 [N, K], scales [N] -> y [M, N]
 inline void int8_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
@@ -237,10 +247,18 @@ INLINE void int4_blocks(const Int4& w, i64 block, i64 apart, const Activations<i
     UNROLL(i, R * M) out[i] = acc[i];
 }
 
-template <bool quantize> void int4_decode(const Int4& w, const float* x, float* y, i64 M, i64 N, i64 K) {
-    const i64 blocks = (N + ROWS - 1) / ROWS;
-    const Activations<int8_t> a(x, M, K, w.units() * G4, G4, quantize);
-    share(blocks, 2, w.units() * UNIT, [&](i64 begin, i64 end) {
+template <bool quantize> struct Int4Rows {
+    Int4 w;
+    float* y;
+    i64 M, N;
+    Activations<int8_t> a;
+
+    Int4Rows(const Int4& w, const float* x, float* y, i64 M, i64 N, i64 K)
+        : w(w), y(y), M(M), N(N), a(x, M, K, w.units() * G4, G4, quantize) {}
+    i64 count() const { return (N + ROWS - 1) / ROWS; }  // in blocks
+    i64 unit() const { return 2; }
+    i64 bytes() const { return w.units() * UNIT; }
+    void operator()(i64 begin, i64 end) const {
         const Halves halves(begin, end, M <= 2);
         halves.each([&](i64 block, auto R) INLINE_LAMBDA {
             tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
@@ -255,8 +273,8 @@ template <bool quantize> void int4_decode(const Int4& w, const float* x, float* 
                 }
             });
         });
-    });
-}
+    }
+};
 
 // x [M, K] -> y [M, N]. The chunk is written as [K, rows]: the sixteen rows of a block lie side by side.
 template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& y) {

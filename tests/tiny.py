@@ -12,6 +12,7 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
               original_max_position_embeddings=64, rope_theta=10000.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
+MOE = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, initializer_range=0.1)
 FAMILIES = {
     "llama2": ("Llama", dict(num_key_value_heads=4)),
     "llama3.1": ("Llama", dict(rope_parameters=LLAMA3)),
@@ -25,6 +26,10 @@ FAMILIES = {
     "qwen2-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=32)),
     "qwen3-tied": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen2-moe": ("Qwen2Moe", dict(**MOE, shared_expert_intermediate_size=80, mlp_only_layers=[1])),
+    "qwen3-moe": ("Qwen3Moe", dict(**MOE, head_dim=32, norm_topk_prob=True)),
+    "qwen3-moe-sparse": ("Qwen3Moe", dict(**MOE, head_dim=32, decoder_sparse_step=2)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, initializer_range=0.1)),
 }
 
 
@@ -33,7 +38,7 @@ def reference(family: str, seed: int = 0, **changes):
     import transformers
     name, options = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **options, **changes})
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for key, p in model.named_parameters():
