@@ -22,12 +22,14 @@ from checkpoint import check_finite
 from cli import UserError
 from config import rope_frequencies
 from formats import QuantizedLinear
-from model import Attention, KVCache, Linear, Transformer, TransformerBlock
+from model import Attention, KVCache, MoE, Transformer, TransformerBlock
 
-LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")       # in the order of computation
+ATTENTION, FEED_FORWARD = ("attention.wqkv", "attention.wo"), ("feed_forward.w13", "feed_forward.w2")
+SHARED = ("feed_forward.shared.w13", "feed_forward.shared.w2")       # halves of a block, in the order of computation
 BATCH_TOKENS = 4096               # that go through a block at a time
 KEPT_BYTES = 1 << 29              # inputs of a linear that are kept rather than computed again
 COLUMNS = 1024                    # of an inverse, found together
+LEAST_TOKENS = 1 / 16             # for each column of an expert's weight; with fewer it is rounded to nearest
 
 
 @dataclass(frozen=True)
@@ -137,39 +139,111 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
     tokens = tokens.to(device)
     model.inv_freq = rope_frequencies(model.args, tokens.size(1)).to(device)
     hidden = F.embedding(tokens, embedding.to(device)).float()                             # [B, S, C]
-    cost = {name: target.out_features * target.in_features for name, target in targets.items()}
-    with tqdm(total=sum(cost.values()), desc="Quantizing", unit="weight", unit_scale=True, disable=not progress) as bar:
+    total = sum(target.out_features * target.in_features for target in targets.values())
+    with tqdm(total=total, desc="Quantizing", unit="weight", unit_scale=True, disable=not progress) as bar:
+        run = Run(model, targets, options, measure, bar)
         for i, block in enumerate(model.layers):
             block.load_state_dict(load(i), assign=True)
-            for kind in LINEARS:
-                name, linear = f"layers.{i}.{kind}", block.get_submodule(kind)
-                inputs = partial(linear_inputs, model, block, kind, hidden)
-                ends_half = kind in ("attention.wo", "feed_forward.w2")          # its inputs are needed twice
-                keep = ends_half and tokens.numel() * linear.in_features * hidden.itemsize <= KEPT_BYTES
-                kept = list(inputs()) if keep else None
-                if name in targets:
-                    buffers, error = quantize_linear(linear, kept or inputs(), targets[name], options, name, measure)
-                    yield name, {key: value.cpu() for key, value in buffers.items()}, error
-                    bar.update(cost[name])
-                if ends_half:
-                    for rows, x in kept or inputs():
-                        hidden[rows] += linear(x)
+            yield from run.half(i, block, ATTENTION, hidden, hidden)
+            if isinstance(block.feed_forward, MoE):
+                after = hidden.clone()                           # the shared expert and the others read the same
+                if block.feed_forward.shared:
+                    yield from run.half(i, block, SHARED, hidden, after)
+                yield from run.experts(i, block, hidden, after)
+                hidden = after
+            else:
+                yield from run.half(i, block, FEED_FORWARD, hidden, hidden)
             block.to("meta")
+    if run.num_rounded:
+        print(f"{run.num_rounded} of {run.num_experts} experts had too few tokens to learn from: rounded to nearest",
+              file=sys.stderr)
 
 
-def quantize_linear(linear: Linear, inputs: Iterable[tuple[slice, Tensor]], target: QuantizedLinear, options: Options,
-                    name: str, measure: bool) -> tuple[dict[str, Tensor], float]:
-    """Gives a linear the weight that its target can store. The target's buffers, and the error if measured."""
-    weight = linear.weight
-    check_finite(f"{name}.weight", weight)
-    hessian = hessian_of((x for _, x in inputs), linear.in_features, weight.device)
-    if not hessian.isfinite().all():
-        raise UserError(f"{name}: NaN or infinity among its inputs from the calibration text: a damaged checkpoint "
-                        "cannot be quantized")
-    buffers, quantized = quantize_matrix(weight, hessian, target, options, name)
-    linear.weight = torch.nn.Parameter(quantized, requires_grad=False)
-    error = energy(quantized - weight, hessian) / max(energy(weight, hessian), 1e-30) if measure else 0.0
-    return buffers, math.sqrt(error)
+@dataclass
+class Run:
+    """One pass over a model's blocks. hidden: what they read, [B, S, C]; out: to which what they make is added."""
+    model: Transformer
+    targets: dict[str, QuantizedLinear]
+    options: Options
+    measure: bool
+    bar: tqdm
+    num_experts: int = 0
+    num_rounded: int = 0                  # of them
+
+    def half(self, i: int, block: TransformerBlock, kinds: tuple[str, str], hidden: Tensor,
+             out: Tensor) -> Iterator[tuple[str, dict[str, Tensor], float]]:
+        """The two linears of an attention or a feed-forward."""
+        for kind in kinds:
+            name, linear = f"layers.{i}.{kind}", block.get_submodule(kind)
+            inputs = partial(linear_inputs, self.model, block, kind, hidden)
+            last = kind == kinds[1]                              # whose inputs are needed twice
+            keep = last and hidden[..., 0].numel() * linear.in_features * hidden.itemsize <= KEPT_BYTES
+            kept = list(inputs()) if keep else None
+            if name in self.targets:
+                weight = linear.weight
+                buffers, quantized, hessian = self.quantize(name, weight, (x for _, x in kept or inputs()))
+                linear.weight = torch.nn.Parameter(quantized, requires_grad=False)
+                yield name, buffers, relative(*self.energies(quantized, weight, hessian))
+            for rows, x in (kept or inputs()) if last else ():
+                y = linear(x)
+                if kinds == SHARED:
+                    y *= block.feed_forward.shared_gate(block.ffn_norm(hidden[rows])).sigmoid()
+                out[rows] += y
+
+    def experts(self, i: int, block: TransformerBlock, hidden: Tensor,
+                out: Tensor) -> Iterator[tuple[str, dict[str, Tensor], float]]:
+        """One expert after another, each from the tokens that the router sends to it."""
+        moe, flat, sums = block.feed_forward, hidden.flatten(0, 1), out.flatten(0, 1)      # views
+        routes = [moe.route(block.ffn_norm(chunk)) for chunk in flat.split(BATCH_TOKENS)]
+        chosen, weights = (torch.cat(parts) for parts in zip(*routes, strict=True))
+        names = [f"layers.{i}.{kind}" for kind in FEED_FORWARD]
+        found: dict[str, list[tuple[dict[str, Tensor], float, float]]] = {name: [] for name in names}
+        for e in range(moe.n_expert):
+            token, slot = (chosen == e).nonzero(as_tuple=True)
+            x = block.ffn_norm(flat[token])
+            few = len(token) < LEAST_TOKENS * x.size(1)
+            for name, linear in zip(names, (moe.w13, moe.w2), strict=True):
+                weight = linear.weight.unflatten(0, (moe.n_expert, -1))[e].float()
+                if name in self.targets:
+                    buffers, quantized, hessian = self.quantize(f"{name}, expert {e}", weight, [x],
+                                                                self.targets[name], to_nearest=few)
+                    found[name].append((buffers, *self.energies(quantized, weight, hessian)))
+                    weight = quantized
+                y = F.linear(x, weight)
+                if linear is moe.w13:
+                    gate, up = y.chunk(2, dim=-1)
+                    x = F.silu(gate) * up
+            sums[token] += weights[token, slot, None] * y
+            self.num_experts, self.num_rounded = self.num_experts + 1, self.num_rounded + few
+        for name in filter(self.targets.__contains__, names):
+            parts, errors, energies = zip(*found[name], strict=True)
+            yield name, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, relative(
+                sum(errors), sum(energies))
+
+    def quantize(self, name: str, weight: Tensor, inputs: Iterable[Tensor], target: QuantizedLinear | None = None,
+                 to_nearest: bool = False) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The buffers for a weight, what they stand for in fp32, and the Hessian of its inputs."""
+        target = target or self.targets[name]
+        check_finite(f"{name}.weight", weight)
+        hessian = hessian_of(inputs, weight.size(1), weight.device)
+        if not hessian.isfinite().all():
+            raise UserError(f"{name}: NaN or infinity among its inputs from the calibration text: a damaged checkpoint "
+                            "cannot be quantized")
+        if to_nearest:
+            buffers = target.quantize(weight)
+            quantized = target.restore(*target.from_buffers(buffers))
+        else:
+            buffers, quantized = quantize_matrix(weight, hessian, target, self.options, name)
+        self.bar.update(weight.numel())
+        return {key: value.cpu() for key, value in buffers.items()}, quantized, hessian
+
+    def energies(self, quantized: Tensor, weight: Tensor, hessian: Tensor) -> tuple[float, float]:
+        """Of the error of a linear's outputs, and of the outputs."""
+        return (energy(quantized - weight, hessian), energy(weight, hessian)) if self.measure else (0.0, 1.0)
+
+
+def relative(error: float, whole: float) -> float:
+    return math.sqrt(error / max(whole, 1e-30))
 
 
 def linear_inputs(model: Transformer, block: TransformerBlock, kind: str,
@@ -183,8 +257,8 @@ def linear_inputs(model: Transformer, block: TransformerBlock, kind: str,
             x = block.attention_norm(hidden[rows])
             yield rows, x if kind == "attention.wqkv" else attend(model, block.attention, x)
         else:
-            x = block.ffn_norm(hidden[rows])
-            yield rows, x if kind == "feed_forward.w13" else block.feed_forward.hidden(x)
+            x, feed_forward = block.ffn_norm(hidden[rows]), block.get_submodule(kind.rpartition(".")[0])
+            yield rows, x if kind.endswith(".w13") else feed_forward.hidden(x)
 
 
 def attend(model: Transformer, attention: Attention, x: Tensor) -> Tensor:

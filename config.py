@@ -60,6 +60,9 @@ class ModelArgs:
     logn: bool = False
     dynamic_ntk: bool = False
 
+    def has_experts(self, layer: int) -> bool:
+        return self.n_expert > 0 and layer not in self.dense_layers
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelArgs":
         """From the contents of a Hugging Face config.json. Errors: UserError, for a value that is not supported."""

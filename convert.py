@@ -138,8 +138,8 @@ def target_slices(args: ModelArgs, names: Collection[str]) -> Slices:
     for (source, target), layer, kind in itertools.product(family.items(), range(args.n_layer), ("weight", "bias")):
         module, _, projection = target.partition("/")
         key, of_expert = f"{module.format(layer)}.{kind}", source.count("{}") == 2
-        is_dense = not args.n_expert or layer in args.dense_layers
-        if key not in targets or ("{}" not in source and layer) or ("feed_forward.w" in key and of_expert == is_dense):
+        other_kind = "feed_forward.w" in key and of_expert != args.has_experts(layer)
+        if key not in targets or ("{}" not in source and layer) or other_kind:
             continue
         all_rows, *columns = targets[key]
         if not of_expert:

@@ -128,8 +128,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, args: ModelArgs, layer: int, window: int):
         super().__init__()
         self.attention = Attention(args, window)
-        has_experts = args.n_expert and layer not in args.dense_layers
-        self.feed_forward = MoE(args) if has_experts else FeedForward(args.dim, args.intermediate_size, args.mlp_bias)
+        self.feed_forward = (MoE(args) if args.has_experts(layer) else
+                             FeedForward(args.dim, args.intermediate_size, args.mlp_bias))
         self.attention_norm, self.ffn_norm = RMSNorm(args.dim, args.norm_eps), RMSNorm(args.dim, args.norm_eps)
 
     # The compiler works on one block and reuses the result for every layer.

@@ -133,7 +133,9 @@ def gptq_linears(path: Path, args: ModelArgs, linears: dict[str, QuantizedLinear
     def load(layer: int) -> dict[str, Tensor]:
         keys = list(model.layers[layer].state_dict())
         weights = read_weights(path, [f"layers.{layer}.{key}" for key in keys])
-        return {key: weight.to(device, torch.float32) for key, weight in zip(keys, weights, strict=True)}
+        as_stored = [f"{name}.weight" for name in GPTQ.FEED_FORWARD] if args.has_experts(layer) else []
+        return {key: weight.to(device, None if key in as_stored else torch.float32)    # experts become fp32 one by one
+                for key, weight in zip(keys, weights, strict=True)}
     tokens = own_text(path, device, progress) if calibration.tokens is None else calibration.tokens
     gc.collect()                         # the model that wrote it
     embedding = read_checkpoint(path)[0]["tok_embeddings.weight"]
@@ -212,7 +214,8 @@ def own_text(path: Path, device: torch.device | str = "cpu", progress: bool = Tr
 
 def widest_inputs(args: ModelArgs) -> int:
     """Of a model's linears: fewer tokens than that leave a Hessian without full rank."""
-    return max(args.dim, args.intermediate_size, args.n_head * args.head_dim)
+    sizes = [args.dim, args.n_head * args.head_dim, args.expert_size, args.shared_expert_size]
+    return max([*sizes, args.intermediate_size] if args.n_expert == 0 or args.dense_layers else sizes)
 
 
 def calibration_tokens(tokenizer: Tokenizer, texts: list[str], limit: int, seq_length: int, least: int) -> Tensor:

@@ -39,7 +39,10 @@ SPLIT = {
     "attention.wo": (COLUMNS, "heads"),
     "feed_forward.w13": (ROWS, "gate_up"),
     "feed_forward.w2": (COLUMNS, "ffn"),
+    "feed_forward.shared.w13": (ROWS, "shared_gate_up"),
+    "feed_forward.shared.w2": (COLUMNS, "shared_ffn"),
 }
+EXPERTS = {"gate_up": "expert_gate_up", "ffn": "expert_ffn"}             # every expert is split, not their list
 # Bytes of weights that a rank reads in the time of one collective: 0.6 ms (measured, gloo on one machine) at 30 GB/s;
 # 15 us (assumed, NCCL) at 2.7 TB/s.
 BYTES_PER_COLLECTIVE = {"cpu": 18e6, "cuda": 40e6}
@@ -66,6 +69,8 @@ class Plan:
         if split is None or kind == "order":                 # the order of columns, where the rows are split
             return tensor
         dim, counted = split
+        if module.startswith("layers.") and self.args.has_experts(int(module.split(".")[1])):
+            counted = EXPERTS.get(counted, counted)
         if dim == ROWS:
             return select(tensor, ROWS, self.indices[counted])
         if tensor.dim() == 1:            # int8 scales, one a row, serve every rank; a bias must enter the sum only once
@@ -84,7 +89,8 @@ def plan(args: ModelArgs, rank: int, world_size: int, quantization: Quantization
     groupsize = quantization.groupsize if quantization and quantization.mode != "int8" else 0
     check_world_size(args, world_size, groupsize, quantization.reordered if quantization else ())
     q_heads, kv_heads = assign_heads(args.n_head, args.n_local_heads, rank, world_size)
-    ffn = assign_units(args.intermediate_size, rank, world_size, groupsize or 16)
+    ffn, expert, shared = (assign_units(size, rank, world_size, groupsize or 16)
+                           for size in (args.intermediate_size, args.expert_size, args.shared_expert_size))
     heads = head_rows(q_heads, args.head_dim)
     keys = head_rows(kv_heads, args.head_dim, offset=args.n_head)
     values = head_rows(kv_heads, args.head_dim, offset=args.n_head + args.n_local_heads)
@@ -92,11 +98,15 @@ def plan(args: ModelArgs, rank: int, world_size: int, quantization: Quantization
         "vocab": assign_units(args.vocab_size, rank, world_size),
         "qkv": torch.cat((heads, keys, values)),
         "heads": heads,
-        "gate_up": torch.cat((ffn, torch.where(ffn < 0, -1, ffn + args.intermediate_size))),
+        "gate_up": gate_up_rows(ffn, args.intermediate_size),
         "ffn": ffn,
+        "expert_gate_up": gate_up_rows(expert, args.expert_size, args.n_expert),
+        "expert_ffn": expert,
+        "shared_gate_up": gate_up_rows(shared, args.shared_expert_size),
+        "shared_ffn": shared,
     }
     local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads), intermediate_size=len(ffn),
-                    vocab_size=len(indices["vocab"]))
+                    expert_size=len(expert), shared_expert_size=len(shared), vocab_size=len(indices["vocab"]))
     wo_groupsize = uncut_groupsize(args, rank, world_size, groupsize) if groupsize else 0
     return Plan(args, local, rank, indices, quantization, groupsize, wo_groupsize)
 
@@ -154,6 +164,12 @@ def head_rows(heads: Tensor, head_dim: int, offset: int = 0) -> Tensor:
     """Indices of all rows of these heads, in a weight where they come after `offset` other heads."""
     heads = heads[:, None]
     return torch.where(heads < 0, -1, (offset + heads) * head_dim + torch.arange(head_dim)).flatten()
+
+
+def gate_up_rows(ffn: Tensor, size: int, experts: int = 1) -> Tensor:
+    """The rows of w13 that make hidden units ffn, of each of the experts in turn."""
+    first = torch.arange(2 * experts)[:, None] * size            # of gate, up; gate ...
+    return torch.where(ffn < 0, -1, first + ffn).flatten()
 
 
 def uncut_groupsize(args: ModelArgs, rank: int, world_size: int, groupsize: int) -> int:

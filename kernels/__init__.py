@@ -120,7 +120,8 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: list[Tensor], w2: l
 
     chosen: int64 [M, k], of each token; weights: fp32 [M, k]. w13, w2: see FeedForwardTensors; int4 is packed.
     """
-    if on_cpu(x) and available():
+    fits = all(weight.is_contiguous() and (rest or weight.dtype == x.dtype) for weight, *rest in (w13, w2))
+    if on_cpu(x) and fits and available():
         return torch.ops.qwen_fast.experts(x.contiguous(), chosen, weights, w13, w2, n_expert, size,
                                            quantize_activations)
     if chosen.numel() <= FEW_PAIRS:

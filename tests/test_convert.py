@@ -259,7 +259,7 @@ BAD = {
     "config is not JSON": (put("config.json", "{", remove=False), "config.json: not valid JSON"),
     "config is a list": (put("config.json", "[]", remove=False), "config.json: expected a JSON object"),
     "unsupported model": (edit_config(model_type="gpt2"), "gpt2"),
-    "mixture of experts": (edit_config(model_type="qwen3_moe"), "qwen3_moe"),
+    "no experts": (edit_config(model_type="qwen3_moe"), "no 'num_experts'"),
     "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 3}),
                   "config.json: quantization_config: bits 3 is not supported"),
     "quantized by a name": (edit_config(quantization_config="fp8"), "quant_method 'fp8' is not supported"),

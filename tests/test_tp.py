@@ -99,10 +99,12 @@ HEADS = {
     (12, 2): "6/1 4/2 3/1 2/1*", (14, 2): "7/1 7/1* 4/1* 2/1*", (16, 2): "8/1 6/2* 4/1 2/1",
     (16, 8): "8/4 6/3* 4/2 2/1", (16, 16): "8/8 6/6* 4/4 2/2", (20, 20): "10/10 7/7* 5/5 3/3*",
     (24, 8): "12/4 9/3* 6/2 3/1", (28, 4): "14/2 12/3* 7/1 4/1*", (32, 8): "16/4 12/3* 8/2 4/1",
+    (32, 4): "16/2 12/3* 8/1 4/1", (64, 4): "32/2 24/3* 16/1 8/1", (96, 8): "48/4 36/3* 24/2 12/1",
     (32, 32): "16/16 11/11* 8/8 4/4", (40, 8): "20/4 15/3* 10/2 5/1", (40, 40): "20/20 14/14* 10/10 5/5",
     (64, 8): "32/4 24/3* 16/2 8/1", (64, 64): "32/32 22/22* 16/16 8/8",
 }
 SIZES = {
+    768: "384 256 192 96", 1408: "704 480* 352 176", 1536: "768 512 384 192", 2560: "1280 864* 640 320",
     2816: "1408 944* 704 352", 3072: "1536 1024 768 384", 4864: "2432 1632* 1216 608", 5504: "2752 1840* 1376 688",
     6144: "3072 2048 1536 768", 6912: "3456 2304 1728 864", 8192: "4096 2736* 2048 1024", 8960: "4480 2992* 2240 1120",
     9728: "4864 3248* 2432 1216", 11008: "5504 3680* 2752 1376", 12288: "6144 4096 3072 1536",
@@ -118,12 +120,15 @@ SIZES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_table_of_published_sizes(name):
     args = ModelArgs.from_name(name)
-    tables = HEADS[args.n_head, args.n_local_heads], SIZES[args.intermediate_size], SIZES[args.vocab_size]
+    size = "expert_size" if args.n_expert else "intermediate_size"
+    tables = HEADS[args.n_head, args.n_local_heads], SIZES[getattr(args, size)], SIZES[args.vocab_size]
     for world_size, heads, ffn, vocab in zip((2, 3, 4, 8), *(line.split() for line in tables), strict=True):
         plans = [tp.plan(args, rank, world_size) for rank in range(world_size)]
         local = plans[0].local
-        found = dict(heads=f"{local.n_head}/{local.n_local_heads}", ffn=local.intermediate_size, vocab=local.vocab_size)
-        padded = {name for name in found if any(bool((plan.indices[name] < 0).any()) for plan in plans)}
+        found = dict(heads=f"{local.n_head}/{local.n_local_heads}", ffn=getattr(local, size), vocab=local.vocab_size)
+        counted = {"ffn": "expert_ffn" if args.n_expert else "ffn"}
+        padded = {name for name in found
+                  if any(bool((plan.indices[counted.get(name, name)] < 0).any()) for plan in plans)}
         assert [heads, ffn, vocab] == [f"{size}{'*' * (name in padded)}" for name, size in found.items()]
 
 
@@ -293,6 +298,8 @@ FOLDERS = {
     "qwen2": lambda folder: save(folder, "qwen2"),
     "qwen2-tied": lambda folder: save(folder, "qwen2-tied"),
     "qwen3": lambda folder: save(folder, "qwen3"),
+    "qwen2-moe": lambda folder: save(folder, "qwen2-moe"),
+    "qwen3-moe": lambda folder: save(folder, "qwen3-moe"),
     "qwen3-tied": lambda folder: save(folder, "qwen3-tied", head_dim=32),
     "llama3.1": lambda folder: save(folder, "llama3.1"),
     "llama-biases": lambda folder: save(folder, "llama-biases", head_dim=32),
@@ -307,8 +314,8 @@ FOLDERS = {
 }
 FORMATS = {"int8": ("int8", 32), "g32": ("int4", 32), "g128": ("int4", 128)}
 QUANTIZED = {f"{family}/{name}": (family, *how)
-             for family in ("llama-biases", "qwen3-tied") for name, how in FORMATS.items()}
-COMPILED = ("qwen2-tied", "qwen3")
+             for family in ("llama-biases", "qwen3-tied", "qwen3-moe") for name, how in FORMATS.items()}
+COMPILED = ("qwen2-tied", "qwen3", "qwen2-moe")
 LARGE = dict(model_type="llama", num_hidden_layers=2, hidden_size=2048, num_attention_heads=16, num_key_value_heads=8,
              intermediate_size=6144, vocab_size=16000, max_position_embeddings=512)
 
