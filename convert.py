@@ -344,7 +344,7 @@ class PublishedQuantization:
                                       ("bits", bits, (4,) if method == "awq" else (4, 8)),
                                       ("group_size", groupsize, (-1, 32, 64, 128, 256)),
                                       ("lm_head", bool(get("lm_head")), (False,)),
-                                      ("dynamic", get("dynamic") or None, (None,))):
+                                      ("dynamic", other_numbers(get("dynamic"), bits, groupsize), (None,))):
             if value not in supported:
                 raise UserError(f"config.json: quantization_config: {key} {value!r:.80} is not supported (supported: "
                                 f"{', '.join(map(str, supported))}); take the unquantized checkpoint")
@@ -388,6 +388,16 @@ class PublishedQuantization:
         if self.bits == 4:
             buffers |= {"weight": kernels.pack_nibbles(buffers["weight"]), "zeros": buffers["zeros"] * ZERO_STEPS}
         return buffers
+
+
+def other_numbers(dynamic: Any, bits: Any, groupsize: Any) -> Any:
+    """What a map of patterns to settings asks for beside leaving modules as they are (which shows in their tensors)."""
+    if not isinstance(dynamic, dict):
+        return dynamic or None
+    own = {"bits": bits, "group_size": groupsize}
+    settings = (value for pattern, value in dynamic.items() if not pattern.startswith("-:"))
+    return next((value for value in settings
+                 if not isinstance(value, dict) or any(value.get(key, own[key]) != own[key] for key in own)), None)
 
 
 class PackedLinears:

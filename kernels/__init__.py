@@ -202,6 +202,10 @@ class LayerTensors(NamedTuple):
     v_cache: Tensor
     window: int               # of the attention, 0 for none
 
+    def arguments(self) -> tuple:
+        """Of the operator add_layer, after its handle."""
+        return *self[:6], *self.feed_forward, *self[7:]
+
 
 class FusedLayers(NamedTuple):
     """Layers whose tensors the C++ keeps behind a single one: torch.compile would take seconds over hundreds."""
@@ -220,8 +224,8 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activ
     if not layers or not all(map(supported, layers)) or not available():
         return None
     handle = torch.ops.qwen_fast.fuse_layers(n_head, eps, quantize_activations)
-    for x in layers:
-        torch.ops.qwen_fast.add_layer(handle, *x[:6], *x.feed_forward, *x[7:])
+    for layer in layers:
+        torch.ops.qwen_fast.add_layer(handle, *layer.arguments())
     return FusedLayers(handle, layers[0].k_cache.dtype)
 
 

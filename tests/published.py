@@ -16,8 +16,9 @@ def pack_words(q, bits, order=range(8)):
     return torch.tensor(words, dtype=torch.int32)
 
 
-def publish(folder, method="gptq", bits=4, groupsize=32, sym=True, desc_act=False, form="gptq", biases=False, **config):
-    """Quantizes a Hugging Face folder's linears and packs them by the format's definition.
+def publish(folder, method="gptq", bits=4, groupsize=32, sym=True, desc_act=False, form="gptq", biases=False,
+            skip=r"\.mlp\.gate$|shared_expert_gate", **config):
+    """Quantizes a Hugging Face folder's linears but for `skip`, and packs them by the format's definition.
 
     Returns module -> the weights that they stand for, in fp16 and fp32.
     """
@@ -25,7 +26,10 @@ def publish(folder, method="gptq", bits=4, groupsize=32, sym=True, desc_act=Fals
     torch.manual_seed(1)
     orders = {}
     for name in [name for name in tensors if tensors[name].ndim == 2 and re.search(r"\.(layers|h)\.", name)]:
-        module, w = name.removesuffix(".weight"), tensors.pop(name)
+        module = name.removesuffix(".weight")
+        if re.search(skip, module):
+            continue
+        w = tensors.pop(name)
         N, K = w.shape
         G = K if groupsize == -1 else groupsize
         g_idx = torch.arange(K) // G

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,67 @@ def test_index_is_followed(tmp_path: Path) -> None:
     save_file({**load_file(other), "model.norm.weight": torch.zeros(32)}, other)
     convert(tmp_path, progress=False)
     check(tmp_path, tensors_of(model))
+
+
+def fuse_experts(folder: Path) -> None:
+    """The experts of a checkpoint in one tensor a layer, as some are published."""
+    weights = load_file(folder / "model.safetensors")
+    layers: dict[str, dict[tuple[int, str], Tensor]] = {}
+    for name in list(weights):
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)_proj\.weight", name):
+            layers.setdefault(match[1], {})[int(match[2]), match[3]] = weights.pop(name)
+    for name, parts in layers.items():
+        E = 1 + max(number for number, _ in parts)
+        weights[f"{name}.gate_up_proj"] = torch.stack([torch.cat([parts[e, "gate"], parts[e, "up"]]) for e in range(E)])
+        weights[f"{name}.down_proj"] = torch.stack([parts[e, "down"] for e in range(E)])
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe", "qwen3-moe-sparse"])
+def test_experts_in_one_tensor_or_in_many(tiny_folder, tmp_path: Path, family: str) -> None:
+    source = tiny_folder(family)
+    expected = (source / "model.pth").read_bytes()
+    copy = shutil.copytree(source, tmp_path / "fused")
+    fuse_experts(copy)
+    assert any(name.endswith("gate_up_proj") for name in load_file(copy / "model.safetensors"))
+    convert(copy, progress=False)
+    assert (copy / "model.pth").read_bytes() == expected
+
+
+EXPERT = "model.layers.0.mlp.experts.{}.{}_proj.weight"
+BAD_EXPERTS = {
+    "top-k": (dict(num_experts_per_tok=9), None, "num_experts_per_tok 9 of 8 experts"),
+    "no experts": (dict(num_experts=0), None, "num_experts 0"),
+    "not as many": (dict(num_experts=7), None, r"unexpected: model\.layers\.0\.mlp\.experts\.7"),
+    "more": (dict(num_experts=9), None, r"missing: .*\.mlp\.experts\.8.*mis-shaped: model\.layers\.0\.mlp\.gate"),
+    "one missing": ({}, lambda w: w.pop(EXPERT.format(3, "up")), r"missing: layers\.0\.mlp\.experts\.3\.up_proj"),
+    "unequal": ({}, lambda w: w.update({EXPERT.format(3, "up"): torch.ones(40, 64)}),
+                r"mis-shaped: .*experts\.3\.up_proj"),
+    "router missing": ({}, lambda w: w.pop("model.layers.1.mlp.gate.weight"), r"missing: layers\.1\.mlp\.gate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EXPERTS)
+def test_bad_experts_are_named(tiny_folder, tmp_path: Path, case: str) -> None:
+    config, change, message = BAD_EXPERTS[case]
+    copy = shutil.copytree(tiny_folder("qwen3-moe"), tmp_path / "copy")
+    content = json.loads((copy / "config.json").read_text())
+    content["num_experts"] = content.pop("num_local_experts", content.get("num_experts"))
+    (copy / "config.json").write_text(json.dumps({**content, **config}))
+    if change:
+        edit_weights(change)(copy)
+    with pytest.raises(UserError, match=message) as error:
+        convert(copy, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_that_names_some_experts_only(tiny_folder, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_folder("qwen3-moe"), tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    weight_map = {name: "model.safetensors" for name in weights if ".experts.5." not in name}
+    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"missing: layers\.0\.mlp\.experts\.5\.gate_proj"):
+        convert(copy, progress=False)
 
 
 def edit_config(**changes):

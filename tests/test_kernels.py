@@ -253,7 +253,8 @@ def make_layer(kind: str, dtype: torch.dtype, B: int = 1, T: int = 48, window: i
         return (torch.rand(size) + 0.5).to(dtype)
     return kernels.LayerTensors(
         norm(C), make_linear("wqkv", (H + 2 * K) * D, C), norm(D) if norms else None, norm(D) if norms else None,
-        make_linear("wo", C, H * D), norm(C), make_linear("w13", 2 * FFN, C), make_linear("w2", C, FFN),
+        make_linear("wo", C, H * D), norm(C),
+        kernels.FeedForwardTensors(make_linear("w13", 2 * FFN, C), make_linear("w2", C, FFN), FFN),
         torch.zeros(B, K, T, D, dtype=dtype), torch.zeros(B, K, T, D, dtype=dtype), window), weights
 
 
@@ -264,7 +265,8 @@ def layer_in_fp64(layer: kernels.LayerTensors, w: dict[str, Tensor], caches: Ten
         return x if weight is None else x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
 
     def multiply(name: str, x: Tensor) -> Tensor:
-        tensors, own = getattr(layer, name), {torch.uint8: 3, torch.int8: 2}.get(getattr(layer, name)[0].dtype, 1)
+        tensors: list[Tensor] = getattr(layer.feed_forward if name in ("w13", "w2") else layer, name)
+        own = {torch.uint8: 3, torch.int8: 2}.get(tensors[0].dtype, 1)
         if rounding:
             x = kernels.quantize_activations_reference(x, *rounding).double()
         return x @ w[name].T + (tensors[own].double() if len(tensors) > own else 0)
@@ -301,7 +303,7 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
     for B, norms, biases, logn in ((1, True, False, False), (2, False, True, True)):
         both = [make_layer(kind, dtype, B, window=window, norms=norms, biases=biases) for window in (0, 7)]
         layers, caches = [layer for layer, _ in both], torch.zeros(2, 2, B, K, 48, D, dtype=torch.float64)
-        fused = kernels.fuse(layers, H, FFN, EPS, quantize_activations)
+        fused = kernels.fuse(layers, H, EPS, quantize_activations)
         for S, start in ((20, 0), (1, 20), (5, 21)):
             x, (cos, sin, input_pos) = torch.randn(B, S, C).to(dtype), step_inputs(B, S, start)
             factors = 1 + torch.rand(B, S, 1, 1) if logn else None
@@ -317,7 +319,7 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
 @needs_ops
 def test_fused_layers_keep_their_tensors_and_no_longer() -> None:
     layer, _ = make_layer("plain", FP32)
-    fused, x = kernels.fuse([layer], H, FFN, EPS, True), torch.randn(1, 1, C)
+    fused, x = kernels.fuse([layer], H, EPS, True), torch.randn(1, 1, C)
     cos, sin, input_pos = step_inputs(1, 1, 0)
     expected = kernels.run_fused(fused, x, cos, sin, None, input_pos)
     weight, cache = weakref.ref(layer.wqkv[0]), weakref.ref(layer.k_cache)
@@ -332,7 +334,7 @@ def test_fused_layers_keep_their_tensors_and_no_longer() -> None:
 @needs_ops
 def test_copied_fused_layers_are_refused() -> None:
     """A copy would write to the original's caches."""
-    fused = copy.deepcopy(kernels.fuse([make_layer("plain", FP32)[0]], H, FFN, EPS, True))
+    fused = copy.deepcopy(kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, True))
     cos, sin, input_pos = step_inputs(1, 1, 0)
     for handle in (fused.handle, fused.handle[:8], torch.zeros(0, dtype=torch.uint8)):
         with pytest.raises(RuntimeError, match="fuse the layers again"):
@@ -344,21 +346,25 @@ def test_copied_fused_layers_are_refused() -> None:
     dict(attention_norm=torch.ones(C + 1)), dict(ffn_norm=torch.ones(C - 1)), dict(q_norm=None),
     dict(k_norm=torch.ones(D + 1)), dict(wqkv=[torch.ones((H + 2 * K) * D, C + 1)]), dict(wo=[]),
     dict(w13=[torch.ones(FFN, C)]), dict(w2=[torch.ones(C, FFN).bfloat16()]),
-    dict(w2=[torch.ones(C, FFN), torch.ones(C + 1)]), dict(k_cache=torch.zeros(1, K, 47, D)),
+    dict(w2=[torch.ones(C, FFN), torch.ones(C + 1)]), dict(size=0), dict(size=FFN + 1),
+    dict(n_expert=2, n_chosen=1), dict(n_expert=1, n_chosen=2, router=[torch.ones(1, C)]),
+    dict(k_cache=torch.zeros(1, K, 47, D)),
     dict(v_cache=torch.zeros(1, K, 48, D).bfloat16()),
     dict(k_cache=torch.zeros(1, 3, 48, D), v_cache=torch.zeros(1, 3, 48, D)),
     dict(k_cache=torch.zeros(2, K, 48, D), v_cache=torch.zeros(2, K, 48, D))], ids=lambda change: "-".join(change))
 def test_layers_that_do_not_fit_are_refused(change: dict) -> None:
     layer, _ = make_layer("plain", FP32)
-    handle = torch.ops.qwen_fast.fuse_layers(H, FFN, EPS, True)
-    torch.ops.qwen_fast.add_layer(handle, *layer)
+    handle = torch.ops.qwen_fast.fuse_layers(H, EPS, True)
+    torch.ops.qwen_fast.add_layer(handle, *layer.arguments())
     with pytest.raises(RuntimeError, match="add_layer: |linear|caches"):
-        torch.ops.qwen_fast.add_layer(handle, *layer._replace(**change))
+        inner = layer.feed_forward._replace(**{k: v for k, v in change.items() if k not in layer._fields})
+        outer = {k: v for k, v in change.items() if k in layer._fields}
+        torch.ops.qwen_fast.add_layer(handle, *layer._replace(feed_forward=inner, **outer).arguments())
 
 
 @needs_ops
 def test_run_fused_refuses_what_does_not_fit() -> None:
-    fused, x = kernels.fuse([make_layer("plain", FP32)[0]], H, FFN, EPS, True), torch.randn(1, 1, C)
+    fused, x = kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, True), torch.randn(1, 1, C)
     cos, sin, input_pos = step_inputs(1, 1, 0)
     with pytest.raises(RuntimeError, match="outside the cache"):
         kernels.run_fused(fused, x, cos, sin, None, input_pos + 48)
@@ -369,27 +375,77 @@ def test_run_fused_refuses_what_does_not_fit() -> None:
         with pytest.raises(RuntimeError):
             kernels.run_fused(fused, **fitting | change)
     with pytest.raises(RuntimeError, match="no layers"):
-        kernels.run_fused(fused._replace(handle=torch.ops.qwen_fast.fuse_layers(H, FFN, EPS, True)), **fitting)
+        kernels.run_fused(fused._replace(handle=torch.ops.qwen_fast.fuse_layers(H, EPS, True)), **fitting)
     with pytest.raises(RuntimeError, match="heads"):
-        torch.ops.qwen_fast.fuse_layers(0, FFN, EPS, True)
+        torch.ops.qwen_fast.fuse_layers(0, EPS, True)
 
 
 def test_what_cannot_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = make_layer("plain", FP32)
 
     def fuse(**changes) -> kernels.FusedLayers | None:
-        return kernels.fuse([layer, layer._replace(**changes)], H, FFN, EPS, True)
+        return kernels.fuse([layer, layer._replace(**changes)], H, EPS, True)
     for cache in (torch.zeros(1, K, 48, 24), torch.zeros(1, K, 48, kernels.MAX_HEAD + 16), layer.k_cache.half(),
                   layer.k_cache.bfloat16(), layer.k_cache.to("meta")):
         assert fuse(k_cache=cache, v_cache=cache) is None
     assert fuse(attention_norm=torch.ones(C).bfloat16()) is None and fuse(v_cache=layer.k_cache.bfloat16()) is None
     fused = fuse()
-    assert kernels.fuse([], H, FFN, EPS, True) is None and (fused is not None) == HAVE_OPS
+    assert kernels.fuse([], H, EPS, True) is None and (fused is not None) == HAVE_OPS
     assert kernels.accepts(fused, torch.zeros(1, 2, C)) == HAVE_OPS
     assert not any(kernels.accepts(f, x) for f, x in (
         (None, torch.zeros(1, 2, C)), (fused, torch.zeros(1, 2, C).double()), (fused, torch.zeros(1, 0, C))))
     monkeypatch.setattr(kernels, "available", lambda: False)
     assert fuse() is None
+
+
+# ---- experts
+
+E_, SIZE, WIDTH = 6, 24, 48                       # experts' rows: whole blocks of 16
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+def test_experts(kind: str, dtype: torch.dtype) -> None:
+    """The operator and both of its twins against the definition, for few and many tokens and one-sided choices."""
+    def make(N: int, K_in: int) -> tuple[list[Tensor], Tensor]:
+        if kind == "int4":
+            weight, scales, zeros, w = int4_weights(N, K_in, 32)
+            return list(kernels.pack_int4(weight, scales, zeros, 32)), w
+        if kind == "int8":
+            *tensors, w = int8_weights(N, K_in)
+            return tensors, w
+        w = (torch.randn(N, K_in) / 4).to(dtype)
+        return [w], w.double()
+    (w13, gate_up), (w2, down) = make(E_ * 2 * SIZE, WIDTH), make(E_ * WIDTH, SIZE)
+    gate_up, down = gate_up.unflatten(0, (E_, -1)), down.unflatten(0, (E_, -1))
+    for M, k in ((1, 1), (1, 3), (2, E_), (5, 2), (16, 4), (17, 2), (90, 3)):
+        x, weights = torch.randn(M, WIDTH).to(dtype), torch.rand(M, k)
+        chosen = torch.stack([torch.randperm(E_)[:k] for _ in range(M)])
+        chosen[M // 2:] = torch.arange(k)         # an expert of many tokens
+        h = x.double()[:, None, :, None]
+        gate, up = (gate_up[chosen] @ h).chunk(2, dim=2)
+        expected = ((down[chosen] @ (torch.nn.functional.silu(gate) * up))[..., 0] * weights[..., None]).sum(1)
+        tolerance = 3e-2 if dtype == BF16 else 2e-5
+        for compute in (kernels.experts, kernels.experts_gathered, kernels.experts_one_by_one):
+            unrounded = (False,) if compute is kernels.experts else ()
+            y = compute(x, chosen, weights, w13, w2, E_, SIZE, *unrounded)
+            assert y.dtype == dtype and error(y, expected) < tolerance, (compute, M, k)
+        assert error(kernels.experts(x, chosen, weights, w13, w2, E_, SIZE), expected) < tolerance + ROUNDED, (M, k)
+
+
+@needs_ops
+def test_experts_that_do_not_fit_are_refused() -> None:
+    x, chosen, weights = torch.randn(2, WIDTH), torch.tensor([[0, 1], [2, 5]]), torch.rand(2, 2)
+    w13, w2 = torch.randn(E_ * 2 * SIZE, WIDTH), torch.randn(E_ * WIDTH, SIZE)
+    good = dict(x=x, chosen=chosen, weights=weights, w13=[w13], w2=[w2], n_expert=E_, size=SIZE,
+                quantize_activations=True)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.qwen_fast.experts, tuple(good.values()), test_utils=checks)
+    for change in (dict(chosen=chosen + 1), dict(chosen=chosen - 1), dict(chosen=chosen.int()), dict(x=x[:1]),
+                   dict(chosen=chosen[:, :1]), dict(weights=weights.double()), dict(n_expert=E_ + 1),
+                   dict(size=SIZE // 2), dict(w13=[w13.bfloat16()]), dict(w2=[])):
+        with pytest.raises((RuntimeError, IndexError)):
+            torch.ops.qwen_fast.experts(**good | change)
 
 
 # ---- compilation
@@ -443,7 +499,7 @@ def test_fakes_agree_with_the_ops() -> None:
     for tensors, N in (([torch.randn(5, 64)], 5), (int8_weights(5, 64)[:2], 5), (packed, 32)):
         torch.library.opcheck(ops.linear, (x, list(tensors), N, True), test_utils=checks)
     torch.library.opcheck(ops.attend, (torch.randn(2, 1, 4, 16), cache, cache, torch.tensor([3]), 0), test_utils=checks)
-    fused = kernels.fuse([make_layer("plain", FP32)[0]], H, FFN, EPS, True)
+    fused = kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, True)
     cos, sin, input_pos = step_inputs(1, 2, 3)
     arguments = (torch.randn(1, C, 2).transpose(1, 2), fused.handle, cos, sin, None, input_pos)
     real = ops.run_fused(*arguments)

@@ -1,11 +1,13 @@
 """GPTQ and AWQ checkpoints as others publish them: kept bit for bit, and refused where they are not supported."""
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cli
+import kernels
 import loading
 import tiny
 from convert import PublishedQuantization, convert
@@ -69,6 +71,39 @@ def test_published_checkpoints_keep_their_weights(reference, tmp_path, variant):
         fused = model.fuse()
         steps = torch.cat([model(IDS[:1, p:p + 1], pos[p:p + 1], fused=fused)[0] for p in range(8)])
         assert (steps - expected[0, :8]).norm() < 0.1 * expected[0, :8].norm()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("family, left, config", [
+    ("qwen3-moe", "", {}),
+    ("qwen2-moe", "|shared_expert|attn", {
+        "dynamic": {"-:.*shared_expert.*": {}, "-:.*attn.*": {}, "+:.*mlp.*": {"bits": 4}},
+        "modules_to_not_convert": ["shared_expert", "attn"]})])
+def test_published_experts(tmp_path, family, left, config, method):
+    """What is not quantized is what has no integers, as `dynamic` and `modules_to_not_convert` say."""
+    sizes = dict(SHAPE, moe_intermediate_size=64)
+    folder = tiny.save(tiny.reference(family, **sizes), tmp_path)
+    meant = publish(folder, method, sym=False, skip=r"\.mlp\.gate$|shared_expert_gate" + left, **config)
+    model, _ = load_model(folder, "cpu", torch.float32)
+    plain = tiny.reference(family, **sizes)
+    for module, (_, weight) in meant.items():
+        if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)_proj", module):
+            experts, number = plain.get_submodule(expert[1]), int(expert[2])
+            whole = experts.down_proj if expert[3] == "down" else experts.gate_up_proj
+            rows = {"down": slice(None), "gate": slice(0, 64), "up": slice(64, 128)}[expert[3]]
+            whole.data[number, rows] = weight
+        else:
+            plain.get_submodule(module).weight.data = weight
+    expected, pos = plain(IDS).logits, torch.arange(IDS.size(1))
+    with torch.inference_mode():
+        model.setup_caches(2, IDS.size(1))
+        assert (model(IDS, pos, pos) - expected).abs().max() < 2e-4
+        model, _ = load_model(folder, "cpu", torch.bfloat16)
+        model.setup_caches(1, IDS.size(1))
+        fused = model.fuse()
+        assert fused is not None or kernels.unavailable_reason()
+        steps = torch.cat([model(IDS[:1, p:p + 1], pos[p:p + 1], fused=fused)[0] for p in range(8)])
+        assert (steps - expected[0, :8]).norm() < 0.15 * expected[0, :8].norm()
 
 
 def test_what_is_not_supported_is_refused_by_name(reference, tmp_path):
