@@ -222,6 +222,8 @@ class MoE(nn.Module):
         self.reduce = nn.Identity()                    # as in Attention
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_unmodified(self.w13, type(self.w13)) or not is_unmodified(self.w2, type(self.w2)):
+            raise RuntimeError("hooks of the experts' linears never run: experts run together, hook their MoE")
         flat = x.flatten(0, 1)                         # [M, C]
         chosen, weights = self.route(flat)
         args = [linear.expert_args(x.dtype) for linear in (self.w13, self.w2)]

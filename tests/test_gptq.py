@@ -186,6 +186,39 @@ def test_each_linear_sees_what_the_quantized_ones_before_it_produce(copied, monk
         assert (given[name] - found[name]).norm() < 1e-3 * found[name].norm(), name
 
 
+@torch.inference_mode()
+def test_experts_learn_from_their_own_tokens(copied, monkeypatch, capsys):
+    """The Hessians are those of the inputs that the router sends; an expert with too few is rounded to nearest."""
+    path, given, whole = copied("qwen2-moe") / "model.pth", {}, GPTQ.quantize_matrix
+    def keep(weight, hessian, target, options, name):
+        given[name] = hessian.clone()
+        return whole(weight, hessian, target, options, name)
+    monkeypatch.setattr(GPTQ, "quantize_matrix", keep)
+    monkeypatch.setattr(GPTQ, "LEAST_TOKENS", 2.0)
+    file = quantize_checkpoint(path, "int4-gptq", 32, progress=False, calibration=Calibration(TOKENS))
+    model, _ = load_model(file, "cpu", torch.float32)
+    plain, _ = load_model(path, "cpu", torch.float32)
+    moe, seen = model.layers[0].feed_forward, []
+    moe.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, 1)))
+    model.setup_caches(len(TOKENS), TOKENS.size(1))
+    model(TOKENS, torch.arange(TOKENS.size(1)))
+    x, chosen = seen[0], moe.route(seen[0])[0]
+    few = [e for e in range(8) if (chosen == e).any(1).sum() < 2 * 64]
+    assert 0 < len(few) < 8
+    for e in range(8):
+        name = f"layers.0.feed_forward.w13, expert {e}"
+        assert (name in given) == (e not in few)
+        if name in given:
+            inputs = x[(chosen == e).any(1)].double()
+            assert (given[name] - inputs.T @ inputs).norm() < 1e-3 * (inputs.T @ inputs).norm()
+    target = formats.Quantization("int4", 32).linear("layers.0.feed_forward.w13", 64, 96, False)
+    weight = plain.layers[0].feed_forward.w13.weight.unflatten(0, (8, -1))[few[0]]
+    nearest = target.quantize(weight)["weight"]
+    found = loading.read_checkpoint(file)[0]["layers.0.feed_forward.w13.weight"].unflatten(0, (8, -1))[few[0]]
+    assert torch.equal(found, nearest)
+    assert "of 16 experts had too few tokens to learn from: rounded to nearest" in capsys.readouterr().err
+
+
 def test_what_a_model_writes_is_as_probable_as_it_says(tiny_folder):
     path = tiny_folder("qwen2") / "model.pth"
     tokens = quantize.own_text(path, progress=False)

@@ -185,7 +185,7 @@ def both(folder, batch_size=8, file=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2", "qwen3-tied", "llama3.1"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3-tied", "llama3.1", "qwen2-moe", "qwen3-moe"])
 def test_tiny_checkpoints_score_as_with_lm_evals_backend(family, tmp_path):
     """With 512 positions the two examples do not fit: both truncate on the left."""
     ours, theirs = both(save_for_eval(family, tmp_path))

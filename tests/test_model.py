@@ -221,18 +221,70 @@ def loaded(tmp_path_factory):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_a_loaded_model_takes_effect(loaded, change):
     """At once in the model, from the next request on in an Engine: both compute what the changed layers compute."""
+    check_change(loaded, change)
+
+
+def check_change(loaded, change):
     model, prompt = copy.deepcopy(loaded), IDS[0, :30].tolist()
     engine = Engine(model)
     model.setup_caches(1, 64)
     before = model(IDS[:1, :30], torch.arange(30)).clone()
     assert [row[0] for row in engine.generate(prompt, 8, GREEDY)] and (kernels.unavailable_reason() or engine.fused)
-    change(model.layers[0])
+    change(model.layers[1])
     after = model(IDS[:1, :30], torch.arange(30)).clone()
     assert (after - before).abs().max() > 1e-3
     list(engine.generate(prompt, 1, GREEDY))
     torch.testing.assert_close(engine.prefill([prompt]), after, atol=1e-4, rtol=1e-4)
-    if change not in (new_weight, weight_data, in_place, new_norm):
+    if change not in (new_weight, weight_data, in_place, new_norm, new_experts, new_router):
         assert engine.fused is None
+
+
+def new_experts(block):
+    block.feed_forward.w13.weight = torch.nn.Parameter(-block.feed_forward.w13.weight, requires_grad=False)
+
+
+def new_router(block):
+    block.feed_forward.router.weight.neg_()
+
+
+def moe_hook(block):
+    block.feed_forward.register_forward_hook(lambda module, args, output: 0.5 * output)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("change", [new_experts, new_router, moe_hook])
+def test_a_change_of_experts_takes_effect(pair, change):
+    if not pair[1].args.has_experts(1):
+        pytest.skip("no experts there")
+    check_change(pair[1], change)
+
+
+@torch.inference_mode()
+def test_hooks_of_experts_linears_are_refused(pair):
+    if pair[1].args.n_expert:
+        model = copy.deepcopy(pair[1])
+        model.layers[1 if model.args.has_experts(1) else 0].feed_forward.w2.register_forward_hook(lambda module, args, output: output)
+        with pytest.raises(RuntimeError, match="hook their MoE"):
+            all_logits(model, IDS)
+
+
+@torch.inference_mode()
+def test_the_router_chooses_as_transformers_does(pair):
+    """Also in the fused layers: their logits are equal, and a token with another expert has others."""
+    reference, ours = pair
+    chosen = {}
+    for i, layer in enumerate(ours.layers):
+        if ours.args.has_experts(i):
+            mlp = reference.model.layers[i].mlp
+            mlp.gate.register_forward_hook(lambda module, args, out, i=i: chosen.update({i: out[2]}))
+            layer.feed_forward.register_forward_hook(lambda module, args, out, i=i: chosen.update(
+                {-1 - i: module.route(args[0].flatten(0, 1))[0]}))
+    reference(IDS), all_logits(ours, IDS, fuse=False)
+    for i in [i for i in chosen if i >= 0]:
+        assert torch.equal(chosen[i].sort(-1).values, chosen[-1 - i].sort(-1).values)
+    assert bool(chosen) == bool(ours.args.n_expert)
+    for layer in ours.layers:
+        layer.feed_forward._forward_hooks.clear()
 
 
 @pytest.mark.parametrize("change", [new_weight, block_hook])
