@@ -40,35 +40,56 @@ def gguf_tensors(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     q, kv, C, ffn = args.n_head * args.head_dim, args.n_local_heads * args.head_dim, args.dim, args.intermediate_size
     projections = {"attn_qkv": q + 2 * kv} if args.model_type == "qwen" else {"attn_q": q, "attn_k": kv, "attn_v": kv}
     layer = {f"{name}.weight": (rows, C) for name, rows in projections.items()}
-    layer |= {"attn_output.weight": (C, q), "ffn_gate.weight": (ffn, C), "ffn_up.weight": (ffn, C),
-              "ffn_down.weight": (C, ffn), "attn_norm.weight": (C,), "ffn_norm.weight": (C,)}
+    layer |= {"attn_output.weight": (C, q), "attn_norm.weight": (C,), "ffn_norm.weight": (C,)}
     if args.qkv_bias:
         layer |= {f"{name}.bias": (rows,) for name, rows in projections.items()}
     if args.qk_norm:
         layer |= {"attn_q_norm.weight": (args.head_dim,), "attn_k_norm.weight": (args.head_dim,)}
     head = {} if args.tie_word_embeddings else {"output.weight": (args.vocab_size, C)}
+    dense = {"ffn_gate.weight": (ffn, C), "ffn_up.weight": (ffn, C), "ffn_down.weight": (C, ffn)}
+    E, size, shared = args.n_expert, args.expert_size, args.shared_expert_size
+    experts = {"ffn_gate_inp.weight": (E, C), "ffn_gate_exps.weight": (E, size, C), "ffn_up_exps.weight": (E, size, C),
+               "ffn_down_exps.weight": (E, C, size)}
+    if shared:
+        experts |= {"ffn_gate_inp_shexp.weight": (C,), "ffn_gate_shexp.weight": (shared, C),
+                    "ffn_up_shexp.weight": (shared, C), "ffn_down_shexp.weight": (C, shared)}
     return {"token_embd.weight": (args.vocab_size, C), "output_norm.weight": (C,)} | head | {
-        f"blk.{i}.{name}": shape for i in range(args.n_layer) for name, shape in layer.items()}
+        f"blk.{i}.{name}": shape for i in range(args.n_layer)
+        for name, shape in (layer | (experts if args.has_experts(i) else dense)).items()}
+
+
+def random_blocks(kind, shape: tuple[int, ...], rng):
+    """A tensor as it stands in a GGUF: random bits, whose exponents and scales make values of normal size. All differ,
+    because virtual machines merge equal pages, and then read them faster than their memory allows."""
+    import gguf  # pyright: ignore[reportMissingImports]
+    import numpy as np
+    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+        return (rng.random(shape, np.float32) * 0.03).astype(np.float32 if kind.name == "F32" else np.float16)
+    weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 1 << 16, (*shape[:-1], shape[-1] // weights, -(-nbytes // 2)), np.uint16)
+    if kind.name == "BF16":
+        return (blocks & 0x807f | 0x3c00).view(np.uint8).reshape(*shape[:-1], -1)         # +- 0.008 to 0.016
+    blocks[..., 0] = np.float16(0.001).view(np.uint16)           # Q8_0 and Q4_0: a block begins with its scale
+    return blocks.view(np.uint8).reshape(*shape[:-1], -1)
 
 
 def write_gguf(args: ModelArgs, types: tuple[str, str], path: Path) -> None:
-    """Random weights of this shape. Speed does not depend on values, so 256 random rows are quantized and repeated."""
+    """Random weights of this shape."""
     import gguf  # pyright: ignore[reportMissingImports]
     import numpy as np
-    rng, blocks = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+
+    def kind_of(name: str, shape: tuple[int, ...]):
+        if len(shape) == 1 or "gate_inp" in name:
+            return gguf.GGMLQuantizationType.F32
+        return gguf.GGMLQuantizationType[types[name in ("token_embd.weight", "output.weight")]]
 
     def values_of(name: str, shape: tuple[int, ...]):
-        """A tensor as it stands in the file, and its type."""
-        if len(shape) == 1:
-            return np.full(shape, float(name.endswith("norm.weight")), np.float32), gguf.GGMLQuantizationType.F32
-        kind = gguf.GGMLQuantizationType[types[name in ("token_embd.weight", "output.weight")]]
-        if (kind, shape[1]) not in blocks:
-            values = rng.normal(0, 0.02, (256, shape[1])).astype(np.float32)
-            blocks[kind, shape[1]] = gguf.quants.quantize(values, kind).view(np.uint8)
-        return np.tile(blocks[kind, shape[1]], (-(-shape[0] // 256), 1))[:shape[0]], kind
+        return (np.full(shape, float(name.endswith("norm.weight")), np.float32) if len(shape) == 1 else
+                random_blocks(kind_of(name, shape), shape, rng))
 
     with cli.atomic_write(path) as partial:
-        arch = {"mistral": "llama"}.get(args.model_type, args.model_type)
+        arch = {"mistral": "llama", "mixtral": "llama"}.get(args.model_type, args.model_type.replace("_", ""))
         ffn = args.intermediate_size * (2 if arch == "qwen" else 1)      # Qwen v1 counts gate and up together
         writer = gguf.GGUFWriter(partial, arch)
         for key, value in dict(
@@ -78,14 +99,22 @@ def write_gguf(args: ModelArgs, types: tuple[str, str], path: Path) -> None:
                 rope_freq_base=args.rope_base, layer_norm_rms_eps=args.norm_eps, vocab_size=args.vocab_size,
                 tokenizer_model="none").items():                         # ids without texts will do
             getattr(writer, f"add_{key}")(value)
+        if args.n_expert:
+            writer.add_expert_count(args.n_expert)
+            writer.add_expert_used_count(args.n_expert_per_token)
+            writer.add_expert_feed_forward_length(args.expert_size)
+            if args.shared_expert_size:
+                writer.add_expert_shared_feed_forward_length(args.shared_expert_size)
         for name, shape in gguf_tensors(args).items():
-            values, kind = values_of(name, shape)
-            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, kind)
+            kind = kind_of(name, shape)
+            stored = gguf.quant_shape_to_byte_shape(shape, kind) if kind.name not in ("F32", "F16") else shape
+            dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
+            writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, shape in gguf_tensors(args).items():
-            writer.write_tensor_data(values_of(name, shape)[0])
+            writer.write_tensor_data(values_of(name, shape))
         writer.close()
 
 
