@@ -95,7 +95,8 @@ def random_weights(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Random signs and mantissas, +- 0.008 to 0.016: no NaN, no slow denormals, and no two pages alike, which virtual
     machines would merge, and then read faster than their memory allows."""
     if dtype == torch.float32:
-        return (torch.empty(shape, dtype=torch.int32).random_(-1 << 31, (1 << 31) - 1) & -0x7f800001 | 0x3c000000).view(dtype)
+        bits = torch.empty(shape, dtype=torch.int32).random_(-1 << 31, (1 << 31) - 1)
+        return (bits & -0x7f800001 | 0x3c000000).view(dtype)
     bits = torch.empty(shape, dtype=torch.int16).random_(-1 << 15, 1 << 15)
     return (bits & -0x7f81 | 0x3c00 if dtype == torch.bfloat16 else bits & -0x7c01 | 0x2000).view(dtype)
 
