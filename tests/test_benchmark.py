@@ -360,7 +360,7 @@ def test_the_gguf_can_be_read(tmp_path):
     assert (embedding.tensor_type.name, matrix.tensor_type.name) == ("Q8_0", "Q4_0")
     assert (tensors["output_norm.weight"].data == 1).all()
     values = gguf.quants.dequantize(embedding.data, embedding.tensor_type)
-    assert values.std() == pytest.approx(0.02, rel=0.05)
+    assert values.std() == pytest.approx(0.012, rel=0.05)
 
 
 def test_plain_pytorch_computes_what_the_model_does(monkeypatch):
@@ -393,7 +393,7 @@ def test_random_rows_are_all_different(tmp_path):
     benchmark_worker.write_random_checkpoint(ModelArgs.from_hf(TINY), torch.bfloat16, tmp_path / "model.pth")
     state = torch.load(tmp_path / "model.pth")["state_dict"]
     matrix = state["tok_embeddings.weight"]
-    assert len(matrix.unique(dim=0)) == 512 and matrix.float().std() == pytest.approx(0.02, rel=0.05)
+    assert len(matrix.unique(dim=0)) == 512 and matrix.float().std() == pytest.approx(0.012, rel=0.05)
     assert all(tensor.isfinite().all() for tensor in state.values()) and (state["norm.weight"] == 1).all()
 
 
