@@ -5,12 +5,15 @@ loses open_llama's whitespace rules), qwen.tiktoken is converted to the former.
 """
 import base64
 import codecs
+import contextlib
 import itertools
 import json
+import os
 import re
 import secrets
 import string
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +30,7 @@ END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+_stderr_lock = threading.Lock()
 MAX_HOLES = 1 << 17                              # between the ids of a vocabulary: each costs 0.1 kB
 CHATML = """{%- if messages[0].role != 'system' %}
 {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}
@@ -143,16 +147,15 @@ class Tokenizer:
         file = next(filter(Path.is_file, files), None)
         if file is None:
             raise UserError(f"{folder}: no tokenizer.json, tokenizer.model or qwen.tiktoken in this folder")
-        try:
+        with _told(file), _silent_stderr():
+            data = file.read_bytes()
             if file.name == "tokenizer.model":
-                return cls(folder, _SentencePiece(file.read_bytes(), extra), config)
+                return cls(folder, _SentencePiece(data, extra), config)
             if file.name == "tokenizer.json":
-                return cls(folder, _Json(tokenizers.Tokenizer.from_file(str(file)), extra), config)
+                if b'"precompiled_charsmap"' in data:        # of Unigram models: a damaged one aborts the process
+                    raise ValueError("no supported family has a Precompiled normalizer")
+                return cls(folder, _Json(tokenizers.Tokenizer.from_buffer(data), extra), config)
             return cls(folder, _Json(_tiktoken_bpe(file), extra), config | _qwen_config(config))
-        except UserError:
-            raise
-        except Exception as error:       # tokenizers raises nothing narrower
-            raise UserError(f"{file}: not a readable tokenizer ({str(error)[:200]})") from error
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
         """Ids of `text` as plain text, whatever it spells. One BOS first if the checkpoint's files or `bos` say so."""
@@ -161,7 +164,8 @@ class Tokenizer:
     def encode_segments(self, segments: Sequence[str | int], bos: bool | None = None) -> list[int]:
         """The same for a sequence of texts (str) and control tokens (their ids). A BOS at its start is not doubled."""
         wants_bos = self._adds_bos if bos is None else bos
-        ids = self._backend.encode(segments)
+        with _told(self.folder, "its tokenizer fails on this text"):
+            ids = self._backend.encode(segments)
         return [self.bos_id, *ids] if wants_bos and self.bos_id is not None and segments[0] != self.bos_id else ids
 
     @property
@@ -296,13 +300,18 @@ class _Json:
     def __init__(self, full: tokenizers.Tokenizer, extra: dict[int, AddedToken]) -> None:
         self.added = extra | full.get_added_tokens_decoder()
         self._id_to_token = full.id_to_token
-        self.text_size = 1 + max(full.get_vocab(with_added_tokens=False).values(), default=-1)
+        text_ids = set(full.get_vocab(with_added_tokens=False).values())
+        self.text_size = 1 + max(text_ids, default=-1)
         self.vocab_size = max([self.text_size, *(id + 1 for id in self.added)])
         decoder = full.decoder.__getstate__().decode() if full.decoder is not None else ""
         is_byte_level = '"ByteLevel"' in decoder
         self._bytes = {ord(letter): byte for byte, letter in _byte_letters().items()} if is_byte_level else None
         self.strips_space = '"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder)
+        full.no_padding()                        # of what size it asks for
+        full.no_truncation()
         probe = full.encode("a")
+        if unknown := {*probe.ids} - text_ids - self.added.keys():
+            raise ValueError(f"it writes ids that it does not have: {sorted(unknown)}")
         self.adds_bos = 0 in probe.special_tokens_mask and probe.special_tokens_mask[0] == 1
         self.bos_id = probe.ids[0] if self.adds_bos else None
         self.eos_id = None
@@ -347,8 +356,9 @@ class _SentencePiece:
         size = model.get_piece_size()
         if not size:
             raise ValueError("no pieces in it")
-        self.added = {id: AddedToken(model.id_to_piece(id), normalized=False, special=True)
-                      for id in range(size) if model.is_control(id) or model.is_unknown(id)} | extra
+        self._pieces: list[str] = [model.id_to_piece(id) for id in range(size)]        # a damaged one is found here
+        self.added = {id: AddedToken(piece, normalized=False, special=True) for id, piece in enumerate(self._pieces)
+                      if model.is_control(id) or model.is_unknown(id)} | extra
         self.text_size, self.vocab_size = size, 1 + max([size - 1, *self.added])
         self.strips_space = model.encode("a", out_type=str)[0].startswith("▁")
         self.bos_id, self.eos_id = (id if id >= 0 else None for id in (model.bos_id(), model.eos_id()))
@@ -360,18 +370,42 @@ class _SentencePiece:
     def piece(self, id: int) -> bytes:
         if id >= self.text_size:
             return b""
-        token = self._model.id_to_piece(id)
+        token = self._pieces[id]
         return bytes([int(token[3:5], 16)]) if self._model.is_byte(id) else token.replace("▁", " ").encode()
+
+
+@contextlib.contextmanager
+def _told(path: Path, what: str = "not a readable tokenizer") -> Iterator[None]:
+    """Whatever the tokenizer libraries raise becomes a UserError: there is nothing narrower to expect."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":        # of Rust
+            raise
+        raise UserError(f"{path}: {what} ({str(error)[:200]})") from error
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """A panic of Rust's reports itself to descriptor 2, in several lines, before Python sees it."""
+    with _stderr_lock, open(os.devnull, "w") as nowhere:
+        saved = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def rebuild_tiktoken(folder: str | Path) -> None:
     """Writes tokenizer_config.json, then tokenizer.json, the one that is looked for, beside Qwen v1's qwen.tiktoken."""
     folder = Path(folder)
     config = _qwen_config(read_config(folder / "tokenizer_config.json"))
-    try:
+    with _told(folder / "qwen.tiktoken"), _silent_stderr():
         text = _tiktoken_bpe(folder / "qwen.tiktoken").to_str()
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{folder / 'qwen.tiktoken'}: not a readable tokenizer ({str(error)[:200]})") from error
     for name, content in (("tokenizer_config.json", json.dumps(config, indent=2)), ("tokenizer.json", text)):
         with atomic_write(folder / name) as partial:
             partial.write_text(content, encoding="utf-8")
