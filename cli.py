@@ -14,6 +14,7 @@ def _is_command() -> bool:
     return bool(file) and os.path.dirname(os.path.realpath(file)) in (here, os.path.join(here, "scripts"))
 
 
+PARENT = os.getppid()                            # before the imports, during which it may end
 # Commands import this file first: while they import the others (seconds), Ctrl-C ends them without a traceback.
 IS_COMMAND = _is_command()
 if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -2,13 +2,19 @@
 
     python generate.py --compile --prompt "def quicksort(arr):"
 """
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import argparse
 import contextlib
+import gzip
 import itertools
+import json
 import os
 import random
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +24,6 @@ from typing import Any, TextIO, cast
 import torch
 from torch import Tensor
 
-import cli
 import kernels
 import tp
 from chat import RowPrinter, chat, show_prefill
@@ -31,6 +36,7 @@ from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
 
 PREFILL_CHUNK = 1024             # tokens of the prompt per pass: bounds the memory that activations take
+MAX_BATCH = 1 << 16              # of the command: what fits into memory is checked when there is a model
 Progress = Callable[[int, int], None]
 
 
@@ -343,11 +349,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if args.list_models:
-        return list_models()
     with tp.joined() as ranks:
-        command(args, ranks)
+        command(parse_args(argv), ranks)
 
 
 def list_models() -> None:
@@ -359,10 +362,13 @@ def list_models() -> None:
         print(f"{name:<20} {args.model_type:<8} {size / 1e9:>9.2f} B {2 * size / 1e9:>6.1f} GB {args.max_position:>8}")
 
 
-def check_args(args: argparse.Namespace) -> Sampling:
+def check_args(args: argparse.Namespace, ranks: tp.Ranks | None) -> Sampling:
+    """What can be checked without the model. Errors: UserError."""
     for field, least in (("num_samples", 1), ("batch_size", 1), ("max_new_tokens", 1), ("max_seq_length", 0)):
         if getattr(args, field) < least:
             raise UserError(f"{getattr(args, field)} must be {least} or more", field)
+    if args.batch_size > MAX_BATCH:
+        raise UserError(f"{args.batch_size} must be at most {MAX_BATCH}", "batch_size")
     if args.seed is not None and not 0 <= args.seed < 1 << 63:
         raise UserError(f"{args.seed} must be from 0 to 2^63 - 1", "seed")
     for field in ("system", "no_thinking"):
@@ -372,16 +378,23 @@ def check_args(args: argparse.Namespace) -> Sampling:
         raise UserError(f"{args.speculate_k} needs --draft_checkpoint_path or --draft ngram", "speculate_k")
     if args.draft_checkpoint_path and args.draft:
         raise UserError("and --draft are two ways to draft: give one", "draft_checkpoint_path")
+    parse_speculate_k(args.speculate_k)
+    if args.profile and args.interactive:
+        raise UserError("is of samples, and --interactive takes none", "profile")
+    if args.profile and (not ranks or ranks.first):
+        cli.check_writable(args.profile, "profile")
     sampling = Sampling(args.temperature, args.top_k or None, args.top_p)
     sampling.check()
     return sampling
 
 
 def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
-    sampling, log = check_args(args), open(os.devnull, "w") if args.quiet else sys.stdout
+    if args.list_models:
+        return list_models()
+    sampling, log = check_args(args, ranks), open(os.devnull, "w") if args.quiet else sys.stdout
     device = parse_device(args.device)
     device = ranks.take_device(device) if ranks else device
-    start = time.perf_counter()
+    text, start = "" if args.interactive else read_text(args, ranks), time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, parse_dtype(args.dtype, device), ranks,
                                   quantize_activations=args.quantize_activations)
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, "
@@ -402,7 +415,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
                    stop_ids=frozenset() if args.ignore_eos else None)
     prompts = [tokenizer.encode("def")]              # to warm up with
     if not args.interactive:
-        prompts = [read_prompt(args, tokenizer, engine.vocab_size, context, ranks, log)] * args.batch_size
+        prompts = [encode_prompt(args, text, tokenizer, engine.vocab_size, context, log)] * args.batch_size
         length = len(prompts[0])
         engine.check_request(prompts, args.max_new_tokens)
         if args.max_seq_length and length + args.max_new_tokens > args.max_seq_length:
@@ -422,8 +435,21 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     run_samples(args, engine, prompts, request, log)
 
 
-def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, context: int, ranks: tp.Ranks | None,
-                log: TextIO) -> list[int]:
+def read_text(args: argparse.Namespace, ranks: tp.Ranks | None) -> str:
+    """The prompt, from where the flags say. Errors: UserError."""
+    text = args.prompt
+    if args.prompt_file:
+        text = cli.read_text(args.prompt_file, "prompt_file")
+    elif text == "-":
+        text = cli.read_stdin() if not ranks or ranks.first else ""
+        text = ranks.from_first(text) if ranks else text
+    if not text:
+        raise UserError("is empty", "prompt")
+    return text
+
+
+def encode_prompt(args: argparse.Namespace, text: str, tokenizer: Tokenizer, vocab_size: int, context: int,
+                  log: TextIO) -> list[int]:
     if is_synthetic(args):
         length = int(args.prompt[:20])
         if not 0 < length <= context:
@@ -431,14 +457,6 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int,
                             f"{context} positions (--prompt_file reads any text)", "prompt")
         print(f"Synthetic prompt of {length} tokens", file=log)
         return torch.randint(min(vocab_size, 1024), (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    text = args.prompt
-    if text == "-":
-        text = cli.read_stdin() if not ranks or ranks.first else ""
-        text = ranks.from_first(text) if ranks else text
-    if args.prompt_file:
-        text = cli.read_text(args.prompt_file, "prompt_file")
-    if not text:
-        raise UserError("is empty", "prompt")
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
         return tokenizer.render_chat([*system, {"role": "user", "content": text}], enable_thinking=not args.no_thinking)
@@ -465,7 +483,7 @@ def parse_speculate_k(text: str | None) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{text!r} is neither a number nor auto", "speculate_k") from None
+        raise UserError(f"{text[:20]!r} is neither a number nor auto", "speculate_k") from None
 
 
 def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int]], request: dict[str, Any],
@@ -487,7 +505,7 @@ def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int
             timing = stream(engine, prompts, show=printer, progress=show_prefill, **request)[1]
         printer.close()
         if profiler:
-            profiler.export_chrome_trace(str(args.profile))
+            write_profile(profiler, args.profile)
         passes = timing.steps
         if speculator:
             passes = 1 + (speculator.statistics.passes - passes_before)                   # 1 for the prefill
@@ -500,6 +518,20 @@ def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int
     if speculator:
         print(summary(speculator, plain_rate, sum(decode_rates) / len(decode_rates)), file=log)
     print(f"Memory used: {memory_used(engine.model.device):.02f} GB", file=log)
+
+
+def write_profile(profiler: torch.profiler.profile, path: Path) -> None:
+    """A Chrome trace, compressed if the name ends in .gz. Errors: UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))              # which does not say if it fails
+        try:
+            trace = json.loads(file.read_bytes()) | {"traceName": path.name}
+        except (OSError, ValueError):
+            raise UserError(f"{path}: the trace cannot be written: is {folder} full?", "profile") from None
+    content = json.dumps(trace).encode()
+    with cli.atomic_write(path, "profile") as partial:
+        partial.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
     python quantize.py --checkpoint_path checkpoints/demo/model.pth --mode int4 --groupsize 32
     python quantize.py --checkpoint_path PATH --mode int4-gptq --groupsize 128 --calibration_tasks wikitext
 """
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import argparse
 import contextlib
 import gc
@@ -20,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import formats
 import GPTQ
 import harness

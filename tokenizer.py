@@ -390,14 +390,13 @@ def _told(path: Path, what: str = "not a readable tokenizer") -> Iterator[None]:
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """A panic of Rust's reports itself to descriptor 2, in several lines, before Python sees it."""
-    with _stderr_lock, open(os.devnull, "w") as nowhere:
-        saved = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+    with _stderr_lock, open(os.devnull, "w") as nowhere, contextlib.ExitStack() as at_end:
+        with contextlib.suppress(OSError):       # a program may have closed it
+            saved = os.dup(2)
+            at_end.callback(os.close, saved)
+            at_end.callback(os.dup2, saved, 2)
+            os.dup2(nowhere.fileno(), 2)
+        yield
 
 
 def rebuild_tiktoken(folder: str | Path) -> None:

@@ -14,6 +14,8 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from cli import UserError, fail
+from cli import PARENT, UserError, fail, system_errors
 from config import ModelArgs
 from formats import Int4Linear, Quantization, replace_linears
 from model import Transformer
@@ -306,7 +308,8 @@ class Ranks:
     def abort_all(self, error: SharedError | str) -> NoReturn:
         """Ends this process; all ranks together print one line. Of a SharedError rank 0 does, and the status is 2; of a
         rank that is lost whichever notices first, and the status is 1."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun's, for another rank's end: not amid the line
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)    # torchrun's, for another rank's end: not amid the line
         sys.stderr = sys.__stderr__                          # of a rank that was silent so far
         shared = isinstance(error, SharedError)
         try:
@@ -318,7 +321,8 @@ class Ranks:
         if shared:
             with contextlib.suppress(RuntimeError):
                 self.gather(None)                            # a rank that ended sooner would have torchrun stop rank 0
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(2 if shared else 1)                         # an orderly exit would wait for ranks that are gone
 
 
@@ -343,9 +347,24 @@ def init_dist(timeout: float = 300.0) -> Ranks | None:
     return Ranks(rank, world_size, local_rank, local_world_size, dist.group.WORLD.group_name, control_group, store)
 
 
+def watch_torchrun() -> None:
+    """Ends this process soon after torchrun, which cannot end its ranks when it is killed itself."""
+    def watch() -> None:
+        while os.getppid() == PARENT:
+            time.sleep(1)
+        if os.environ.get("RANK") == "0":
+            fail("torchrun, which started the ranks, is gone")
+        else:
+            time.sleep(2)                # so that rank 0 notices that, and not the others' end
+        os._exit(1)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
     """init_dist for a command: only rank 0 prints, and if one rank fails all end, with one line."""
+    watch_torchrun()
     ranks = init_dist(timeout)
     if ranks is None:
         yield None
@@ -357,7 +376,9 @@ def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
     try:
         with contextlib.redirect_stdout(silence or sys.stdout), contextlib.redirect_stderr(silence or sys.stderr):
             try:
-                yield ranks
+                with system_errors():
+                    yield ranks
+                ranks.gather(None)       # a mistake at another's end, say a file that cannot be written, is everybody's
             except UserError as error:
                 if not isinstance(error, SharedError):
                     ranks.gather(error)                      # raises SharedError, as the other ranks' next one does
