@@ -196,8 +196,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     if args.batch_size != "auto" and not re.fullmatch("0*[1-9][0-9]{0,8}", args.batch_size):
         raise UserError(f"{args.batch_size[:20]} must be a number from 1 to 999999999, or auto", "batch_size")
-    if args.limit is not None and not 0 < args.limit < math.inf:
-        raise UserError(f"{args.limit} must be a number above 0", "limit")
+    if args.limit is not None and not 0 < args.limit < 1 << 32:
+        raise UserError(f"{args.limit} must be more than 0 and less than 2^32", "limit")
     for field, least in (("stride", 1), ("chunk", 1), ("num_fewshot", 0), ("seed", 0), ("max_seq_length", 1)):
         if getattr(args, field) is not None and getattr(args, field) < least:
             raise UserError(f"{getattr(args, field)} must be {least} or more", field)

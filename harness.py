@@ -60,6 +60,9 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, include_d
             raise UserError(f"{name}: its data cannot be had: {reason}. Without a network, write a task whose dataset "
                             "is a local file and give its folder as include_path (tests/lm_eval_tasks shows how)"
                             + advice, field) from error
+        except Exception as error:               # lm-eval checks little of what is in a task's file
+            reason = f"{type(error).__name__} {error}"
+            raise UserError(f"{name}: lm-eval cannot read this task: {reason:.200}", field) from error
         if any(getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False)
                for task in found["tasks"].values()):
             raise UserError(f"{name}: tasks that run generated code, or show images, are not supported", field)
@@ -404,7 +407,12 @@ def evaluate(lm: Any, tasks: Sequence[str], include_path: Path | None = None, **
     if lm.model.ranks:
         lm.model.ranks.gather(None)                      # all ranks have the tasks, or all end
     run: Callable[..., Any] = lm_eval.simple_evaluate
-    results = run(lm, tasks=loaded, task_manager=manager, log_samples=False, **options)
+    try:
+        results = run(lm, tasks=loaded, task_manager=manager, log_samples=False, **options)
+    except ValueError as error:
+        if "larger than population" not in str(error):
+            raise
+        raise UserError(f"{options['num_fewshot']} examples are more than a task has", "num_fewshot") from error
     if lm.scorer.num_truncated:
         print(f"{lm.scorer.num_truncated} requests were longer than {lm.max_length} tokens: truncated on the left",
               file=sys.stderr)

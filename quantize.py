@@ -330,6 +330,8 @@ def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
     for field, least in (("calibration_limit", 1), ("blocksize", 1), ("percdamp", 0)):
         if getattr(args, field) is not None and not getattr(args, field) >= least:
             raise UserError(f"{getattr(args, field)} must be {least} or more", field)
+    if args.percdamp == math.inf:
+        raise UserError("inf must be a finite number", "percdamp")
     options = GPTQ.Options(args.percdamp, args.blocksize, args.act_order)
     if args.mode == "int4":
         return Calibration(options=options)

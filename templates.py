@@ -36,7 +36,7 @@ def render(template: str, messages: Sequence[dict[str, Any]], **variables: Any) 
     """The text that a template makes of a conversation and further variables, in which anything but JSON is replaced by
     the name of its type. Errors: TemplateFailed, for whatever a template does instead."""
     global _process
-    variables |= dict(messages=[{**message, **_thoughts(message)} for message in messages])
+    variables |= dict(messages=[_with_thoughts(message) for message in messages])
     request = json.dumps([template, variables], default=lambda value: f"<{type(value).__name__}>") + "\n"
     with _lock:
         process = _process if _process and _process.poll() is None else _start()
@@ -48,6 +48,7 @@ def render(template: str, messages: Sequence[dict[str, Any]], **variables: Any) 
             answer = b""
         except BaseException:                    # Ctrl-C: the answer must not be taken for the next one's
             process.kill()
+            process.wait()
             raise
         if not answer:
             status = process.wait()
@@ -59,16 +60,17 @@ def render(template: str, messages: Sequence[dict[str, Any]], **variables: Any) 
     return text
 
 
-def _thoughts(message: dict[str, Any]) -> dict[str, Any]:
-    """An answer's reasoning under the names that templates look for."""
-    found = [message[name] for name in ("reasoning_content", "thinking", "reasoning") if message.get(name) is not None]
-    return {"reasoning_content": found[0], "thinking": message.get("thinking", found[0])} if found else {}
+def _with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+    """An answer's reasoning goes by several names: a template finds it under the two that it may ask for."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    thoughts = next((message[name] for name in names if message.get(name) is not None), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
 def _start() -> subprocess.Popen:
     global _process
     # A process group of its own: Ctrl-C is not for it. It ends when its stdin does, with this process.
-    _process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    _process = subprocess.Popen([sys.executable, __file__, str(SECONDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=subprocess.DEVNULL, process_group=0)
     return _process
 
@@ -91,13 +93,13 @@ os.register_at_fork(after_in_child=_forget)
 
 # ---- the process that runs them
 
-def serve() -> None:
+def serve(seconds: int) -> None:
     """Answers lines of JSON, [template, variables], by lines of JSON, [text, error]."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):                       # not everywhere on macOS
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
-        signal.alarm(SECONDS)                    # kills the process, whatever it is busy with
+        signal.alarm(seconds)                    # kills the process, whatever it is busy with
         try:
             template, variables = json.loads(line)
             text, error = compiled(template).render(**variables), ""
@@ -151,7 +153,7 @@ def compiled(source: str) -> Any:
 
     def refuse_private(name):
         if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"{name!r} cannot be set on a namespace")
+            raise jinja2.exceptions.SecurityError(f"Chat templates cannot store {name!r} on a namespace")
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -168,4 +170,4 @@ def compiled(source: str) -> Any:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

@@ -75,7 +75,7 @@ class TokenizerConfig(Schema):               # special_tokens_map.json has some 
 
 
 class AddedTokens(RootModel[dict[Content, Id]]):
-    pass
+    model_config = ConfigDict(strict=True)
 
 
 class StopIds(Schema):
