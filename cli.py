@@ -29,6 +29,7 @@ import itertools
 import json
 import platform
 import socket
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,8 +107,9 @@ def fail(error: UserError | str) -> int:
     """Prints a mistake as a command tells it, with its flag; returns the exit status."""
     flag = f"--{FLAGS.get(error.field, error.field)} " if isinstance(error, UserError) and error.field else ""
     message = error.message if isinstance(error, UserError) else error
+    line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()           # names may be any bytes
     with contextlib.suppress(OSError, ValueError):
-        print(f"error: {flag}{' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {flag}{line}", file=sys.stderr)
     return 2
 
 
@@ -128,7 +130,7 @@ def _interruptible() -> Iterator[None]:
 def _raise_again(unraisable: Any) -> None:
     """For a KeyboardInterrupt that came where Python drops exceptions, say in a __del__."""
     if unraisable.exc_type is KeyboardInterrupt:
-        timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+        timer = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
         timer.daemon = True
         timer.start()
     else:
@@ -234,14 +236,13 @@ def check_writable(path: Path | str, field: str = "") -> None:
     """Errors: UserError, unless a file can be written at path: nothing but a regular file is ever replaced."""
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            reason = "is a folder" if path.is_dir() else "is no regular file"
-        elif not path.parent.is_dir():
-            reason = f"{path.parent} is no folder"
-        else:
-            reason = "" if os.access(path.parent, os.W_OK) else f"{path.parent} is not writable"
+        reason = "" if stat.S_ISREG(os.stat(path).st_mode) else "it is no regular file"
+    except FileNotFoundError:
+        reason = "" if path.parent.is_dir() else f"{path.parent} is no folder"
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if not reason and not os.access(path.parent, os.W_OK):
+        reason = f"{path.parent} is not writable"
     if reason:
         raise UserError(f"{path}: cannot be written: {reason}", field)
 

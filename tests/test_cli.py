@@ -1,8 +1,7 @@
-"""What every command does with mistakes, streams, files and Ctrl-C, on small commands beside a copy of cli.py; and every
-flag of the real ones with every kind of value."""
+"""What every command does with mistakes, streams, files and Ctrl-C, on small commands beside a copy of cli.py; and
+every flag of the real ones with every kind of value."""
 import argparse
 import errno
-import math
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -35,8 +33,8 @@ def command(tmp_path):
         (tmp_path / "command.py").write_text(
             f"import cli\nimport os, sys, time\n{imports}\ndef main():\n{indented}\n"
             "if __name__ == '__main__':\n    cli.run(main)\n")
-        return subprocess.Popen([sys.executable, tmp_path / "command.py"], text=True, cwd=tmp_path,
-                                **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options)
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
+        return subprocess.Popen([sys.executable, tmp_path / "command.py"], cwd=tmp_path, **options)
     return start
 
 
@@ -158,7 +156,8 @@ CLOSED = [("<&-", "print(repr(sys.stdin.read()))", 0, "''\n", ""),
 @pytest.mark.parametrize("closed, body, status, out, err", CLOSED)
 def test_closed_streams(command, tmp_path, closed, body, status, out, err):
     command(body).communicate()
-    done = subprocess.run(f"{sys.executable} {tmp_path}/command.py {closed}", shell=True, capture_output=True, text=True)
+    done = subprocess.run(f"{sys.executable} {tmp_path}/command.py {closed}", shell=True, capture_output=True,
+                          text=True)
     assert (done.returncode, done.stdout) == (status, out) and err in done.stderr and bool(err) == bool(done.stderr)
 
 
@@ -179,7 +178,8 @@ def test_text_comes_out_in_any_encoding(command, encoding):
 def test_a_badly_encoded_stdin(command):
     process = command("cli.read_stdin()", stdin=subprocess.PIPE, text=False, env={**os.environ, "PYTHONUTF8": "1"})
     err = process.communicate(b"\xff\xfe")[1].decode()
-    assert process.returncode == 2 and err.startswith("error: --prompt - : stdin cannot be read") and err.count("\n") == 1
+    assert process.returncode == 2 and err.startswith("error: --prompt - : stdin cannot be read")
+    assert err.count("\n") == 1
 
 
 # ---- Ctrl-C
@@ -191,7 +191,8 @@ MOMENTS = {                                  # where the command is when the sig
     "an import that catches everything": dict(body="pass", imports=f"try:\n    {SLEEP}\nexcept BaseException: pass"),
     "main": dict(body=SLEEP),
     "finally": dict(body=f"try:\n    raise ValueError\nfinally:\n    {SLEEP}"),
-    "where exceptions are dropped": dict(body=f"class A:\n    def __del__(self):\n        {SLEEP}\na = A()\ndel a\ntime.sleep(60)"),
+    "where exceptions are dropped": dict(body="a = A()\ndel a\ntime.sleep(60)",
+                                         imports=f"class A:\n    def __del__(self):\n        {SLEEP}"),
     "the exit": dict(body=f"import atexit\n@atexit.register\ndef last():\n    {SLEEP}"),
     "a full stdout": dict(body=f"print('x' * 99999)\n{SLEEP}")}
 
@@ -217,7 +218,8 @@ def test_the_handler_is_for_our_commands_alone(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argv", [["generate.py", "--num_samples", "1000"], ["generate.py", "--compile", "--interactive"],
+@pytest.mark.parametrize("argv", [["generate.py", "--num_samples", "1000"],
+                                  ["generate.py", "--compile", "--interactive"],
                                   ["eval.py", "--perplexity", "tests/data/heldout.txt"],
                                   ["quantize.py", "--model", "checkpoints/demo", "--mode", "int4"]])
 def test_ctrl_c_at_any_time(argv, tmp_path):
@@ -239,7 +241,8 @@ def test_ctrl_c_at_any_time(argv, tmp_path):
 # ---- every flag with every kind of value
 
 NUMBERS = ["0", "-1", "3", "1e20", str(10 ** 20), "9" * 5000, "inf", "-inf", "nan", "٣", "1_0", "x", "", "0x10"]
-PATHS = ["", "\0", "a\0b", "x" * 300, "x" * 5000, "/dev/null", "/dev/zero", "/", ".", "/nowhere/x", "/etc/passwd/x", "\udcff", "-"]
+PATHS = ["\0", "a\0b", "x" * 300, "x" * 5000, "/dev/null", "/dev/zero", "/", ".", "/nowhere/x", "/etc/passwd/x",
+         "\udcff", "-"]
 COMMANDS = {"generate": generate, "quantize": quantize, "eval": eval_command}
 
 
@@ -278,7 +281,7 @@ def checked(folder, monkeypatch):
             "quantize": ["--mode", "int4-gptq"]}
 
 
-@pytest.mark.parametrize("name, flag", CASES, ids=" ".join)
+@pytest.mark.parametrize("name, flag", CASES, ids=map(" ".join, CASES))
 def test_any_value_is_used_or_refused_in_a_line(name, flag, folder, checked, capsys, tmp_path, monkeypatch):
     """Nothing else: no traceback, no endless loop, no allocation that is not checked first."""
     monkeypatch.chdir(tmp_path)
@@ -287,8 +290,10 @@ def test_any_value_is_used_or_refused_in_a_line(name, flag, folder, checked, cap
         try:
             cli.run(lambda: COMMANDS[name].main(argv))  # noqa: B023
         except SystemExit as ended:
-            lines = [line for line in capsys.readouterr().err.splitlines() if line]
+            lines = [line for line in capsys.readouterr().err.splitlines() if line] or ["nothing"]
             assert ended.code == 2 and lines[-1].startswith("error: ") and len(lines) < 4, (value[:99], lines)
+        except BaseException as error:
+            raise AssertionError(f"{flag} {value[:99]!r} raised {error!r}") from error
         capsys.readouterr()
     assert Path("/dev/null").is_char_device()
 
