@@ -176,7 +176,8 @@ def test_text_comes_out_in_any_encoding(command, encoding):
 
 
 def test_a_badly_encoded_stdin(command):
-    process = command("cli.read_stdin()", stdin=subprocess.PIPE, text=False, env={**os.environ, "PYTHONUTF8": "1"})
+    process = command("cli.read_stdin()", stdin=subprocess.PIPE, text=False,
+                      env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     err = process.communicate(b"\xff\xfe")[1].decode()
     assert process.returncode == 2 and err.startswith("error: --prompt - : stdin cannot be read")
     assert err.count("\n") == 1

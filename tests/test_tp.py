@@ -675,7 +675,8 @@ def test_ranks_end_when_torchrun_is_killed(request_and_text):
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     out, err = process.communicate(timeout=300)                # ends when all that hold its pipes have ended
-    assert err == "error: torchrun, which started the ranks, is gone\n"
+    told = [line for line in err.splitlines() if line.startswith("error: ")]   # PyTorch warns of the store too
+    assert told == ["error: torchrun, which started the ranks, is gone"] and "Traceback" not in err, err
     assert len(ranks) >= 2 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
