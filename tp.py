@@ -45,6 +45,7 @@ SPLIT = {
 # Bytes of weights that a rank reads in the time of one collective: 0.6 ms (measured, gloo on one machine) at 30 GB/s;
 # 15 us (assumed, NCCL) at 2.7 TB/s.
 BYTES_PER_COLLECTIVE = {"cpu": 18e6, "cuda": 40e6}
+ending = threading.Lock()
 MIN_GROUPSIZE = 32                       # of int4 weights: the kernels' least
 
 
@@ -308,8 +309,9 @@ class Ranks:
     def abort_all(self, error: SharedError | str) -> NoReturn:
         """Ends this process; all ranks together print one line. Of a SharedError rank 0 does, and the status is 2; of a
         rank that is lost whichever notices first, and the status is 1."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)    # torchrun's, for another rank's end: not amid the line
+        if torchrun_is_gone():                               # and the store with it, and then the other ranks
+            end_without_torchrun()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun's, for another rank's end: not amid the line
         sys.stderr = sys.__stderr__                          # of a rank that was silent so far
         shared = isinstance(error, SharedError)
         try:
@@ -347,16 +349,24 @@ def init_dist(timeout: float = 300.0) -> Ranks | None:
     return Ranks(rank, world_size, local_rank, local_world_size, dist.group.WORLD.group_name, control_group, store)
 
 
+def torchrun_is_gone() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+
+
+def end_without_torchrun() -> NoReturn:
+    """For a torchrun that was killed itself, and so could not end its ranks."""
+    ending.acquire()                     # for good: the watching thread and the main one may both come here
+    if os.environ.get("RANK") == "0":
+        fail("torchrun, which started the ranks, is gone")
+    os._exit(1)
+
+
 def watch_torchrun() -> None:
-    """Ends this process soon after torchrun, which cannot end its ranks when it is killed itself."""
+    """Ends this process soon after torchrun."""
     def watch() -> None:
-        while os.getppid() == PARENT:
+        while not torchrun_is_gone():
             time.sleep(1)
-        if os.environ.get("RANK") == "0":
-            fail("torchrun, which started the ranks, is gone")
-        else:
-            time.sleep(2)                # so that rank 0 notices that, and not the others' end
-        os._exit(1)
+        end_without_torchrun()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=watch, daemon=True).start()
 

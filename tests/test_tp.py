@@ -668,16 +668,13 @@ def test_torchrun_prints_what_one_process_prints_until_a_rank_dies(request_and_t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ranks_end_when_torchrun_is_killed(request_and_text):
     process = torchrun(*request_and_text[0], "--num_samples", "100000")
     assert process.stdout.readline().startswith("Time to load model")
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
-    out, err = process.communicate(timeout=300)                # ends when all that hold its pipes have ended
-    told = [line for line in err.splitlines() if line.startswith("error: ")]   # PyTorch warns of the store too
-    assert told == ["error: torchrun, which started the ranks, is gone"] and "Traceback" not in err, err
-    assert len(ranks) >= 2 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    err = process.communicate(timeout=300)[1]                  # returns when all that hold its pipes have ended
+    assert [line for line in err.splitlines() if "rank" in line] == ["error: torchrun, which started the ranks, is gone"]
+    assert "Traceback" not in err
 
 
 def environ_of(pid: str) -> dict[str, str]:
