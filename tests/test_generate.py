@@ -1,8 +1,10 @@
 """Decoding, sampling and the command, on tiny checkpoints."""
+import gzip
 import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,10 +227,26 @@ def test_seed_and_prompt_file(folder, capsys, tmp_path):
     assert text("--prompt", "a")[0] == "a"
 
 
-def test_profile_is_a_chrome_trace(folder, capsys, tmp_path):
-    run_main(capsys, "--checkpoint_path", folder / "model.pth", "--num_samples", 1, "--max_new_tokens", 3, "--profile",
-             tmp_path / "trace.json", "--device", "cpu")
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+PROFILED = ["--num_samples", 1, "--max_new_tokens", 3, "--device", "cpu", "--profile"]
+
+
+@pytest.mark.parametrize("name, read", [("trace.json", open), ("trace.json.gz", gzip.open)])
+def test_profile_is_a_chrome_trace(folder, capsys, tmp_path, name, read):
+    run_main(capsys, "--checkpoint_path", folder / "model.pth", *PROFILED, tmp_path / name)
+    with read(tmp_path / name) as file:
+        trace = json.load(file)
+    assert trace["traceEvents"] and trace["traceName"] == name and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("written", [None, "", '{"traceEvents": ['])
+def test_a_profile_that_cannot_be_written_says_so(folder, refusal, tmp_path, monkeypatch, written):
+    """PyTorch itself only logs it."""
+    (tmp_path / "trace.json").write_text("old")
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace",
+                        lambda self, path: written is None or Path(path).write_text(written))
+    told = refusal(main, "--model", folder, *PROFILED, tmp_path / "trace.json", "--quiet")
+    assert f"--profile {tmp_path}/trace.json: the trace cannot be written" in told
+    assert (tmp_path / "trace.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def chat_folder(tmp_path):

@@ -673,8 +673,8 @@ def test_ranks_end_when_torchrun_is_killed(request_and_text):
     assert process.stdout.readline().startswith("Time to load model")
     process.kill()
     err = process.communicate(timeout=300)[1]                  # returns when all that hold its pipes have ended
-    assert [line for line in err.splitlines() if "rank" in line] == ["error: torchrun, which started the ranks, is gone"]
-    assert "Traceback" not in err
+    told = [line for line in err.splitlines() if "rank" in line or "Traceback" in line]
+    assert told == ["error: torchrun, which started the ranks, is gone"]
 
 
 def environ_of(pid: str) -> dict[str, str]:
