@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import check_finite
 from cli import UserError
 from config import rope_frequencies
-from formats import QuantizedLinear, check_finite
+from formats import QuantizedLinear
 from model import Attention, KVCache, Linear, Transformer, TransformerBlock
 
 LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")       # in the order of computation

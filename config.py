@@ -1,13 +1,15 @@
 """A checkpoint's configuration: ModelArgs from its config.json, RoPE's frequencies, the shapes of published models.
 
-A value that the models here do not carry is refused by name when config.json is read, never ignored.
+Every key that is read has its type, range and default here, the default that transformers has; what is out of range, or
+what the models here do not carry, is refused by name, never ignored.
 """
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from cli import UserError
@@ -52,15 +54,19 @@ class ModelArgs:
     dynamic_ntk: bool = False
 
     @classmethod
-    def from_hf(cls, config: dict) -> "ModelArgs":
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelArgs":
         """From the contents of a Hugging Face config.json. Errors: UserError, for a value that is not supported."""
         model_type = config.get("model_type")
-        if model_type not in FAMILIES:
-            raise not_supported("model_type", model_type, FAMILIES)
-        try:
-            return _from_qwen_v1(config) if model_type == "qwen" else _from_llama_like(config)
-        except KeyError as error:
-            raise UserError(f"config.json has no {error.args[0]!r}") from None
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise UserError(f"config.json: model_type {model_type!r:.80} is not supported (supported: "
+                            f"{', '.join(FAMILIES)})")
+        for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+            if config.get(key):
+                raise UserError(f"config.json: {key} {config[key]!r:.80}: mixture-of-experts layers are not supported "
+                                "yet")
+        args = checked(FAMILIES[model_type], config, "config.json").model_args()
+        args.check()
+        return args
 
     @classmethod
     def from_name(cls, name: str) -> "ModelArgs":
@@ -69,99 +75,202 @@ class ModelArgs:
             raise UserError(f"unknown model name {name!r} (known: {', '.join(PUBLISHED)})")
         return cls.from_hf(PUBLISHED[name])
 
+    def check(self) -> None:
+        """Errors: UserError, for a shape that cannot run."""
+        heads = f"{self.n_head} attention heads of {self.head_dim}"
+        if self.head_dim % 2 or self.head_dim < 4 or self.n_head * self.head_dim > 1 << 20:
+            raise UserError(f"config.json: {heads}: head_dim is odd or too small, or they are too many")
+        if self.n_head % self.n_local_heads:
+            raise UserError(f"config.json: {heads} are no multiple of num_key_value_heads {self.n_local_heads}")
+        if self.intermediate_size < 1:
+            raise UserError("config.json: intermediate_size leaves nothing to gate and up")
 
-FAMILIES = ("qwen", "qwen2", "qwen3", "llama", "mistral")
+
+# ---- config.json
+
+class Checked(BaseModel):
+    """Keys of a JSON object, with types and ranges. Others may be there, and are not read."""
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
-def not_supported(key: str, value: Any, supported: Iterable) -> UserError:
-    return UserError(f"config.json: {key} {value!r} is not supported (supported: {', '.join(map(str, supported))})")
+T = TypeVar("T", bound=Checked)
+Size = Annotated[int, Field(ge=1, le=1 << 20)]           # so that no product of two overflows
+Factor = Annotated[float, Field(gt=0, le=1e6)]
 
 
-def _from_qwen_v1(config: dict) -> ModelArgs:
+def checked(schema: type[T], content: Mapping[str, Any], where: str) -> T:
+    """The object, if it is as the schema has it. where: what to call it. Errors: UserError."""
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise UserError(f"{where} has no {key!r}") from None
+        reason = first["msg"].replace("Input should be", "should be").removeprefix("Value error, ")
+        raise UserError(f"{where}: {key} {first['input']!r:.80}: {reason}") from None
+
+
+class QwenV1Config(Checked):
     """Two generations of key names; the feed-forward width counts gate and up together."""
-    def get(*names: str) -> Any:
-        return next((config[n] for n in names if n in config), None)
+    model_type: Literal["qwen"]
+    vocab_size: int = Field(ge=1, le=1 << 24)
+    hidden_size: Size = Field(validation_alias=AliasChoices("hidden_size", "n_embd"))
+    num_hidden_layers: Size = Field(validation_alias=AliasChoices("num_hidden_layers", "n_layer"))
+    num_attention_heads: Size = Field(validation_alias=AliasChoices("num_attention_heads", "n_head"))
+    intermediate_size: Size = Field(validation_alias=AliasChoices("intermediate_size", "ffn_hidden_size"))
+    kv_channels: Size | None = None
+    seq_length: int = Field(2048, ge=2, le=1 << 31, validation_alias=AliasChoices("seq_length", "n_positions"))
+    max_position_embeddings: int = Field(
+        1, ge=1, le=1 << 31, validation_alias=AliasChoices("max_position_embeddings", "n_positions"))
+    layer_norm_epsilon: float = Field(1e-6, gt=0, lt=1)
+    rotary_emb_base: float = Field(10000.0, gt=1, le=1e12)
+    rotary_pct: Literal[1.0] = 1.0
+    use_logn_attn: bool = True
+    use_dynamic_ntk: bool = True
+    no_bias: Literal[True] = True
+    tie_word_embeddings: bool = False
 
-    def need(*names: str) -> Any:
-        if not get(*names):
-            raise KeyError(names[0])
-        return get(*names)
-    if config.get("no_bias") not in (None, True):
-        raise not_supported("no_bias", config["no_bias"], (True,))
-    n_head, dim = need("num_attention_heads", "n_head"), need("hidden_size", "n_embd")
-    seq_length = get("seq_length", "n_positions") or 2048
-    return ModelArgs(
-        model_type="qwen", dim=dim, n_layer=need("num_hidden_layers", "n_layer"), n_head=n_head, n_local_heads=n_head,
-        head_dim=get("kv_channels") or dim // n_head,
-        intermediate_size=need("intermediate_size", "ffn_hidden_size") // 2, vocab_size=config["vocab_size"],
-        max_position=max(get("max_position_embeddings", "n_positions") or 0, seq_length),
-        norm_eps=config.get("layer_norm_epsilon", 1e-6), rope_base=config.get("rotary_emb_base", 10000.0),
-        qkv_bias=True, tie_word_embeddings=config.get("tie_word_embeddings", False), seq_length=seq_length,
-        logn=config.get("use_logn_attn", True), dynamic_ntk=config.get("use_dynamic_ntk", True))
-
-
-def _from_llama_like(config: dict) -> ModelArgs:
-    if config.get("hidden_act") not in (None, "silu", "swish"):
-        raise not_supported("hidden_act", config["hidden_act"], ("silu", "swish"))
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if config.get(key):
-            raise UserError(f"config.json: {key} {config[key]}: mixture-of-experts layers are not supported yet")
-    model_type, n_layer, n_head = config["model_type"], config["num_hidden_layers"], config["num_attention_heads"]
-    attention_bias = config.get("attention_bias", False)
-    rope_base, rope = _rope_from(config)
-    max_position = config["max_position_embeddings"]
-    if rope and rope.rope_type == "yarn":
-        max_position = max(max_position, int(rope.original_max_position * rope.factor))
-    return ModelArgs(
-        model_type=model_type, dim=config["hidden_size"], n_layer=n_layer, n_head=n_head,
-        n_local_heads=config.get("num_key_value_heads") or n_head,
-        head_dim=config.get("head_dim") or config["hidden_size"] // n_head,
-        intermediate_size=config["intermediate_size"], vocab_size=config["vocab_size"], max_position=max_position,
-        norm_eps=config.get("rms_norm_eps", 1e-6), rope_base=rope_base, rope=rope,
-        qkv_bias=attention_bias or model_type == "qwen2", o_bias=attention_bias and model_type != "qwen2",
-        mlp_bias=config.get("mlp_bias", False), qk_norm=model_type == "qwen3",
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        windows=_windows_from(config, model_type, n_layer))
+    def model_args(self) -> ModelArgs:
+        return ModelArgs(
+            model_type="qwen", dim=self.hidden_size, n_layer=self.num_hidden_layers, n_head=self.num_attention_heads,
+            n_local_heads=self.num_attention_heads,
+            head_dim=self.kv_channels or self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size // 2, vocab_size=self.vocab_size,
+            max_position=max(self.max_position_embeddings, self.seq_length), norm_eps=self.layer_norm_epsilon,
+            rope_base=self.rotary_emb_base, qkv_bias=True, tie_word_embeddings=self.tie_word_embeddings,
+            seq_length=self.seq_length, logn=self.use_logn_attn, dynamic_ntk=self.use_dynamic_ntk)
 
 
-def _windows_from(config: dict, model_type: str, n_layer: int) -> tuple[int, ...]:
-    window, layer_types = config.get("sliding_window"), config.get("layer_types")
-    if not window or model_type == "llama" or (model_type != "mistral" and not config.get("use_sliding_window", False)):
-        return (0,) * n_layer
-    if layer_types:
-        for kind in set(layer_types) - {"full_attention", "sliding_attention"}:
-            raise not_supported("layer_types", kind, ("full_attention", "sliding_attention"))
-        return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
-    first = 0 if model_type == "mistral" else config.get("max_window_layers", 0)
-    return tuple(window if layer >= first else 0 for layer in range(n_layer))
+class LlamaConfig(Checked):
+    """What the other families share. Sizes have no default: a file without them is damaged."""
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    vocab_size: int = Field(ge=1, le=1 << 24)
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None              # None: as many as query heads
+    head_dim: Size | None = None
+    max_position_embeddings: int = Field(ge=1, le=1 << 31)
+    hidden_act: Literal["silu", "swish"] = "silu"
+    rms_norm_eps: float = Field(1e-6, gt=0, lt=1)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    partial_rotary_factor: Literal[1.0] = 1.0
+    rope_theta: float = Field(10000.0, gt=1, le=1e12)
+    rope_scaling: dict[str, Any] | None = None           # older files
+    rope_parameters: dict[str, Any] | None = None        # newer ones, with rope_theta among them
+    original_max_position_embeddings: int | None = Field(None, ge=1, le=1 << 31)
+
+    def windows(self) -> tuple[int, ...]:
+        """Per layer, see ModelArgs."""
+        return (0,) * self.num_hidden_layers
+
+    def model_args(self) -> ModelArgs:
+        rope = checked(RopeConfig, self.rope_scaling or self.rope_parameters or {}, "config.json: RoPE parameters")
+        rope_base, max_position = rope.rope_theta or self.rope_theta, self.max_position_embeddings
+        scaling = rope.scaling(self.original_max_position_embeddings or rope.original_max_position_embeddings
+                               or max_position, max_position)
+        if scaling and scaling.rope_type == "yarn":
+            max_position = max(max_position, int(scaling.original_max_position * scaling.factor))
+        return ModelArgs(
+            model_type=self.model_type, dim=self.hidden_size, n_layer=self.num_hidden_layers,
+            n_head=self.num_attention_heads, n_local_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size, vocab_size=self.vocab_size, max_position=max_position,
+            norm_eps=self.rms_norm_eps, rope_base=rope_base, rope=scaling,
+            qkv_bias=self.attention_bias or self.model_type == "qwen2", o_bias=self.attention_bias,
+            mlp_bias=self.mlp_bias, qk_norm=self.model_type == "qwen3", tie_word_embeddings=self.tie_word_embeddings,
+            windows=self.windows())
 
 
-def _rope_from(config: dict) -> tuple[float, RopeScaling | None]:
-    """RoPE base and scaling, from rope_theta + rope_scaling (older files) or rope_parameters (newer ones)."""
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    for holder in (config, scaling):
-        if holder.get("partial_rotary_factor", 1.0) != 1.0:
-            raise not_supported("partial_rotary_factor", holder["partial_rotary_factor"], (1.0,))
-    if rope_type == "default":
-        return base, None
-    if rope_type not in ("linear", "llama3", "yarn"):
-        raise not_supported("rope type", rope_type, ("default", "linear", "llama3", "yarn"))
-    factor, attention_factor = float(scaling["factor"]), scaling.get("attention_factor")
-    if rope_type != "yarn":
-        attention_factor = 1.0
-    elif attention_factor is None:       # YaRN (Peng et al. 2023), section 3.4
+class MistralConfig(LlamaConfig):
+    num_key_value_heads: Size | None = 8
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    sliding_window: Size | None = 4096
+    layer_types: None = None                             # transformers does not follow it
+
+    def windows(self) -> tuple[int, ...]:
+        return (self.sliding_window or 0,) * self.num_hidden_layers
+
+
+class Qwen2Config(LlamaConfig):
+    num_key_value_heads: Size | None = 32
+    attention_bias: Literal[False] = False               # of transformers' qwen2, whose queries, keys and values have
+    mlp_bias: Literal[False] = False                     # one all the same
+    use_sliding_window: bool = False
+    sliding_window: Size | None = 4096
+    max_window_layers: int = Field(28, ge=0, le=1 << 20)
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+
+    def windows(self) -> tuple[int, ...]:
+        layers, window = self.num_hidden_layers, self.sliding_window or 0 if self.use_sliding_window else 0
+        if self.layer_types is None:
+            return tuple(window if layer >= self.max_window_layers else 0 for layer in range(layers))
+        if len(self.layer_types) != layers:
+            raise UserError(f"config.json: layer_types has {len(self.layer_types)} entries, and there are {layers} "
+                            "layers")
+        return tuple(window if kind == "sliding_attention" else 0 for kind in self.layer_types)
+
+
+class Qwen3Config(Qwen2Config):
+    head_dim: Size = 128
+    attention_bias: bool = False
+
+
+class RopeConfig(Checked):
+    """rope_scaling or rope_parameters."""
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = Field(
+        "default", validation_alias=AliasChoices("rope_type", "type"))
+    rope_theta: float | None = Field(None, gt=1, le=1e12)
+    partial_rotary_factor: Literal[1.0] = 1.0
+    factor: float | None = Field(None, ge=1, le=1e6)
+    original_max_position_embeddings: int | None = Field(None, ge=1, le=1 << 31)
+    low_freq_factor: Factor | None = None
+    high_freq_factor: Factor | None = None
+    beta_fast: Factor | None = None
+    beta_slow: Factor | None = None
+    truncate: bool = True
+    attention_factor: Factor | None = None
+    mscale: float | None = Field(None, ge=0, le=1e6)
+    mscale_all_dim: float | None = Field(None, ge=0, le=1e6)
+    full_attention: None = None                          # parameters for each kind of layer are not supported
+    sliding_attention: None = None
+
+    def scaling(self, original_max_position: int, max_position: int) -> RopeScaling | None:
+        if self.rope_type == "default":
+            return None
+        needed = ("factor", "low_freq_factor", "high_freq_factor") if self.rope_type == "llama3" else ("factor",)
+        for key in needed if self.rope_type != "yarn" else ():
+            if getattr(self, key) is None:
+                raise UserError(f"config.json: RoPE parameters of type {self.rope_type} need a {key}")
+        factor, attention_factor = self.factor or max(max_position / original_max_position, 1.0), 1.0
+        if self.rope_type == "yarn":
+            attention_factor = self.attention_factor or self.yarn_attention_factor(factor)
+        low, high = self.low_freq_factor or 1.0, self.high_freq_factor or 4.0
+        beta_fast, beta_slow = self.beta_fast or 32.0, self.beta_slow or 1.0
+        if low >= high or beta_fast < beta_slow:
+            raise UserError("config.json: RoPE parameters: high_freq_factor must exceed low_freq_factor, and beta_fast "
+                            "beta_slow")
+        return RopeScaling(self.rope_type, factor, original_max_position, low, high, beta_fast, beta_slow,
+                           self.truncate, attention_factor)
+
+    def yarn_attention_factor(self, factor: float) -> float:
+        """YaRN (Peng et al. 2023), section 3.4."""
         def mscale(weight: float) -> float:
-            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-        both = scaling.get("mscale") and scaling.get("mscale_all_dim")
-        attention_factor = mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"]) if both else mscale(1.0)
-    return base, RopeScaling(
-        rope_type, factor, scaling.get("original_max_position_embeddings") or config["max_position_embeddings"],
-        scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0),
-        scaling.get("beta_fast") or 32.0, scaling.get("beta_slow") or 1.0, scaling.get("truncate", True),
-        attention_factor)
+            return 0.1 * weight * math.log(factor) + 1.0
+        both = self.mscale and self.mscale_all_dim
+        return mscale(self.mscale) / mscale(self.mscale_all_dim) if both else mscale(1.0)
 
+
+FAMILIES: dict[str, type[QwenV1Config] | type[LlamaConfig]] = {
+    "qwen": QwenV1Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
+
+
+# ---- RoPE
 
 def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
     """Angle per position of each rotated pair, fp32 [D/2]: base^(-2i/D), scaled as the checkpoint says.
@@ -208,9 +317,9 @@ def _qwen_v1(layers: int, dim: int, heads: int, ffn: int, vocab: int, theta: flo
                 max_position_embeddings=context, use_logn_attn=extended, use_dynamic_ntk=extended)
 
 
-_LLAMA31 = dict(rope_scaling=dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192))
-_LLAMA32 = dict(rope_scaling=dict(rope_type="llama3", factor=32.0, original_max_position_embeddings=8192),
-                tie_word_embeddings=True)
+_LLAMA3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+_LLAMA31 = dict(rope_scaling=dict(factor=8.0, **_LLAMA3))
+_LLAMA32 = dict(rope_scaling=dict(factor=32.0, **_LLAMA3), tie_word_embeddings=True)
 _TIED = dict(tie_word_embeddings=True)
 PUBLISHED = {
     "Qwen-1.8B": _qwen_v1(24, 2048, 16, 5504, 151936),

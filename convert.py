@@ -18,17 +18,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 import kernels
+from checkpoint import (
+    FLOATS,
+    REMAP_BYTES,
+    check_finite,
+    check_layers,
+    empty_model,
+    preallocate,
+    read_checkpoint,
+    record_checksums,
+)
 from cli import UserError, atomic_write, read_json
 from config import ModelArgs
 from formats import ZERO_STEPS
 from model import Transformer
 from tokenizer import rebuild_tiktoken
-
-VERSION = 1                              # of model.pth: {"version", "quantization": None or a dict, "state_dict"}
 
 # Source module -> target module[/projection of a fused one]. Source names are without their prefix "model." or
 # "transformer.", which the files of base models lack.
@@ -62,9 +69,7 @@ QWEN_V1_NAMES = {
 }
 PREFIX = re.compile(r"^(model|transformer)\.")
 OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PACKED, INTEGERS = (".qweight", ".qzeros", ".g_idx"), (torch.int32,)     # of quantized checkpoints
-REMAP_BYTES = 1 << 26                    # pages of a mapped file count as memory for as long as the mapping lives
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,8 @@ def is_mapped(path: Path) -> bool:
 
 def open_shard(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, memory-mapped: nothing is read before it is used."""
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file")
     try:
         with open(path, "rb") as file:
             if file.read(8) == b"version ":
@@ -242,16 +249,6 @@ def layout_of(tensors: Iterable[tuple[TargetSlice, Tensor]]) -> Layout:
     return layout
 
 
-def preallocate(path: Path, layout: Layout, quantization: dict[str, Any] | None) -> dict[str, int]:
-    """Writes model.pth with empty space for its tensors. Returns key -> offset of its first byte in the file."""
-    with FakeTensorMode():
-        state_dict = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save({"version": VERSION, "quantization": quantization, "state_dict": state_dict}, path)
-    saved = torch.load(path, map_location="meta", weights_only=True)["state_dict"]       # whose storages know offsets
-    return {key: tensor.untyped_storage()._checkpoint_offset for key, tensor in saved.items()}
-
-
 def copy_weights(path: Path, layout: Layout, offsets: dict[str, int], tensors: Iterable[tuple[TargetSlice, Tensor]],
                  progress: bool) -> None:
     """Copies every tensor to its rows of the preallocated file."""
@@ -259,6 +256,7 @@ def copy_weights(path: Path, layout: Layout, offsets: dict[str, int], tensors: I
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=not progress)
     with bar, open(path, "r+b") as file:
         for place, tensor in tensors:
+            check_finite(place.key, tensor)
             dtype = layout[place.key][1]
             file.seek(offsets[place.key] + place.row * place.shape[1:].numel() * dtype.itemsize)
             file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
@@ -294,7 +292,7 @@ class PublishedQuantization:
         get = (stated if isinstance(stated, dict) else {"quant_method": stated}).get
         method, form = get("quant_method", "unnamed"), get("checkpoint_format") or get("format")
         bits: Any = get("bits", get("w_bit"))
-        groupsize = get("group_size", get("q_group_size", -1))
+        groupsize: Any = get("group_size", get("q_group_size", -1))
         if method == "awq":
             layout = "version", str(get("version") or form or "gemm").lower(), ("gemm",)
         else:
@@ -306,9 +304,9 @@ class PublishedQuantization:
                                       ("lm_head", bool(get("lm_head")), (False,)),
                                       ("dynamic", get("dynamic") or None, (None,))):
             if value not in supported:
-                raise UserError(f"config.json: quantization_config: {key} {value!r} is not supported (supported: "
+                raise UserError(f"config.json: quantization_config: {key} {value!r:.80} is not supported (supported: "
                                 f"{', '.join(map(str, supported))}); take the unquantized checkpoint")
-        return cls(method, bits, groupsize, int(method == "gptq" and form != "gptq_v2"))
+        return cls(method, int(bits), int(groupsize), int(method == "gptq" and form != "gptq_v2"))
 
     @property
     def stored_groupsize(self) -> int:
@@ -417,7 +415,9 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     folder = Path(checkpoint_dir)
     config = read_json(folder / "config.json")
     published, args = PublishedQuantization.from_hf(config), ModelArgs.from_hf(config)
-    slices, tensors = target_slices(args), index_tensors(folder)
+    tensors = index_tensors(folder)
+    check_layers(f"{folder}: tensors do not fit its config.json", args, tensors)
+    slices = target_slices(args)
     if args.tie_word_embeddings:
         drop_tied_head(folder, tensors)
     packed = PackedLinears(published, tensors, slices) if published else None
@@ -436,4 +436,7 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     target = folder / "model.pth"
     with atomic_write(target) as partial:
         copy_weights(partial, layout, preallocate(partial, layout, quantization), weights, progress)
+        record_checksums(partial)
+        written, found = read_checkpoint(partial)
+        empty_model(target, args, written, found)        # what is refused there would be refused when it is loaded
     return target

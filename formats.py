@@ -294,9 +294,13 @@ class Quantization:
     def check(self, where: str = "") -> None:
         """Errors: UserError, for a value that is not supported; `where` is said before the field."""
         for name, offered in (("mode", FILE_MODES), ("groupsize", GROUPSIZES), ("lm_head", LM_HEADS)):
-            if getattr(self, name) not in offered:
-                wrong = f"{getattr(self, name)!r} is not supported (supported: {', '.join(map(str, offered))})"
+            value = getattr(self, name)
+            if type(value) is not type(offered[0]) or value not in offered:
+                wrong = f"{value!r:.80} is not supported (supported: {', '.join(map(str, offered))})"
                 raise UserError(f"{where}{name} {wrong}") if where else UserError(wrong, name)
+        for name in ("skipped", "reordered"):
+            if not isinstance(names := getattr(self, name), tuple) or not all(isinstance(n, str) for n in names):
+                raise UserError(f"{where}{name} {names!r:.80} are no names")
 
     def linear(self, name: str, in_features: int, out_features: int, bias: bool) -> QuantizedLinear | None:
         """An empty module for the linear of this name, or None if it stays as it is."""
@@ -349,8 +353,3 @@ def skipped_names(model: Transformer, patterns: tuple[str, ...]) -> tuple[str, .
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"{pattern} matches no linear (there are {', '.join(names[:4])} ... {names[-1]})", "skip")
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def check_finite(name: str, weight: Tensor) -> None:
-    if not all(chunk.isfinite().all() for chunk in weight.flatten().split(CHUNK_WEIGHTS)):    # which takes work space
-        raise UserError(f"{name} holds NaN or infinity: a damaged checkpoint cannot be quantized")

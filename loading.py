@@ -1,20 +1,19 @@
 """From what a user names, a file, a folder or a repository of the Hugging Face Hub, to a model in memory."""
 import re
 import sys
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import kernels
 import tp
+from checkpoint import check_finite, empty_model, read_checkpoint, read_weights, verify_checkpoint
 from cli import UserError, read_json
 from config import ModelArgs
-from convert import REMAP_BYTES, VERSION, convert
-from formats import Quantization, pack_for, replace_linears, set_quantize_activations
+from convert import convert
+from formats import pack_for, set_quantize_activations
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -33,28 +32,27 @@ NEVER = ("*.py", "consolidated*", "adapter_model*")      # code; the weights in 
 
 def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
                ranks: tp.Ranks | None = None, may_replicate: bool = False, quantize_activations: bool = True,
-               ) -> tuple[Transformer, Tokenizer]:
+               verify: bool = False) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, quantized if the file says so.
 
     checkpoint_path: as in resolve_checkpoint; what is missing is downloaded and converted first.
     dtype: of the computation and of the weights that are not quantized; by default what the device computes best.
     ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own shard, or,
-    with may_replicate, all of a model that is too small to be spread. Errors: UserError.
+    with may_replicate, all of a model that is too small to be spread.
+    verify: whether to compare the file's checksums first, which reads all of it. Errors: UserError.
     """
     device = torch.device(device)
     if ranks and ranks.local_rank:
         ranks.gather(None)                  # each machine's first rank downloads, converts and builds for the others
     path = resolve_checkpoint(checkpoint_path, download=True)
     kernels.describe(device)
+    if verify and not (ranks and ranks.local_rank):
+        verify_checkpoint(path)
     if ranks and not ranks.local_rank:
         ranks.gather(None)
     args, tokenizer = ModelArgs.from_hf(read_json(path.parent / "config.json")), Tokenizer.from_dir(path.parent)
     state, quantization = read_checkpoint(path)
-    with torch.device("meta"):
-        model = Transformer(args)
-    if quantization:
-        replace_linears(model, quantization)
-    check_fits(path, model, state)
+    model = empty_model(path, args, state, quantization)
     dtype = dtype or default_dtype(device)
     dtypes = {name: loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}
     plan, nbytes = None, sum(tensor.numel() * dtypes[name].itemsize for name, tensor in state.items())
@@ -68,12 +66,20 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     sharing = ranks.local_world_size if ranks and device.type == "cpu" else 1
     check_memory(device, needed * sharing, f"the weights of {path}")
     weights = zip(dtypes, read_weights(path, list(dtypes)), strict=True)
-    shards = ((name, plan.shard(name, tensor)) for name, tensor in weights) if plan else weights
-    model.load_state_dict({name: kernels.copy_to(shard, device, dtypes[name]) for name, shard in shards}, assign=True)
+    loaded = {}
+    for name, tensor in weights:
+        loaded[name] = kernels.copy_to(plan.shard(name, tensor) if plan else tensor, device, dtypes[name])
+        check_finite(name, loaded[name])
+    model.load_state_dict(loaded, assign=True)
     pack_for(model, device)
     set_quantize_activations(model, quantize_activations)
     kernels.trim_memory()
     return model.eval(), tokenizer
+
+
+def loaded_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of a stored tensor in a model that computes in `dtype`: the numbers of the quantized formats stay as they are."""
+    return tensor.dtype if not tensor.is_floating_point() or name.endswith(".scales") else dtype
 
 
 # ---- devices and memory
@@ -125,55 +131,6 @@ def free_memory(device: torch.device) -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return sys.maxsize                  # not Linux: let the allocation itself fail
-
-
-# ---- the checkpoint file
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]:
-    """The state dict inside a model.pth or a quantized one, mapped from the file, and how it is quantized."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        version, quantization, state = checkpoint["version"], checkpoint["quantization"], checkpoint["state_dict"]
-    except Exception as error:              # torch.load reports a damaged file in many ways
-        raise UserError(f"{path} is not a checkpoint that this program wrote, or was cut short "
-                        f"({type(error).__name__})") from None
-    if version != VERSION:
-        raise UserError(f"{path}: version {version} of the format is not supported (supported: {VERSION}): "
-                        "written by a newer program?")
-    if quantization is None:
-        return state, None
-    try:
-        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in quantization.items()}
-        found = Quantization(**fields)
-    except (TypeError, AttributeError):
-        raise UserError(f"{path}: quantization {quantization} is not supported: "
-                        "written by a newer version of the program?") from None
-    found.check(f"{path}: quantization ")
-    return state, found
-
-
-def check_fits(path: Path, model: Transformer, state: dict[str, Tensor]) -> None:
-    """Refuses a state dict whose names and shapes are not the model's."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    wrong = sorted(expected.keys() ^ state.keys()) or [name for name in expected if expected[name] != state[name].shape]
-    if wrong:
-        more = " ..." if len(wrong) > 4 else ""
-        raise UserError(f"{path} does not fit its config.json: {', '.join(wrong[:4])}{more}")
-
-
-def loaded_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of a stored tensor in a model that computes in `dtype`: the numbers of the quantized formats stay as they are."""
-    return tensor.dtype if not tensor.is_floating_point() or name.endswith(".scales") else dtype
-
-
-def read_weights(path: Path, names: list[str]) -> Iterator[Tensor]:
-    """In turn. The file is mapped anew now and then: its pages count as memory while the mapping lives."""
-    state, mapped = read_checkpoint(path)[0], 0
-    for name in names:
-        if mapped > REMAP_BYTES:
-            state, mapped = read_checkpoint(path)[0], 0
-        mapped += state[name].nbytes
-        yield state[name]
 
 
 # ---- finding the checkpoint, on the Hugging Face Hub too

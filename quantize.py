@@ -16,7 +16,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,21 +26,13 @@ from tqdm import tqdm
 import formats
 import GPTQ
 import harness
+from checkpoint import check_finite, empty_model, read_checkpoint, read_weights, verify_checkpoint, write_checkpoint
 from cli import UserError
 from config import ModelArgs
 from formats import GROUPSIZES, MODES, Int4Linear, Quantization, QuantizedLinear, replace_linears, skipped_names
 from generate import Engine
 from kernels import copy_to
-from loading import (
-    DEMO,
-    VERSION,
-    check_fits,
-    load_model,
-    parse_device,
-    read_checkpoint,
-    read_weights,
-    resolve_checkpoint,
-)
+from loading import DEMO, load_model, parse_device, resolve_checkpoint
 from model import Transformer
 from sampling import Sampling
 from tokenizer import Tokenizer
@@ -82,9 +74,11 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
     format, device = mode.removesuffix("-gptq"), torch.device(device)
     Quantization(format, groupsize, lm_head).check()
     plain, args = read_unquantized(path)
-    with torch.device("meta"):
-        model = Transformer(args)
-    check_fits(path, model, plain)
+    model = empty_model(path, args, plain, None)
+    verify_checkpoint(path, required=False)
+    others = sorted(plain.keys() - {f"{linear}.weight" for linear in formats.linear_names(model)})
+    for name, tensor in zip(others, read_weights(path, others), strict=True):
+        check_finite(name, tensor)           # the linears' when they are quantized
     quantization = Quantization(format, groupsize, lm_head, skipped_names(model, skip), path.name)
     linears = dict(replace_linears(model, quantization))
     keys = {name: f"{name}.weight" if f"{name}.weight" in plain else "tok_embeddings.weight" for name in linears}
@@ -98,7 +92,7 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
         state |= {f"{name}.{key}": value for key, value in buffers.items()}
         lines.append((name, linears[name], error, sum(t.nbytes for t in buffers.values()), plain[keys[name]].nbytes))
     target = path.with_name(f"model_{mode}.pth" if format == "int8" else f"model_{mode}.g{groupsize}.pth")
-    write_checkpoint(target, quantization, state)
+    write_checkpoint(target, state, quantization)
     if uneven := [f"{name} ({linear.in_features})" for name, linear in linears.items()
                   if linear.in_features % linear.groupsize]:
         print(f"{len(uneven)} linears whose columns are no multiple of {groupsize} have a shorter last group: "
@@ -157,7 +151,7 @@ def quantize_weight(name: str, weight: Tensor, linear: QuantizedLinear, device: 
     error = total = 0.0
     for rows in weight.split(max(1, formats.CHUNK_WEIGHTS // weight.size(1))):
         rows = rows.to(device or weight.device)
-        formats.check_finite(f"{name}.weight", rows)
+        check_finite(f"{name}.weight", rows)
         buffers = linear.quantize(rows)
         if measure:
             error += (linear.dequantize(buffers=buffers) - rows.float()).square().sum(dtype=torch.float64).item()
@@ -165,14 +159,6 @@ def quantize_weight(name: str, weight: Tensor, linear: QuantizedLinear, device: 
         chunks.append({key: value.to(weight.device) for key, value in buffers.items()})
     whole = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]} if len(chunks) > 1 else chunks[0]
     return whole, math.sqrt(error / total) if total else 0.0
-
-
-def write_checkpoint(path: Path, quantization: Quantization, state: dict[str, Tensor]) -> None:
-    recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(quantization).items()}
-    with cli.atomic_write(path) as partial:
-        torch.save({"version": VERSION, "quantization": recorded, "state_dict": state}, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())      # a full disk may show only here, and must before the file gets its name
 
 
 def print_report(lines: Iterable[tuple[str, QuantizedLinear, float, int, int]]) -> None:
@@ -210,7 +196,7 @@ def own_text(path: Path, device: torch.device | str = "cpu", progress: bool = Tr
     try:
         engine = Engine(*load_model(path, device, torch.bfloat16 if torch.device(device).type == "cpu" else None))
         for name, weight in engine.model.named_parameters():
-            formats.check_finite(name, weight)
+            check_finite(name, weight)
         length, texts = min(OWN_LENGTH, engine.model.args.max_position), []
         count = math.ceil(widest_inputs(engine.model.args) / (OWN_SEQUENCES * length))
         first = torch.randint(engine.vocab_size, (count, OWN_SEQUENCES, 1), generator=torch.Generator().manual_seed(0))

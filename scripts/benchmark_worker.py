@@ -24,6 +24,7 @@ from torch import Tensor
 import kernels
 import quantize
 import tp
+from checkpoint import write_checkpoint
 from config import ModelArgs
 from generate import Engine, bytes_read_per_token, warm_up
 from loading import DEMO, load_model
@@ -101,8 +102,7 @@ def write_random_checkpoint(args: ModelArgs, dtype: torch.dtype, path: Path) -> 
         n, matrix = tensor.numel(), tensor.dim() == 2
         values = pool.repeat(-(-n // len(pool)))[:n].clone() if matrix else torch.ones(n, dtype=dtype)
         state[name] = values.view(tensor.shape)
-    with cli.atomic_write(path) as partial:
-        torch.save({"version": 1, "quantization": None, "state_dict": state}, partial)
+    write_checkpoint(path, state, None)
 
 
 def read_rate(tensor: Tensor) -> float:

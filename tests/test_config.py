@@ -3,13 +3,15 @@ import math
 
 import pytest
 import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cli import UserError
-from config import PUBLISHED, ModelArgs, rope_frequencies
+from config import FAMILIES, PUBLISHED, ModelArgs, rope_frequencies
 from model import Transformer
 
-BASE = dict(model_type="qwen2", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-            vocab_size=320, max_position_embeddings=128)
+BASE = dict(model_type="qwen2", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=96, vocab_size=320, max_position_embeddings=128)
 
 
 @pytest.mark.parametrize("change, named", [
@@ -29,6 +31,61 @@ def test_a_missing_key_is_named():
     for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
         with pytest.raises(UserError, match=key):
             ModelArgs.from_hf({k: v for k, v in BASE.items() if k != key})
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+def test_defaults_are_those_of_transformers(family):
+    theirs = transformers.CONFIG_MAPPING[family]
+    for name, field in FAMILIES[family].model_fields.items():
+        if not field.is_required() and name in theirs.__dataclass_fields__:
+            assert field.default == theirs.__dataclass_fields__[name].default, name
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+def test_a_file_without_defaults_reads_as_transformers_reads_it(family):
+    config = {**BASE, "model_type": family, "num_attention_heads": 32, "hidden_size": 256, "use_sliding_window": True,
+              "num_hidden_layers": 30}
+    del config["num_key_value_heads"]
+    theirs = transformers.CONFIG_MAPPING[family](**config)
+    ours = ModelArgs.from_hf(config)
+    default = ["sliding_attention" if family == "mistral" else "full_attention"] * 30
+    layer_types = getattr(theirs, "layer_types", None) or default
+    assert ours.windows == tuple(4096 if kind == "sliding_attention" else 0 for kind in layer_types)
+    assert (ours.n_local_heads, ours.head_dim) == (theirs.num_key_value_heads, getattr(theirs, "head_dim", 8))
+    assert (ours.norm_eps, ours.rope_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+
+
+@pytest.mark.parametrize("change", [
+    {}, dict(factor=None), dict(factor=None, original_max_position_embeddings=None), dict(beta_fast=None),
+    dict(attention_factor=2.0), dict(mscale=0.7, mscale_all_dim=0.3), dict(mscale=0.7), dict(truncate=False),
+    dict(beta_fast=16, beta_slow=2)])
+def test_yarn_as_in_transformers(change):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0, **change}
+    yarn = {key: value for key, value in yarn.items() if key != "original_max_position_embeddings" or value}
+    config = {**BASE, "rope_parameters": yarn}
+    args = ModelArgs.from_hf(config)
+    theirs = transformers.Qwen2Config(**config)
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    torch.testing.assert_close(rope_frequencies(args), frequencies)
+    assert args.rope.attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(head_dim=5), "head_dim is odd"), (dict(head_dim=2), "too small"), (dict(num_key_value_heads=3), "multiple"),
+    (dict(num_hidden_layers=0), "num_hidden_layers 0"), (dict(rope_theta=0), "rope_theta 0"),
+    (dict(rope_theta=-1e4), "rope_theta"), (dict(tie_word_embeddings="false"), "tie_word_embeddings 'false'"),
+    (dict(hidden_size=64.0), "hidden_size 64.0"), (dict(vocab_size=10 ** 12), "vocab_size"),
+    (dict(rms_norm_eps=float("nan")), "rms_norm_eps nan"), (dict(num_attention_heads=True), "num_attention_heads True"),
+    (dict(rope_scaling=dict(type="linear")), "need a factor"), (dict(rope_scaling="x"), "rope_scaling 'x'"),
+    (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
+    (dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), "full_attention"),
+    (dict(use_sliding_window=True, layer_types=["full_attention"] * 3), "layer_types has 3 entries"),
+    (dict(model_type="mistral", layer_types=["full_attention"] * 2), "layer_types"),
+    (dict(model_type=["qwen2"]), "model_type")])
+def test_what_cannot_run_is_refused(change, named):
+    with pytest.raises(UserError, match=named) as error:
+        ModelArgs.from_hf({**BASE, **change})
+    assert "\n" not in str(error.value)
 
 
 def test_both_spellings_of_rope_agree():

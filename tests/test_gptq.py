@@ -377,12 +377,13 @@ def demo_files(tmp_path_factory):
         shutil.copy(DEMO / file, folder)
     tokenizer = load_model(DEMO)[1]                              # which makes model.pth where it is missing
     path = Path(shutil.copy(DEMO / "model.pth", folder))
-    texts = quantize.read_sources(quantize.source_files(heldout=False)[::20])
-    tokens = quantize.calibration_tokens(tokenizer, texts, 24, 512, 768)
+    texts = quantize.read_sources(quantize.source_files(heldout=False))
+    gptq = Calibration(quantize.calibration_tokens(tokenizer, texts, 128, 512, 768))
     files = {"plain": path}
     for name, mode, groupsize, calibration in (
             ("int8", "int8", 32, None), ("g32", "int4", 32, None), ("g128", "int4", 128, None),
-            ("g32 own", "int4", 32, Calibration()), ("g128 gptq", "int4-gptq", 128, Calibration(tokens))):
+            ("g32 own", "int4", 32, Calibration()), ("g128 own", "int4", 128, Calibration()),
+            ("g32 gptq", "int4-gptq", 32, gptq), ("g128 gptq", "int4-gptq", 128, gptq)):
         file = quantize_checkpoint(path, mode, groupsize, progress=False, calibration=calibration)
         files[name] = file.rename(folder / f"{name.replace(' ', '-')}.pth")
     return files
@@ -410,22 +411,27 @@ def layer_errors(path, ids):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_quality_on_the_demo(demo_files):
-    """On text that neither the demo nor the calibration has seen, if on little of it: perplexity can say that little is
-    lost, and KL, which is less noisy, how much of what rounding loses GPTQ wins back."""
-    scores = compare(list(demo_files.values()), HELDOUT[:24_000], 512, 512, dtype=torch.float32)
-    scores = dict(zip(demo_files, scores, strict=True))
-    lost = {name: entry.score.perplexity / scores["plain"].score.perplexity - 1 for name, entry in scores.items()}
-    assert lost["int8"] < 0.001 and lost["g32 own"] < 0.01 and lost["g128 gptq"] < 0.02, lost
-    for rounded, learnt in (("g32", "g32 own"), ("g128", "g128 gptq")):
-        assert scores[learnt].kl < 0.65 * scores[rounded].kl, {name: entry.kl for name, entry in scores.items()}
+    """What the modes write, on text that the demo has not seen; BENCHMARKS.md has the figures on all of it."""
+    limits = {"int8": 0.001, "g32 own": 0.01, "g128 own": 0.02}
+    files = [demo_files[name] for name in ("plain", *limits)]
+    scores = [entry.score for entry in compare(files, HELDOUT[:120_000], 1024, 1024, dtype=torch.float32)]
+    for (name, limit), score in zip(limits.items(), scores[1:], strict=True):
+        assert score.perplexity < scores[0].perplexity * (1 + limit), name
 
 
 @pytest.mark.slow
-def test_errors_of_the_demos_linears(demo_files):
-    """Nearly every one is less with GPTQ, on text that the calibration has not seen."""
-    tokenizer = load_model(DEMO)[1]
-    ids = torch.tensor(tokenizer.encode(HELDOUT[:15_000])[:2048]).view(4, 512)
-    for rounded, learnt in (("g32", "g32 own"), ("g128", "g128 gptq")):
-        before, after = layer_errors(demo_files[rounded], ids), layer_errors(demo_files[learnt], ids)
-        assert len(before) == 28 and sum(after[name] < before[name] for name in before) >= 0.9 * 28
+@pytest.mark.long
+@pytest.mark.parametrize("groupsize", [32, 128])
+def test_much_of_what_rounding_loses_is_won_back(demo_files, groupsize):
+    """On text that the calibration has not seen. Half as much would not do: the ratio of the perplexities' differences
+    is 0.61 on one half and 0.43 on the other."""
+    files = [demo_files[name] for name in ("plain", f"g{groupsize}", f"g{groupsize} gptq")]
+    plain, nearest, gptq = compare(files, HELDOUT[:200_000], 512, 512, dtype=torch.float32)
+    assert gptq.kl < 0.6 * nearest.kl
+    lost = [entry.score.perplexity - plain.score.perplexity for entry in (nearest, gptq)]
+    assert lost[1] < 0.6 * lost[0]
+    ids = torch.tensor(load_model(DEMO)[1].encode(HELDOUT[:30_000])[:4096]).view(8, 512)
+    before, after = (layer_errors(file, ids) for file in files[1:])
+    assert len(before) == 28 and sum(after[name] < before[name] for name in before) >= 0.95 * 28

@@ -459,7 +459,8 @@ def test_quantized_files_that_cannot_be_loaded(folders, tmp_path):
     refused("does not fit its config.json", quantization={**checkpoint["quantization"], "groupsize": 64})
     path.write_bytes(whole[:len(whole) // 2])
     refused("was cut short")
-    for changes in ({"intermediate_size": 128}, {"num_hidden_layers": 2}, {"vocab_size": 319}):
+    for changes in ({"intermediate_size": 128}, {"num_hidden_layers": 9, "layer_types": None}, {"vocab_size": 319},
+                    {"num_hidden_layers": 2, "layer_types": None}):
         (folder / "config.json").write_text(json.dumps({**json.loads(config), **changes}))
         refused("does not fit its config.json")
     (folder / "config.json").write_text(config)
@@ -470,8 +471,8 @@ def test_full_disk_leaves_the_old_file(folders, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
     before = (folder / "model_int8.pth").read_bytes()
 
-    def full(content, path):
-        path.write_bytes(b"half a file")
+    def full(content, file):
+        file.write(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
     assert "is the disk full?" in refused(["--checkpoint_path", folder / "model.pth", "--mode", "int8"], capsys)

@@ -298,6 +298,7 @@ def random_model(seed, vocab=8, dim=32):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sampling", [Sampling(1.0, None), Sampling(0.8, 5, 0.9)])
 @pytest.mark.parametrize("drafts", ["model", "ngram"])
 def test_samples_of_the_whole_program(sampling, drafts):
@@ -309,7 +310,7 @@ def test_samples_of_the_whole_program(sampling, drafts):
     counts = {}
     with torch.inference_mode():
         probs = exact_probabilities(target, prompt, sampling)
-        for _ in range(DRAWS // 5):
+        for _ in range(DRAWS):
             text = list(prompt)
             speculator.drafter.begin(text, False)
             speculator.drafter.cached_len = len(prompt) - 1
