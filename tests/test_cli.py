@@ -219,6 +219,7 @@ def test_the_handler_is_for_our_commands_alone(command, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("argv", [["generate.py", "--num_samples", "1000"],
                                   ["generate.py", "--compile", "--interactive"],
                                   ["eval.py", "--perplexity", "tests/data/heldout.txt"],
