@@ -39,7 +39,7 @@ def render(template: str, messages: Sequence[dict[str, Any]], **variables: Any) 
     variables |= dict(messages=[_with_thoughts(message) for message in messages])
     request = json.dumps([template, variables], default=lambda value: f"<{type(value).__name__}>") + "\n"
     with _lock:
-        process = _process if _process and _process.poll() is None else _start()
+        process: Any = _process if _process and _process.poll() is None else _start()
         try:
             process.stdin.write(request.encode())
             process.stdin.flush()
@@ -120,6 +120,7 @@ def compiled(source: str) -> Any:
 
     import jinja2
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
@@ -129,7 +130,7 @@ def compiled(source: str) -> Any:
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
+            return Scope(body, lineno=line)
 
     class Dict:
         """The name `dict`, without the attributes of the type."""
