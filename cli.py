@@ -42,7 +42,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOBODYS_BUG = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO, errno.ENAMETOOLONG,
                errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENFILE)
 TORCH_SAVE_FAILED = ("unexpected pos", "iostream error", "PytorchStreamWriter failed", "file write failed")
-counter = itertools.count()
+_counter = itertools.count()
 
 
 class UserError(Exception):
@@ -257,7 +257,7 @@ def atomic_write(path: Path | str, field: str = "") -> Iterator[Path]:
     for abandoned in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):          # by a process that was killed
         if not _is_running(abandoned.name.removeprefix(prefix).partition(".")[0]):
             abandoned.unlink(missing_ok=True)
-    partial = path.with_name(f"{prefix}{os.getpid()}.{next(counter)}.tmp")         # threads have names of their own
+    partial = path.with_name(f"{prefix}{os.getpid()}.{next(_counter)}.tmp")         # threads have names of their own
     try:
         yield partial
         os.replace(partial, path)

@@ -96,6 +96,7 @@ os.register_at_fork(after_in_child=_forget)
 def serve(seconds: int) -> None:
     """Answers lines of JSON, [template, variables], by lines of JSON, [text, error]."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)            # which the parent may have ignored
     with contextlib.suppress(ValueError, OSError):                       # not everywhere on macOS
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:

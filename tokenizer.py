@@ -96,7 +96,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         SCHEMAS[file.name].model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))[:100]
         raise UserError(f"{file}: {where}: {first['msg']}, not {first['input']!r:.100}") from None
     return content
