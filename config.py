@@ -163,14 +163,21 @@ def _rope_from(config: dict) -> tuple[float, RopeScaling | None]:
         attention_factor)
 
 
+def ntk_alpha(args: ModelArgs, prompt_length: int) -> int:
+    """Qwen v1's dynamic NTK: by how much a prompt beyond the training length stretches RoPE, for its text's whole life.
+    1 for all other models."""
+    if not args.dynamic_ntk or prompt_length <= args.seq_length:
+        return 1
+    return 2 ** math.ceil(math.log2(prompt_length / args.seq_length) + 1) - 1
+
+
 def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
     """Angle per position of each rotated pair, fp32 [D/2]: base^(-2i/D), scaled as the checkpoint says.
 
-    prompt_length matters to Qwen v1's dynamic NTK only."""
+    prompt_length: see ntk_alpha."""
     D, base, rope = args.head_dim, args.rope_base, args.rope
-    if args.dynamic_ntk and prompt_length > args.seq_length:
-        alpha = max(1, 2 ** math.ceil(math.log2(prompt_length / args.seq_length) + 1) - 1)
-        base = base * alpha ** (D / (D - 2))
+    if (alpha := ntk_alpha(args, prompt_length)) > 1:
+        base *= alpha ** (D / (D - 2))
     freqs = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
     if rope is None:
         return freqs

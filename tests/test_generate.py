@@ -164,8 +164,9 @@ def chi_square_fits(counts, probs):
 def test_samples_follow_the_distribution(sampling):
     draws, rng = 40_000, torch.Generator().manual_seed(0)
     logits = torch.randn(50, generator=rng) * 2
-    noise = torch.empty(draws, sampling.candidates(50)).exponential_(generator=rng)
-    counts = sample(logits.expand(draws, -1), sampling, noise).flatten().bincount(minlength=50).double()
+    choice = sampling.choice(50)
+    noise = torch.empty(draws, choice.candidates).exponential_(generator=rng)
+    counts = sample(logits.expand(draws, -1), choice, noise).flatten().bincount(minlength=50).double()
 
     order = (logits.double() / sampling.temperature).softmax(-1).sort(descending=True)
     probs = order.values.clone()
@@ -182,7 +183,7 @@ def test_samples_follow_the_distribution(sampling):
 
 def test_temperature_zero_is_argmax_even_between_near_ties():
     logits = torch.tensor([[1.0, 1.0 + 1e-6, 0.5]])
-    assert all(sample(logits, GREEDY, torch.empty(1, 0)).item() == 1 for _ in range(20))
+    assert all(sample(logits, GREEDY.choice(3), torch.empty(1, 0)).item() == 1 for _ in range(20))
 
 
 def test_ids_past_the_tokenizer_are_never_sampled(loaded):
@@ -411,7 +412,8 @@ def test_checkpoint_of_another_shape_or_without_config(tmp_path):
 
 
 def test_out_of_memory_says_what_was_needed(folder, loaded, monkeypatch):
-    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
+    for module in (loading, generate):
+        monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match="out of memory: the weights of .* take .* GB, and .* GB are free"):
         load_model(folder / "model.pth")
     with pytest.raises(UserError, match="out of memory: keys and values of 7 x 500 positions"):
