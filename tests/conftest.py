@@ -33,8 +33,8 @@ def tiny_folder(tmp_path_factory):
     def folder(family: str) -> Path:
         if family not in made:
             path = tmp_path_factory.mktemp(family)
-            if family == "qwen-v1":
-                tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4), path)
+            if family in tiny.QWEN_V1:
+                tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4), path, **tiny.QWEN_V1[family])
             else:
                 tiny.save(tiny.reference(family), path)
             convert(path, progress=False)
