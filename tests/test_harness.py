@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import harness
+import tiny
 from cli import UserError
 from conftest import EOS, ROOT, expected_logprobs, save_for_eval
 from eval import main as eval_main
@@ -19,6 +20,7 @@ from harness import QwenFast, Scorer, generate_texts, load_tasks, sampling_from
 from loading import load_model
 from quantize import quantize_checkpoint
 from sampling import Sampling
+from test_model import qwen_v1_by_hand
 from test_quantize import dequantized
 
 TASKS = ROOT / "tests" / "lm_eval_tasks"
@@ -66,6 +68,24 @@ def test_scores_equal_transformers(eval_model, hf_model, batch_size):
         expected = expected_logprobs(hf_model, *request)
         assert logprob == pytest.approx(expected[0], abs=1e-4, rel=1e-5) and greedy == expected[1]
     assert sum(done) == len(requests) and scorer.num_truncated == 3
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.QWEN_V1])
+def test_scores_do_not_depend_on_the_batch(tiny_folder, family):
+    """Contexts and continuations on either side of Qwen v1's training length, 64 of qwen-v1-ntk."""
+    model, _ = load_model(tiny_folder(family), "cpu", torch.float32)
+    RANDOM.manual_seed(4)
+    contexts = [ids(n) for n in (1, 50, 63, 64, 65, 129)]
+    requests = [(context, ids(n)) for context in contexts for n in (1, 2, 16, 70)] + [(ids(540), ids(3))]
+    alone = [Scorer(model, 1).score([request])[0][0] for request in requests]
+    for batch_size in (1, 3, None):
+        scores = [logprob for logprob, _ in Scorer(model, batch_size).score(requests)]
+        assert scores == pytest.approx(alone, abs=2e-4, rel=1e-5)
+    if family == "qwen-v1-ntk":
+        for (context, continuation), score in zip(requests[:-1], alone):
+            text = torch.tensor(context + continuation)
+            logits = qwen_v1_by_hand(model, text[:-1], len(text) - 1)[-len(continuation):].log_softmax(-1)
+            assert logits.gather(1, text[-len(continuation):, None]).sum().item() == pytest.approx(score, abs=2e-3)
 
 
 def test_the_greedy_continuation_is_recognised(eval_model, hf_model):
@@ -261,6 +281,16 @@ def test_quantized_checkpoints_score_as_their_weights_do(mode, tmp_path):
         for module, weight in zip(modules, weights, strict=True):
             module.weight.data.copy_(weight)
     assert_same_results(*(harness_results(lm, NAMES, 1, 3) for lm in (ours, theirs)), NAMES)
+
+
+@pytest.mark.slow
+def test_compiled_scores_follow_each_rows_own_ntk(tiny_folder):
+    model, _ = load_model(tiny_folder("qwen-v1-ntk"), "cpu", torch.float32)
+    requests = [(context, ids(n)) for context in (ids(50), ids(60), ids(120)) for n in (3, 9, 16)] + [(ids(9), ids(70))]
+    expected = [Scorer(model, 1).score([request])[0][0] for request in requests]
+    for batch_size in (3, 4):
+        scores = Scorer(model, batch_size, compile=True).score(requests)
+        assert [logprob for logprob, _ in scores] == pytest.approx(expected, abs=2e-4, rel=1e-5)
 
 
 @pytest.mark.slow
