@@ -332,7 +332,7 @@ class QwenFast:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
         pairs, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
-            ids = self.tokenizer.encode(text, bos=False)          # the prefix is BOS, where there is one
+            ids = self.tok_encode(text)                           # with BOS again after the prefix, as lm-eval has it
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 pairs.append((None, *make_disjoint_window(pair)))
                 owners.append(number)

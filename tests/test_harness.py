@@ -24,6 +24,7 @@ from test_model import qwen_v1_by_hand
 from test_quantize import dequantized
 
 TASKS = ROOT / "tests" / "lm_eval_tasks"
+HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
 METRICS = {"heldout_choice": ["acc", "acc_norm"], "heldout_line": ["exact_match"],
            "heldout_rolling": ["word_perplexity", "byte_perplexity", "bits_per_byte"]}
 NAMES, PROMPTED = list(METRICS), ["heldout_choice", "heldout_line"]      # those that examples and a chat matter to
@@ -303,19 +304,39 @@ def test_compiled_tasks_score_the_same_and_new_lengths_compile_nothing(eval_mode
         assert (torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) > 0) == bool(shots)
 
 
+def add_bos(folder, template=None):
+    """Makes the tokenizer put <s> first."""
+    from tokenizers import AddedToken, Tokenizer, processors
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<|im_end|>", special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    config |= {"chat_template": template} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("family", ["llama2", "qwen3"])
+def test_rolling_log_likelihoods_are_those_of_lm_evals_backend(family, adds_bos, tmp_path):
+    """Of texts shorter and longer than the context of 512, and of none."""
+    from lm_eval.api.instance import Instance
+    folder = save_for_eval(family, tmp_path)
+    if adds_bos:
+        add_bos(folder)
+    requests = [Instance("loglikelihood_rolling", {}, (HELDOUT[:n],), 0) for n in (0, 1, 7, 511, 512, 513, 1100)]
+    ours, theirs = (lm.loglikelihood_rolling(requests, disable_tqdm=True) for lm in both(folder))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def with_bos(eval_folder, tmp_path_factory):
     """The same checkpoint with a tokenizer that puts <s> first, and a template that does so too."""
-    from tokenizers import AddedToken, Tokenizer, processors
     other = shutil.copytree(eval_folder, tmp_path_factory.mktemp("bos") / "bos")
-    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<|im_end|>", special=True)])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
-    tokenizer.save(str(other / "tokenizer.json"))
     template = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}[assistant] {% endif %}")
-    config = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "chat_template": template}
-    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    add_bos(other, template)
     return QwenFast(*load_model(other, "cpu", torch.float32), 4)
 
 
@@ -331,7 +352,7 @@ def test_bos_comes_once(with_bos):
     lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("abab",), 0)], disable_tqdm=True)
     lm.loglikelihood([Instance("loglikelihood", {}, ("", "ab"), 0)], disable_tqdm=True)
     del lm.scorer.score
-    assert seen == [([257], text * 2), ([257], text)]
+    assert seen == [([257], [257, *text * 2]), ([257], text)]            # rolling: as lm-eval's backend has it
 
 
 def lm_ids(character):
