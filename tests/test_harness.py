@@ -1,6 +1,7 @@
 """The harness on our models, beside lm-eval's own backend for transformers."""
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from conftest import EOS, ROOT, expected_logprobs, save_for_eval
 from eval import main as eval_main
 from eval import token_logits
 from generate import Engine
-from harness import QwenFast, Scorer, generate_texts, load_tasks, sampling_from
+from harness import QwenFast, Scorer, generate_texts, is_mentioned, load_tasks, sampling_from
 from loading import load_model
 from quantize import quantize_checkpoint
 from sampling import Sampling
@@ -385,6 +386,24 @@ def test_command_tasks(eval_folder, tmp_path, capsys):
     assert results["config"]["model"] == "QwenFast"
     assert results["config"]["model_args"] == {"checkpoint_path": str(eval_folder)}
     assert "heldout_rolling" in captured.out and "truncated on the left" in captured.err
+
+
+@pytest.mark.parametrize("name", ["no_such_task", "hellasswag", "no_such_*", "mmlu_[xyz]_no_such", "mmlu?no_such"])
+def test_an_unknown_name_is_refused_without_indexing_lm_evals_own_tasks(name, monkeypatch):
+    import lm_eval.tasks
+    make, made = lm_eval.tasks.TaskManager, []
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: made.append(options) or make(**options))
+    with pytest.raises(UserError, match="no such task"):
+        load_tasks([name, "heldout_line"], TASKS)
+    assert made == [dict(include_path=TASKS, include_defaults=False)]
+
+
+@pytest.mark.slow
+def test_lm_evals_own_names_are_found_in_its_files():
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager()
+    names = random.Random(0).sample(manager.all_subtasks, 12) + manager.all_groups[::40] + manager.all_tags[::20]
+    assert len(names) > 20 and all(map(is_mentioned, [*names, "hella*", "arc_[ce]*", "m?lu"]))
 
 
 def test_an_unknown_task_and_missing_data_are_named(tmp_path, monkeypatch):
