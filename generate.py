@@ -54,9 +54,9 @@ class Engine:
         self.cached_alpha, self.key = 1, object()      # the ntk_alpha of their keys, and whose they are
         self.fused: kernels.FusedLayers | None = None  # the layers as the present request found them
         self.compiled, self.compiled_prefill = compile, compile_prefill
-        self.run_decode, self.run_forward = self.decode_one_token, model.forward
+        self.run_decode, self.run_forward = decode_one_token, model.forward
         if compile:
-            self.run_decode = compile_step(self.decode_one_token, model, prefill_too=compile_prefill)
+            self.run_decode = compile_step(decode_one_token, model, prefill_too=compile_prefill)
         if compile_prefill:
             self.run_forward = torch.compile(model.forward, fullgraph=True)
         self.speculator = None
@@ -65,7 +65,7 @@ class Engine:
 
     def run_eagerly(self) -> None:
         """For a machine without a working compiler."""
-        self.run_decode, self.run_forward = self.decode_one_token, self.model.forward
+        self.run_decode, self.run_forward = decode_one_token, self.model.forward
         if self.speculator:
             self.speculator.run_eagerly()
             if self.speculator.draft_engine:
@@ -162,13 +162,9 @@ class Engine:
         """The next ids [B, 1]; moves input_pos on."""
         begin_step(self.model.device)
         noise = exponential_noise(len(idx), choice.candidates, rng)
-        following = self.run_decode(idx, input_pos, choice, noise).clone()
+        following = self.run_decode(self.model, self.fused, self.vocab_size, idx, input_pos, choice, noise).clone()
         input_pos += 1
         return following
-
-    def decode_one_token(self, idx: Tensor, input_pos: Tensor, choice: Choice, noise: Tensor) -> Tensor:
-        """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]."""
-        return sample(self.model(idx, input_pos, fused=self.fused)[:, -1, :self.vocab_size], choice, noise)
 
     def check_request(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises UserError if the model, or its draft, cannot serve the request."""
@@ -194,6 +190,13 @@ class Engine:
         """The same on all ranks, so that they draw the same tokens."""
         seed = random.getrandbits(63)
         return self.model.ranks.from_first(seed) if self.model.ranks else seed
+
+
+def decode_one_token(model: Transformer, fused: kernels.FusedLayers | None, vocab_size: int, idx: Tensor,
+                     input_pos: Tensor, choice: Choice, noise: Tensor) -> Tensor:
+    """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]. No method: an Engine that refers to itself would keep
+    its model in memory until Python looks for cycles."""
+    return sample(model(idx, input_pos, fused=fused)[:, -1, :vocab_size], choice, noise)
 
 
 def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens: int,

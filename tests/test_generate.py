@@ -1,10 +1,15 @@
 """Decoding, sampling and the command, on tiny checkpoints."""
+import gc
 import io
+import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +24,7 @@ from conftest import ROOT
 from eval import token_logits
 from generate import Engine, Sampling, load_model, main, sample
 from harness import Scorer
+from kernels.memory import HugePages
 from tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -234,6 +240,51 @@ def test_caches_round_up_to_powers_of_2_and_at_most_to_the_context(loaded, monke
         model.max_batch_size = 0
         generate.reserve_caches(model, 2, asked)
         assert model.max_seq_length == expected
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_leaves_memory_with_its_engine(folder, compile):
+    """At once, not when Python next looks for cycles."""
+    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32)
+    engine, alive = Engine(model, tokenizer, compile), weakref.ref(model)
+    next(engine.generate(PROMPTS[0], 9, GREEDY, stop_ids=frozenset()))
+    tokens(engine, PROMPTS[0], 4)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, engine
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def resources():
+    """(bytes in memory, open files)"""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("speculates", [False, True])
+def test_memory_and_open_files_stay_as_they_are(folder, speculates):
+    """Over 10,000 tokens, every second text dropped in the middle, and 50 loadings. What is allowed: one chunk of huge
+    pages, which is shared by models, and two models of 0.6 MB with their caches."""
+    def texts(engine, number):
+        for i in range(number):
+            steps = engine.generate([1 + i, 2, 3], 250, Sampling(0.8, 200), seed=i, stop_ids=frozenset())
+            list(itertools.islice(steps, 125 if i % 2 else 250))
+
+    def load():
+        return Engine(*load_model(folder / "model.pth", "cpu", torch.float32), draft="ngram" if speculates else None)
+    engine = load()
+    texts(engine, 10)
+    memory, files = resources()
+    texts(engine, 54)
+    assert resources()[1] == files and resources()[0] < memory + (4 << 20)
+    for _ in range(50):
+        texts(load(), 1)
+    assert resources()[1] == files and resources()[0] < memory + HugePages.CHUNK + (8 << 20)
 
 
 # ---- sampling
