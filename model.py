@@ -119,11 +119,11 @@ class Transformer(nn.Module):
         return self.gather(kernels.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x))
 
     def rope(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [B, S, 1, D]."""
-        angles = input_pos[:, :, None, None] * self.inv_freq[:, None, None]
-        angles = torch.cat((angles, angles), dim=-1)
+        """cos and sin, fp32 [B, S, 1, D]: rounded from fp64, so that the compiler's and PyTorch's are the same."""
+        angles = (input_pos[:, :, None, None] * self.inv_freq[:, None, None]).double()
         scale = self.args.rope.attention_factor if self.args.rope else 1.0
-        return angles.cos() * scale, angles.sin() * scale
+        cos, sin = (angles.cos() * scale).float(), (angles.sin() * scale).float()
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
     def logn_scale(self, input_pos: Tensor) -> Tensor:
         """Qwen v1: queries past the training length are scaled by log_seq_length(position + 1). fp32 [B, S, 1, 1]."""
@@ -228,8 +228,8 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.empty(dim), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        x32 = x.float()                                # rounded once, at the end, as the compiler and the kernels do
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(x)
 
 
 class KVCache(nn.Module):

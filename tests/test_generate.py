@@ -84,6 +84,17 @@ def test_rows_of_a_batch_are_independent(loaded):
     assert [list(row) for row in together] == alone
 
 
+@pytest.mark.skipif(bool(kernels.unavailable_reason()), reason="elsewhere the compiler drops roundings to bf16")
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2-yarn", "qwen3", "qwen-v1-ntk"])
+def test_in_bf16_too_the_same_seed_gives_the_same_text_compiled_or_not(tiny_folder, family):
+    model, tokenizer = load_model(tiny_folder(family), "cpu", torch.bfloat16)
+    eager, compiled = Engine(model, tokenizer), Engine(model, tokenizer, compile=True)
+    for seed in range(6):
+        prompt = [(7 * i + seed) % 256 for i in range(20 + 15 * seed)]
+        for sampling in (GREEDY, Sampling(0.8, 200)):
+            assert tokens(compiled, prompt, 100, sampling, seed=seed) == tokens(eager, prompt, 100, sampling, seed=seed)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.QWEN_V1])
 def test_rows_of_a_ragged_batch_compute_what_each_computes_alone(tiny_folder, family):
