@@ -13,6 +13,7 @@ from model import Transformer
 CANDIDATES = (256, 4096)             # what top_k rounds up to, because each number is compiled apart
 RECOMPILE_LIMIT = 64                 # per step: sizes of the batch and of the KV cache, and five kinds of sampling
 SMALLEST = torch.finfo(torch.float32).tiny
+COLDEST = 1e-30                      # a temperature by which no logit overflows
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Sampling:
         """As a step takes it."""
         top_k, top_p = min(self.top_k or vocab_size, vocab_size), self.top_p or 1.0
         sizes = (n for n in CANDIDATES if top_k <= n < vocab_size)
-        limits = max(self.temperature, SMALLEST), top_k, max(top_p, SMALLEST) if top_p < 1 else torch.inf
+        limits = max(self.temperature, COLDEST), top_k, max(top_p, SMALLEST) if top_p < 1 else torch.inf
         return Choice(next(sizes, vocab_size) if self.temperature else 0, top_k < vocab_size or top_p < 1,
                       torch.tensor(limits, dtype=torch.float32, device=device))
 
@@ -53,17 +54,14 @@ class Choice(NamedTuple):
 
 
 def shortlist(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """The candidates among logits [B, V]: their logits / T in fp32, less the largest, -inf for what top_k and top_p
-    leave out, and their ids; both [B, candidates]."""
+    """The candidates among logits [B, V]: their logits / T in fp32, -inf for what top_k and top_p leave out, and their
+    ids; both [B, candidates]."""
     temperature, top_k, top_p = choice.limits.unbind()
+    every = torch.arange(choice.candidates, device=logits.device)
     if not choice.cuts:
-        logits = logits.float()
-        ids = torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
-        return (logits - logits.amax(dim=-1, keepdim=True)) / temperature, ids
+        return logits.float() / temperature, every.expand_as(logits)
     logits, ids = logits.topk(choice.candidates, dim=-1)           # sorted, the most probable first
-    logits = (logits.float() - logits[:, :1].float()) / temperature
-    rank = torch.arange(choice.candidates, device=logits.device)
-    logits = logits.masked_fill(rank >= top_k, -torch.inf)
+    logits = (logits.float() / temperature).masked_fill(every >= top_k, -torch.inf)
     probs = logits.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs                          # of all more probable tokens together
     return logits.masked_fill(before >= top_p, -torch.inf), ids
