@@ -135,7 +135,7 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
     [B, S] to calibrate with; embedding: [V, C]. Errors: UserError if activations or weights are NaN or infinite.
     """
     tokens = tokens.to(device)
-    model.inv_freq = rope_frequencies(model.args, tokens.size(1)).to(device)
+    model.inv_freq = rope_frequencies(model.args, tokens.size(1))[None].to(device)
     hidden = F.embedding(tokens, embedding.to(device)).float()                             # [B, S, C]
     cost = {name: target.out_features * target.in_features for name, target in targets.items()}
     with tqdm(total=sum(cost.values()), desc="Quantizing", unit="weight", unit_scale=True, disable=not progress) as bar:

@@ -7,6 +7,7 @@ import cli  # first: from here on Ctrl-C ends the command without a traceback
 # isort: split
 import argparse
 import contextlib
+import functools
 import gzip
 import itertools
 import json
@@ -28,15 +29,16 @@ import kernels
 import tp
 from chat import RowPrinter, chat, show_prefill
 from cli import UserError
-from config import PUBLISHED, ModelArgs
-from loading import DEMO, check_memory, load_model, parse_device, parse_dtype
+from config import PUBLISHED, ModelArgs, ntk_alpha
+from loading import DEMO, check_memory, free_memory, load_model, parse_device, parse_dtype
 from model import Transformer
-from sampling import Sampling, begin_step, compile_step, exponential_noise, sample
+from sampling import Choice, Sampling, begin_step, compile_step, exponential_noise, sample
 from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
 
 PREFILL_CHUNK = 1024             # tokens of the prompt per pass: bounds the memory that activations take
 MAX_BATCH = 1 << 16              # of the command: what fits into memory is checked when there is a model
+MIN_CAPACITY = 256               # of a KV cache; up from there powers of 2, because a compiled step knows the size
 Progress = Callable[[int, int], None]
 
 
@@ -54,12 +56,13 @@ class Engine:
         self.model, self.tokenizer = model, cast(Tokenizer, tokenizer)     # None serves who passes and takes ids only
         self.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size) if tokenizer else model.args.vocab_size
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
-        self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1
+        self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1,
+        self.cached_alpha, self.key = 1, object()      # the ntk_alpha of their keys, and whose they are
         self.fused: kernels.FusedLayers | None = None  # the layers as the present request found them
         self.compiled, self.compiled_prefill = compile, compile_prefill
-        self.run_decode, self.run_forward = self.decode_one_token, model.forward
+        self.run_decode, self.run_forward = decode_one_token, model.forward
         if compile:
-            self.run_decode = compile_step(self.decode_one_token, model, prefill_too=compile_prefill)
+            self.run_decode = compile_step(decode_one_token, model, prefill_too=compile_prefill)
         if compile_prefill:
             self.run_forward = torch.compile(model.forward, fullgraph=True)
         self.speculator = None
@@ -68,7 +71,7 @@ class Engine:
 
     def run_eagerly(self) -> None:
         """For a machine without a working compiler."""
-        self.run_decode, self.run_forward = self.decode_one_token, self.model.forward
+        self.run_decode, self.run_forward = decode_one_token, self.model.forward
         if self.speculator:
             self.speculator.run_eagerly()
             if self.speculator.draft_engine:
@@ -96,15 +99,16 @@ class Engine:
         lengths, stop_ids = [len(row) for row in rows], self.stop_ids if stop_ids is None else stop_ids
         self.reserve(len(rows), max(max(lengths) + max_new_tokens, max_seq_length))
         rng = torch.Generator(self.model.device).manual_seed(self.fresh_seed() if seed is None else seed)
+        choice = sampling.choice(self.vocab_size, self.model.device)
 
         logits = self.prefill(rows, keep_cache, progress)                                  # [B, 1, V]
-        noise = exponential_noise(len(rows), sampling.candidates(self.vocab_size), rng)
-        idx = sample(logits[:, -1, :self.vocab_size], sampling, noise)                     # [B, 1]
+        noise = exponential_noise(len(rows), choice.candidates, rng)
+        idx = sample(logits[:, -1, :self.vocab_size], choice, noise)                       # [B, 1]
         if self.speculator and self.speculator.enabled:
-            steps = ([i] for i in self.speculator.decode(int(idx), max_new_tokens, sampling, rng, keep_cache))
+            steps = ([i] for i in self.speculator.decode(int(idx), max_new_tokens, choice, rng, keep_cache))
         else:
             input_pos = torch.tensor(lengths, device=idx.device)[:, None]
-            steps = self.decode_n_tokens(idx, input_pos, max_new_tokens, sampling, rng)
+            steps = self.decode_n_tokens(idx, input_pos, max_new_tokens, choice, rng)
         ended = [False] * len(rows)
         for ids in steps:
             ended = [end or i in stop_ids for end, i in zip(ended, ids)]
@@ -117,11 +121,10 @@ class Engine:
         """Logits [B, 1, V] of each row's last token. Shorter rows are padded on the right: their first decoded tokens
         overwrite the padding's keys and values."""
         device, lengths = self.model.device, torch.tensor([len(row) for row in rows])
-        longest, frequencies = int(lengths.max()), self.model.inv_freq.clone()
-        self.model.set_prompt_length(longest)
-        rotated_alike = torch.equal(frequencies, self.model.inv_freq)      # dynamic NTK: the cached keys and the new
-        start = common_prefix(self.cached, rows[0][:-1]) if keep_cache and len(rows) == 1 and rotated_alike else 0
-        self.cached = self.cached[:start]
+        longest = int(lengths.max())
+        start = min(self.reusable(rows[0]), longest - 1) if keep_cache and len(rows) == 1 else 0
+        self.cached, self.cached_alpha = self.cached[:start], ntk_alpha(self.model.args, longest)
+        self.model.set_prompt_lengths(lengths.tolist())
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         logits: Any = None
         for begin in range(start, longest, PREFILL_CHUNK):
@@ -136,6 +139,10 @@ class Engine:
         self.cached = list(rows[0])
         return logits
 
+    def reusable(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens the KV cache holds, as this prompt needs them."""
+        return common_prefix(self.cached, prompt) if self.cached_alpha == ntk_alpha(self.model.args, len(prompt)) else 0
+
     def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
         """Through the compiled model, which takes any length but 1: the compiler would make a special case of it."""
         if idx.size(1) == 1:
@@ -144,30 +151,26 @@ class Engine:
         torch._dynamo.maybe_mark_dynamic(input_pos, 0)
         return self.run_forward(idx, input_pos, logits_at, self.fused)
 
-    def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, sampling: Sampling,
+    def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, choice: Choice,
                         rng: torch.Generator) -> Iterator[list[int]]:
         """The ids of all rows, n times: first idx [B, 1], which belongs at input_pos [B, 1]."""
         on_gpu = self.model.device.type == "cuda"
         for left in range(n - 1, -1, -1):
             # A GPU computes the next token while this one is read; a CPU would only be late with this one.
-            following = self.step(idx, input_pos, sampling, rng) if on_gpu and left else None
+            following = self.step(idx, input_pos, choice, rng) if on_gpu and left else None
             ids = idx[:, 0].tolist()
             yield ids
             if left:
-                idx = following if following is not None else self.step(idx, input_pos, sampling, rng)
+                idx = following if following is not None else self.step(idx, input_pos, choice, rng)
                 self.cached.append(ids[0])
 
-    def step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
+    def step(self, idx: Tensor, input_pos: Tensor, choice: Choice, rng: torch.Generator) -> Tensor:
         """The next ids [B, 1]; moves input_pos on."""
         begin_step(self.model.device)
-        noise = exponential_noise(len(idx), sampling.candidates(self.vocab_size), rng)
-        following = self.run_decode(idx, input_pos, sampling, noise).clone()
+        noise = exponential_noise(len(idx), choice.candidates, rng)
+        following = self.run_decode(self.model, self.fused, self.vocab_size, idx, input_pos, choice, noise).clone()
         input_pos += 1
         return following
-
-    def decode_one_token(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-        """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]."""
-        return sample(self.model(idx, input_pos, fused=self.fused)[:, -1, :self.vocab_size], sampling, noise)
 
     def check_request(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises UserError if the model, or its draft, cannot serve the request."""
@@ -177,21 +180,29 @@ class Engine:
         if self.speculator and self.speculator.draft_engine:
             check_request(self.speculator.draft_engine.model.args, rows, max_new_tokens, "the draft's context")
 
-    def reserve(self, batch: int, max_seq_length: int) -> bool:
-        """Makes the KV cache large enough and fuses the layers as they are now. Whether what the cache held is lost."""
+    def reserve(self, batch: int, max_seq_length: int) -> None:
+        """Makes the KV cache large enough and fuses the layers as they are now."""
         if self.speculator:
             max_seq_length += self.speculator.lookahead
-            if self.speculator.draft_engine and self.speculator.draft_engine.reserve(batch, max_seq_length):
-                self.speculator.drafter.begin([], keep_cache=False)
-        grown = reserve_caches(self.model, batch, max_seq_length)
-        self.cached = [] if grown else self.cached
+            if self.speculator.draft_engine:
+                self.speculator.draft_engine.reserve(batch, max_seq_length)
+        reserve_caches(self.model, batch, max_seq_length)
+        if self.model.cache_user is not self.key:
+            self.cached = []
+        self.model.cache_user = self.key
         self.fused = self.model.fuse()
-        return grown
 
     def fresh_seed(self) -> int:
         """The same on all ranks, so that they draw the same tokens."""
         seed = random.getrandbits(63)
         return self.model.ranks.from_first(seed) if self.model.ranks else seed
+
+
+def decode_one_token(model: Transformer, fused: kernels.FusedLayers | None, vocab_size: int, idx: Tensor,
+                     input_pos: Tensor, choice: Choice, noise: Tensor) -> Tensor:
+    """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]. No method: an Engine that refers to itself would keep
+    its model in memory until Python looks for cycles."""
+    return sample(model(idx, input_pos, fused=fused)[:, -1, :vocab_size], choice, noise)
 
 
 def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens: int,
@@ -211,15 +222,23 @@ def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.d
     return 2 * args.n_layer * batch * args.n_local_heads * max_seq_length * args.head_dim * dtype.itemsize
 
 
-def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> bool:
-    """Whether new KV caches were needed."""
-    grows = batch != model.max_batch_size or max_seq_length > model.max_seq_length
-    if grows:
-        needed = cache_bytes(model.local, batch, max_seq_length, model.dtype)
-        check_memory(model.device, needed,
+def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> None:
+    """Makes the KV caches large enough: where memory allows, of a size that later requests can share."""
+    if batch != model.max_batch_size or max_seq_length > model.max_seq_length:
+        bytes_of = functools.partial(cache_bytes, model.local, batch, dtype=model.dtype)
+        power_of_2 = 1 << (max(max_seq_length, MIN_CAPACITY) - 1).bit_length()
+        rounded = max(max_seq_length, min(power_of_2, model.args.max_position))
+        if bytes_of(rounded) <= memory_for_caches(model):
+            max_seq_length = rounded
+        check_memory(model.device, bytes_of(max_seq_length),
                      f"keys and values of {batch} x {max_seq_length} positions (batch_size, max_seq_length)")
     model.setup_caches(batch, max_seq_length)
-    return grows
+
+
+def memory_for_caches(model: Transformer) -> int:
+    """Bytes: the same on all ranks, whose batches and caches must be alike."""
+    free = free_memory(model.device) // 2
+    return min(model.ranks.gather(free)) if model.ranks else free
 
 
 # ---- what a run reports

@@ -19,11 +19,12 @@ from typing import Annotated, Any
 
 import sentencepiece
 import tokenizers
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 import templates
 from cli import UserError, atomic_write, read_json, read_text, system_errors
+from schema import Checked, checked
 
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 # Where Qwen's tokenizers split: contractions, words, single digits, punctuation, line ends, spaces.
@@ -45,28 +46,23 @@ Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 Content = Annotated[str, Field(min_length=1)]
 
 
-class Schema(BaseModel):
-    """The keys that are read, and what may be there; others are ignored."""
-    model_config = ConfigDict(strict=True)
-
-
-class Added(Schema):
+class Added(Checked):
     content: Content
     special: bool = False
     lstrip: bool = False
     rstrip: bool = False
 
 
-class Named(Schema):
+class Named(Checked):
     content: str
 
 
-class Template(Schema):
+class Template(Checked):
     name: str
     template: str
 
 
-class TokenizerConfig(Schema):               # special_tokens_map.json has some of these keys
+class TokenizerConfig(Checked):               # special_tokens_map.json has some of these keys
     bos_token: str | Named | None = None
     eos_token: str | Named | None = None
     add_bos_token: bool | None = None
@@ -78,7 +74,7 @@ class AddedTokens(RootModel[dict[Content, Id]]):
     model_config = ConfigDict(strict=True)
 
 
-class StopIds(Schema):
+class StopIds(Checked):
     eos_token_id: Id | list[Id] | None = None
 
 
@@ -93,12 +89,7 @@ def read_config(file: Path) -> dict[str, Any]:
         if not file.is_file():
             return {}
     content = read_json(file)
-    try:
-        SCHEMAS[file.name].model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))[:100]
-        raise UserError(f"{file}: {where}: {first['msg']}, not {first['input']!r:.100}") from None
+    checked(SCHEMAS[file.name], content, str(file))
     return content
 
 

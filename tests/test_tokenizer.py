@@ -327,6 +327,8 @@ def test_round_trip(name, loaded):
     @given(characters)
     def check(text):
         text = unicodedata.normalize("NFC", text) if name in BYTE_LEVEL else text.replace("▁", "").replace("\0", "")
+        if name == "llama2_json":              # whose library puts no space before a text that begins with one
+            text = text.lstrip(" ")
         assert loaded[name].decode(loaded[name].encode(text, bos=False)) == text
         assert not set(loaded[name].encode(text, bos=False)) & set(loaded[name].control.values())
     check()

@@ -27,6 +27,8 @@ FAMILIES = {
     "qwen3-tied": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
 }
 
+QWEN_V1 = {"qwen-v1": dict(), "qwen-v1-ntk": dict(seq_length=64)}        # the latter: beyond its training length
+
 
 def reference(family: str, seed: int = 0, **changes):
     """A transformers model in fp32 with eager attention; norms and biases are random too, so that a lost one shows."""
