@@ -126,11 +126,12 @@ class Comparison:
 @torch.inference_mode()
 def compare(paths: Sequence[Path], text: str, window: int | None = None, stride: int | None = None,
             device: torch.device | str = "cpu", dtype: torch.dtype | None = None, chunk: int | None = None,
-            quantize_activations: bool = False, ranks: tp.Ranks | None = None) -> Iterator[Comparison]:
+            quantize_activations: bool = False, ranks: tp.Ranks | None = None,
+            verify: bool = False) -> Iterator[Comparison]:
     """Compares checkpoints with the first, token by token, in fp32 from the logits on. Two are in memory at a time."""
     def load(path: Path) -> tuple[Transformer, Tokenizer]:
         with cli.fields(checkpoint_path="compare"):
-            return load_model(path, device, dtype, ranks, quantize_activations=quantize_activations)
+            return load_model(path, device, dtype, ranks, quantize_activations=quantize_activations, verify=verify)
     first, first_tokenizer = load(paths[0])
     window = check_window(window, first)
     for path in paths:
@@ -184,6 +185,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
         help="model.pth, its folder, or a Hugging Face repository such as Qwen/Qwen3-0.6B, to be downloaded")
+    add("--verify", action="store_true", help="compare the file's checksums before it is used")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     add("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     add("--quantize_activations", action=BooleanOptionalAction, default=False,
@@ -236,9 +238,9 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     file = results_file(args.output_path) if args.output_path and args.tasks else None
     if args.compare:
         return print_comparisons(compare(args.compare, text, args.max_seq_length, args.stride, device, dtype,
-                                         args.chunk, args.quantize_activations, ranks))
+                                         args.chunk, args.quantize_activations, ranks, args.verify))
     model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks,
-                                  quantize_activations=args.quantize_activations)
+                                  quantize_activations=args.quantize_activations, verify=args.verify)
     print(f"{args.checkpoint_path}: {str(model.dtype)[6:]}, {device}, {kernels.describe(device)}")
     check_window(args.max_seq_length, model)
     if text:

@@ -346,6 +346,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
                        help="a model.pth, its folder, or a Hugging Face repository to download, "
                        "e.g. Qwen/Qwen3-0.6B (default: the bundled demo)")
+    model.add_argument("--verify", action="store_true", help="compare the file's checksums before it is used")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     model.add_argument("--quantize_activations", action=argparse.BooleanOptionalAction, default=True,
@@ -415,7 +416,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     device = ranks.take_device(device) if ranks else device
     text, start = "" if args.interactive else read_text(args, ranks), time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, parse_dtype(args.dtype, device), ranks,
-                                  quantize_activations=args.quantize_activations)
+                                  quantize_activations=args.quantize_activations, verify=args.verify)
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, "
           f"{str(model.dtype)[6:]}, {device}, {kernels.describe(device)})", file=log)
     context = model.args.max_position
@@ -491,7 +492,7 @@ def load_draft(args: argparse.Namespace, model: Transformer, ranks: tp.Ranks | N
         return args.draft
     with cli.fields(checkpoint_path="draft_checkpoint_path"):
         draft, tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks, may_replicate=True,
-                                      quantize_activations=args.quantize_activations)
+                                      quantize_activations=args.quantize_activations, verify=args.verify)
     return Engine(draft, tokenizer, compile_prefill=args.compile_prefill)
 
 
