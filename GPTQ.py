@@ -137,7 +137,7 @@ def quantize_layers(model: Transformer, tokens: Tensor, embedding: Tensor, load:
     [B, S] to calibrate with; embedding: [V, C]. Errors: UserError if activations or weights are NaN or infinite.
     """
     tokens = tokens.to(device)
-    model.inv_freq = rope_frequencies(model.args, tokens.size(1)).to(device)
+    model.inv_freq = rope_frequencies(model.args, tokens.size(1))[None].to(device)
     hidden = F.embedding(tokens, embedding.to(device)).float()                             # [B, S, C]
     total = sum(target.out_features * target.in_features for target in targets.values())
     with tqdm(total=total, desc="Quantizing", unit="weight", unit_scale=True, disable=not progress) as bar:

@@ -1,22 +1,48 @@
 """What every command shares: mistakes told in one line, the argument parser, reading and writing files."""
+import os
+import signal
+import sys
+
+
+def _exit_quietly(*_) -> None:
+    os._exit(128 + signal.SIGINT)
+
+
+def _is_command() -> bool:
+    """Whether the running program is one of this project's, rather than one that imports from it."""
+    here, file = os.path.dirname(os.path.realpath(__file__)), getattr(sys.modules.get("__main__"), "__file__", None)
+    return bool(file) and os.path.dirname(os.path.realpath(file)) in (here, os.path.join(here, "scripts"))
+
+
+PARENT = os.getppid()                            # before the imports, during which it may end
+# Commands import this file first: while they import the others (seconds), Ctrl-C ends them without a traceback.
+IS_COMMAND = _is_command()
+if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _exit_quietly)
+
 import argparse
 import contextlib
 import errno
 import glob
+import io
+import itertools
 import json
-import os
 import platform
-import signal
 import socket
-import sys
+import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 VERSION = "0.9"
 FLAGS = {"world_size": "nproc_per_node"}         # fields that the command line (here torchrun's) calls otherwise
+MAX_TEXT = 1 << 27                               # characters of a file: /dev/zero has no end
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOBODYS_BUG = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO, errno.ENAMETOOLONG,
+               errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENFILE)
 TORCH_SAVE_FAILED = ("unexpected pos", "iostream error", "PytorchStreamWriter failed", "file write failed")
+_counter = itertools.count()
 
 
 class UserError(Exception):
@@ -40,24 +66,91 @@ def fields(**names: str) -> Iterator[None]:
         raise
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls main(); a UserError becomes one line on stderr and exit status 2. A bug keeps its traceback."""
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """What the system refuses and no program can mend (a permission, a full disk) becomes a UserError."""
     try:
-        main()
+        yield
+    except OSError as error:
+        if error.errno not in NOBODYS_BUG:
+            raise
+        raise UserError(f"{'the output' if error.filename is None else error.filename}: {error.strerror}") from error
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls main(). A UserError becomes one line on stderr and exit status 2, Ctrl-C status 130. A bug keeps its
+    traceback."""
+    status = 0
+    try:
+        with system_errors():
+            try:
+                with _interruptible():
+                    main()
+            finally:
+                sys.stdout.flush()               # here, where a failure can be told
+        return
     except UserError as error:
-        sys.exit(fail(error))
+        status = fail(error)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        status = 128 + signal.SIGINT
     except BrokenPipeError:                      # the reader of a pipe has gone: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):                # what is left is lost: the interpreter shall not try again
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def fail(error: UserError | str) -> int:
     """Prints a mistake as a command tells it, with its flag; returns the exit status."""
     flag = f"--{FLAGS.get(error.field, error.field)} " if isinstance(error, UserError) and error.field else ""
     message = error.message if isinstance(error, UserError) else error
-    print(f"error: {flag}{' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()           # names may be any bytes
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {flag}{line}", file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in here, and outside ends a command at once."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not _exit_quietly:
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _raise_again(unraisable: Any) -> None:
+    """For a KeyboardInterrupt that came where Python drops exceptions, say in a __del__."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        timer = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _prepare_streams() -> None:
+    """Streams that were closed become empty ones; a character that the terminal's encoding lacks becomes a ?."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):            # in the order of descriptors
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+if IS_COMMAND:
+    sys.unraisablehook = _raise_again
+    _prepare_streams()
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -73,6 +166,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=HelpFormatter)
+        self.register("type", Path, _path)
         self.add_argument("--version", action="version", version=version())
 
     def parse_known_args(self, args=None, namespace=None):
@@ -85,7 +179,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([spelt(a) for a in (sys.argv[1:] if args is None else args)], namespace)
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(fail(message.removeprefix("argument ")))
+        raise UserError(message.removeprefix("argument "))
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: a path has no NUL")
+    return Path(text)
 
 
 def version() -> str:
@@ -94,44 +194,70 @@ def version() -> str:
 
 
 def read_text(path: Path | str, field: str = "") -> str:
-    """Errors: UserError, for a file that cannot be read or is not UTF-8."""
+    """Errors: UserError, for a file that cannot be read, is not UTF-8 or does not end."""
     try:
-        return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_TEXT + 1)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{path}: cannot be read: {reason}", field) from None
+    if len(text) > MAX_TEXT:
+        raise UserError(f"{path}: has more than {MAX_TEXT} characters", field)
+    return text
 
 
 def read_stdin() -> str:
-    """Errors: UserError, for what is not text in the terminal's encoding."""
+    """Errors: UserError, for what is not text in the terminal's encoding, or does not end."""
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
+        text = sys.stdin.read(MAX_TEXT + 1)
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"- : stdin cannot be read: {error}", "prompt") from None
+    if len(text) > MAX_TEXT:
+        raise UserError(f"- : stdin has more than {MAX_TEXT} characters", "prompt")
+    return text
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Errors: UserError, for a file that cannot be read or is not a JSON object."""
-    if not path.exists():
+    with system_errors():
+        found = path.exists()
+    if not found:
         raise UserError(f"{path.parent} holds no {path.name}: not a Hugging Face checkpoint folder")
     try:
         content = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")
     return content
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, renamed to `path` on success, else removed. A full disk is a UserError."""
+def check_writable(path: Path | str, field: str = "") -> None:
+    """Errors: UserError, unless a file can be written at path: nothing but a regular file is ever replaced."""
     path = Path(path)
-    prefix = f".{path.name}.{socket.gethostname()}."
+    try:
+        reason = "" if stat.S_ISREG(os.stat(path).st_mode) else "it is no regular file"
+    except FileNotFoundError:
+        reason = "" if path.parent.is_dir() else f"{path.parent} is no folder"
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if not reason and not os.access(path.parent, os.W_OK):
+        reason = f"{path.parent} is not writable"
+    if reason:
+        raise UserError(f"{path}: cannot be written: {reason}", field)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str, field: str = "") -> Iterator[Path]:
+    """Yields a temporary name beside `path`, renamed to `path` on success, else removed. Errors: UserError, for a full
+    disk, and for what check_writable finds."""
+    path = Path(path)
+    check_writable(path, field)
+    prefix = f".{path.name[:32]}.{socket.gethostname()}."                          # a name has 255 bytes at most
     for abandoned in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):          # by a process that was killed
-        if not _is_running(abandoned.name.removeprefix(prefix).removesuffix(".tmp")):
+        if not _is_running(abandoned.name.removeprefix(prefix).partition(".")[0]):
             abandoned.unlink(missing_ok=True)
-    partial = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    partial = path.with_name(f"{prefix}{os.getpid()}.{next(_counter)}.tmp")         # threads have names of their own
     try:
         yield partial
         os.replace(partial, path)

@@ -6,13 +6,14 @@ what the models here do not carry, is refused by name, never ignored.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from cli import UserError
+from schema import Checked, checked
 
 
 @dataclass(frozen=True)
@@ -99,27 +100,8 @@ class ModelArgs:
 
 # ---- config.json
 
-class Checked(BaseModel):
-    """Keys of a JSON object, with types and ranges. Others may be there, and are not read."""
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-
-
-T = TypeVar("T", bound=Checked)
 Size = Annotated[int, Field(ge=1, le=1 << 20)]           # so that no product of two overflows
 Factor = Annotated[float, Field(gt=0, le=1e6)]
-
-
-def checked(schema: type[T], content: Mapping[str, Any], where: str) -> T:
-    """The object, if it is as the schema has it. where: what to call it. Errors: UserError."""
-    try:
-        return schema.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing":
-            raise UserError(f"{where} has no {key!r}") from None
-        reason = first["msg"].replace("Input should be", "should be").removeprefix("Value error, ")
-        raise UserError(f"{where}: {key} {first['input']!r:.80}: {reason}") from None
 
 
 class QwenV1Config(Checked):
@@ -338,14 +320,21 @@ FAMILIES: dict[str, type[QwenV1Config] | type[LlamaConfig]] = {
 
 # ---- RoPE
 
+def ntk_alpha(args: ModelArgs, prompt_length: int) -> int:
+    """Qwen v1's dynamic NTK: by how much a prompt beyond the training length stretches RoPE, for its text's whole life.
+    1 for all other models."""
+    if not args.dynamic_ntk or prompt_length <= args.seq_length:
+        return 1
+    return 2 ** math.ceil(math.log2(prompt_length / args.seq_length) + 1) - 1
+
+
 def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
     """Angle per position of each rotated pair, fp32 [D/2]: base^(-2i/D), scaled as the checkpoint says.
 
-    prompt_length matters to Qwen v1's dynamic NTK only."""
+    prompt_length: see ntk_alpha."""
     D, base, rope = args.head_dim, args.rope_base, args.rope
-    if args.dynamic_ntk and prompt_length > args.seq_length:
-        alpha = max(1, 2 ** math.ceil(math.log2(prompt_length / args.seq_length) + 1) - 1)
-        base = base * alpha ** (D / (D - 2))
+    if (alpha := ntk_alpha(args, prompt_length)) > 1:
+        base *= alpha ** (D / (D - 2))
     freqs = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
     if rope is None:
         return freqs

@@ -4,9 +4,14 @@
     python eval.py --model checkpoints/demo/model.pth --perplexity tests/data/heldout.txt
     python eval.py --perplexity tests/data/heldout.txt --compare model.pth model_int8.pth model_int4.pth
 """
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import argparse
+import contextlib
 import math
 import os
+import re
 import time
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cli
 import harness
 import kernels
 import tp
@@ -85,7 +89,8 @@ def token_logits(model: Transformer, ids: Sequence[int], targets: Sequence[int],
     """
     chunk, device, first = chunk or 512, model.device, len(ids) - len(targets)
     model.setup_caches(1, max(len(ids), model.max_seq_length))
-    model.set_prompt_length(len(ids))
+    model.cache_user = None
+    model.set_prompt_lengths([len(ids)])
     fused, idx, target = model.fuse(), torch.tensor([ids], device=device), torch.tensor(targets, device=device)
     for begin in range(0, len(ids), chunk):
         end = min(begin + chunk, len(ids))
@@ -121,11 +126,12 @@ class Comparison:
 @torch.inference_mode()
 def compare(paths: Sequence[Path], text: str, window: int | None = None, stride: int | None = None,
             device: torch.device | str = "cpu", dtype: torch.dtype | None = None, chunk: int | None = None,
-            quantize_activations: bool = False, ranks: tp.Ranks | None = None) -> Iterator[Comparison]:
+            quantize_activations: bool = False, ranks: tp.Ranks | None = None,
+            verify: bool = False) -> Iterator[Comparison]:
     """Compares checkpoints with the first, token by token, in fp32 from the logits on. Two are in memory at a time."""
     def load(path: Path) -> tuple[Transformer, Tokenizer]:
         with cli.fields(checkpoint_path="compare"):
-            return load_model(path, device, dtype, ranks, quantize_activations=quantize_activations)
+            return load_model(path, device, dtype, ranks, quantize_activations=quantize_activations, verify=verify)
     first, first_tokenizer = load(paths[0])
     window = check_window(window, first)
     for path in paths:
@@ -179,6 +185,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
         help="model.pth, its folder, or a Hugging Face repository such as Qwen/Qwen3-0.6B, to be downloaded")
+    add("--verify", action="store_true", help="compare the file's checksums before it is used")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     add("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     add("--quantize_activations", action=BooleanOptionalAction, default=False,
@@ -190,13 +197,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size)):
-        raise UserError(f"{args.batch_size} must be a number from 1 on, or auto", "batch_size")
-    if args.limit is not None and not args.limit > 0:
-        raise UserError(f"{args.limit} must be more than 0", "limit")
-    for field, least in (("stride", 1), ("chunk", 1), ("num_fewshot", 0), ("seed", 0)):
+    if args.batch_size != "auto" and not re.fullmatch("0*[1-9][0-9]{0,8}", args.batch_size):
+        raise UserError(f"{args.batch_size[:20]} must be a number from 1 to 999999999, or auto", "batch_size")
+    if args.limit is not None and not 0 < args.limit < 1 << 32:
+        raise UserError(f"{args.limit} must be more than 0 and less than 2^32", "limit")
+    for field, least in (("stride", 1), ("chunk", 1), ("num_fewshot", 0), ("seed", 0), ("max_seq_length", 1)):
         if getattr(args, field) is not None and getattr(args, field) < least:
             raise UserError(f"{getattr(args, field)} must be {least} or more", field)
+    if args.seed is not None and args.seed >= 1 << 32:
+        raise UserError(f"{args.seed} must be less than 2^32", "seed")                  # NumPy's limit
+    if args.include_path and not os.path.isdir(args.include_path):
+        raise UserError(f"{args.include_path}: no such folder", "include_path")
     if args.compare and (args.tasks or not args.perplexity):
         raise UserError("needs a text and no tasks: give --perplexity FILE", "compare")
     if not args.tasks and not args.perplexity:
@@ -206,19 +217,15 @@ def check_args(args: argparse.Namespace) -> None:
 def results_file(path: Path) -> Path:
     """Where the results will go: better found out before the evaluation than after it."""
     file = path if path.suffix == ".json" else path / "results.json"
-    try:
+    with contextlib.suppress(OSError):           # of which check_writable tells
         file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", "output_path") from None
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"{path}: cannot be written", "output_path")
+    cli.check_writable(file, "output_path")
     return file
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
     with tp.joined() as ranks:
-        command(args, ranks)
+        command(parse_args(argv), ranks)
 
 
 def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
@@ -231,9 +238,9 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     file = results_file(args.output_path) if args.output_path and args.tasks else None
     if args.compare:
         return print_comparisons(compare(args.compare, text, args.max_seq_length, args.stride, device, dtype,
-                                         args.chunk, args.quantize_activations, ranks))
+                                         args.chunk, args.quantize_activations, ranks, args.verify))
     model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks,
-                                  quantize_activations=args.quantize_activations)
+                                  quantize_activations=args.quantize_activations, verify=args.verify)
     print(f"{args.checkpoint_path}: {str(model.dtype)[6:]}, {device}, {kernels.describe(device)}")
     check_window(args.max_seq_length, model)
     if text:

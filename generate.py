@@ -2,13 +2,20 @@
 
     python generate.py --compile --prompt "def quicksort(arr):"
 """
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import argparse
 import contextlib
+import functools
+import gzip
 import itertools
+import json
 import os
 import random
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,19 +25,20 @@ from typing import Any, TextIO, cast
 import torch
 from torch import Tensor
 
-import cli
 import kernels
 import tp
 from chat import RowPrinter, chat, show_prefill
 from cli import UserError
-from config import PUBLISHED, ModelArgs
-from loading import DEMO, check_memory, load_model, parse_device, parse_dtype
+from config import PUBLISHED, ModelArgs, ntk_alpha
+from loading import DEMO, check_memory, free_memory, load_model, parse_device, parse_dtype
 from model import MoE, Transformer
-from sampling import Sampling, begin_step, compile_step, exponential_noise, sample
+from sampling import Choice, Sampling, begin_step, compile_step, exponential_noise, sample
 from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
 
 PREFILL_CHUNK = 1024             # tokens of the prompt per pass: bounds the memory that activations take
+MAX_BATCH = 1 << 16              # of the command: what fits into memory is checked when there is a model
+MIN_CAPACITY = 256               # of a KV cache; up from there powers of 2, because a compiled step knows the size
 Progress = Callable[[int, int], None]
 
 
@@ -48,12 +56,13 @@ class Engine:
         self.model, self.tokenizer = model, cast(Tokenizer, tokenizer)     # None serves who passes and takes ids only
         self.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size) if tokenizer else model.args.vocab_size
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
-        self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1
+        self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1,
+        self.cached_alpha, self.key = 1, object()      # the ntk_alpha of their keys, and whose they are
         self.fused: kernels.FusedLayers | None = None  # the layers as the present request found them
         self.compiled, self.compiled_prefill = compile, compile_prefill
-        self.run_decode, self.run_forward = self.decode_one_token, model.forward
+        self.run_decode, self.run_forward = decode_one_token, model.forward
         if compile:
-            self.run_decode = compile_step(self.decode_one_token, model, prefill_too=compile_prefill)
+            self.run_decode = compile_step(decode_one_token, model, prefill_too=compile_prefill)
         if compile_prefill:
             self.run_forward = torch.compile(model.forward, fullgraph=True)
         self.speculator = None
@@ -62,7 +71,7 @@ class Engine:
 
     def run_eagerly(self) -> None:
         """For a machine without a working compiler."""
-        self.run_decode, self.run_forward = self.decode_one_token, self.model.forward
+        self.run_decode, self.run_forward = decode_one_token, self.model.forward
         if self.speculator:
             self.speculator.run_eagerly()
             if self.speculator.draft_engine:
@@ -90,15 +99,16 @@ class Engine:
         lengths, stop_ids = [len(row) for row in rows], self.stop_ids if stop_ids is None else stop_ids
         self.reserve(len(rows), max(max(lengths) + max_new_tokens, max_seq_length))
         rng = torch.Generator(self.model.device).manual_seed(self.fresh_seed() if seed is None else seed)
+        choice = sampling.choice(self.vocab_size, self.model.device)
 
         logits = self.prefill(rows, keep_cache, progress)                                  # [B, 1, V]
-        noise = exponential_noise(len(rows), sampling.candidates(self.vocab_size), rng)
-        idx = sample(logits[:, -1, :self.vocab_size], sampling, noise)                     # [B, 1]
+        noise = exponential_noise(len(rows), choice.candidates, rng)
+        idx = sample(logits[:, -1, :self.vocab_size], choice, noise)                       # [B, 1]
         if self.speculator and self.speculator.enabled:
-            steps = ([i] for i in self.speculator.decode(int(idx), max_new_tokens, sampling, rng, keep_cache))
+            steps = ([i] for i in self.speculator.decode(int(idx), max_new_tokens, choice, rng, keep_cache))
         else:
             input_pos = torch.tensor(lengths, device=idx.device)[:, None]
-            steps = self.decode_n_tokens(idx, input_pos, max_new_tokens, sampling, rng)
+            steps = self.decode_n_tokens(idx, input_pos, max_new_tokens, choice, rng)
         ended = [False] * len(rows)
         for ids in steps:
             ended = [end or i in stop_ids for end, i in zip(ended, ids)]
@@ -111,11 +121,10 @@ class Engine:
         """Logits [B, 1, V] of each row's last token. Shorter rows are padded on the right: their first decoded tokens
         overwrite the padding's keys and values."""
         device, lengths = self.model.device, torch.tensor([len(row) for row in rows])
-        longest, frequencies = int(lengths.max()), self.model.inv_freq.clone()
-        self.model.set_prompt_length(longest)
-        rotated_alike = torch.equal(frequencies, self.model.inv_freq)      # dynamic NTK: the cached keys and the new
-        start = common_prefix(self.cached, rows[0][:-1]) if keep_cache and len(rows) == 1 and rotated_alike else 0
-        self.cached = self.cached[:start]
+        longest = int(lengths.max())
+        start = min(self.reusable(rows[0]), longest - 1) if keep_cache and len(rows) == 1 else 0
+        self.cached, self.cached_alpha = self.cached[:start], ntk_alpha(self.model.args, longest)
+        self.model.set_prompt_lengths(lengths.tolist())
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         logits: Any = None
         for begin in range(start, longest, PREFILL_CHUNK):
@@ -130,6 +139,10 @@ class Engine:
         self.cached = list(rows[0])
         return logits
 
+    def reusable(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens the KV cache holds, as this prompt needs them."""
+        return common_prefix(self.cached, prompt) if self.cached_alpha == ntk_alpha(self.model.args, len(prompt)) else 0
+
     def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
         """Through the compiled model, which takes any length but 1: the compiler would make a special case of it."""
         if idx.size(1) == 1:
@@ -138,30 +151,26 @@ class Engine:
         torch._dynamo.maybe_mark_dynamic(input_pos, 0)
         return self.run_forward(idx, input_pos, logits_at, self.fused)
 
-    def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, sampling: Sampling,
+    def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, choice: Choice,
                         rng: torch.Generator) -> Iterator[list[int]]:
         """The ids of all rows, n times: first idx [B, 1], which belongs at input_pos [B, 1]."""
         on_gpu = self.model.device.type == "cuda"
         for left in range(n - 1, -1, -1):
             # A GPU computes the next token while this one is read; a CPU would only be late with this one.
-            following = self.step(idx, input_pos, sampling, rng) if on_gpu and left else None
+            following = self.step(idx, input_pos, choice, rng) if on_gpu and left else None
             ids = idx[:, 0].tolist()
             yield ids
             if left:
-                idx = following if following is not None else self.step(idx, input_pos, sampling, rng)
+                idx = following if following is not None else self.step(idx, input_pos, choice, rng)
                 self.cached.append(ids[0])
 
-    def step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
+    def step(self, idx: Tensor, input_pos: Tensor, choice: Choice, rng: torch.Generator) -> Tensor:
         """The next ids [B, 1]; moves input_pos on."""
         begin_step(self.model.device)
-        noise = exponential_noise(len(idx), sampling.candidates(self.vocab_size), rng)
-        following = self.run_decode(idx, input_pos, sampling, noise).clone()
+        noise = exponential_noise(len(idx), choice.candidates, rng)
+        following = self.run_decode(self.model, self.fused, self.vocab_size, idx, input_pos, choice, noise).clone()
         input_pos += 1
         return following
-
-    def decode_one_token(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-        """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]."""
-        return sample(self.model(idx, input_pos, fused=self.fused)[:, -1, :self.vocab_size], sampling, noise)
 
     def check_request(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises UserError if the model, or its draft, cannot serve the request."""
@@ -171,21 +180,29 @@ class Engine:
         if self.speculator and self.speculator.draft_engine:
             check_request(self.speculator.draft_engine.model.args, rows, max_new_tokens, "the draft's context")
 
-    def reserve(self, batch: int, max_seq_length: int) -> bool:
-        """Makes the KV cache large enough and fuses the layers as they are now. Whether what the cache held is lost."""
+    def reserve(self, batch: int, max_seq_length: int) -> None:
+        """Makes the KV cache large enough and fuses the layers as they are now."""
         if self.speculator:
             max_seq_length += self.speculator.lookahead
-            if self.speculator.draft_engine and self.speculator.draft_engine.reserve(batch, max_seq_length):
-                self.speculator.drafter.begin([], keep_cache=False)
-        grown = reserve_caches(self.model, batch, max_seq_length)
-        self.cached = [] if grown else self.cached
+            if self.speculator.draft_engine:
+                self.speculator.draft_engine.reserve(batch, max_seq_length)
+        reserve_caches(self.model, batch, max_seq_length)
+        if self.model.cache_user is not self.key:
+            self.cached = []
+        self.model.cache_user = self.key
         self.fused = self.model.fuse()
-        return grown
 
     def fresh_seed(self) -> int:
         """The same on all ranks, so that they draw the same tokens."""
         seed = random.getrandbits(63)
         return self.model.ranks.from_first(seed) if self.model.ranks else seed
+
+
+def decode_one_token(model: Transformer, fused: kernels.FusedLayers | None, vocab_size: int, idx: Tensor,
+                     input_pos: Tensor, choice: Choice, noise: Tensor) -> Tensor:
+    """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]. No method: an Engine that refers to itself would keep
+    its model in memory until Python looks for cycles."""
+    return sample(model(idx, input_pos, fused=fused)[:, -1, :vocab_size], choice, noise)
 
 
 def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens: int,
@@ -205,15 +222,23 @@ def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.d
     return 2 * args.n_layer * batch * args.n_local_heads * max_seq_length * args.head_dim * dtype.itemsize
 
 
-def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> bool:
-    """Whether new KV caches were needed."""
-    grows = batch != model.max_batch_size or max_seq_length > model.max_seq_length
-    if grows:
-        needed = cache_bytes(model.local, batch, max_seq_length, model.dtype)
-        check_memory(model.device, needed,
+def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> None:
+    """Makes the KV caches large enough: where memory allows, of a size that later requests can share."""
+    if batch != model.max_batch_size or max_seq_length > model.max_seq_length:
+        bytes_of = functools.partial(cache_bytes, model.local, batch, dtype=model.dtype)
+        power_of_2 = 1 << (max(max_seq_length, MIN_CAPACITY) - 1).bit_length()
+        rounded = max(max_seq_length, min(power_of_2, model.args.max_position))
+        if bytes_of(rounded) <= memory_for_caches(model):
+            max_seq_length = rounded
+        check_memory(model.device, bytes_of(max_seq_length),
                      f"keys and values of {batch} x {max_seq_length} positions (batch_size, max_seq_length)")
     model.setup_caches(batch, max_seq_length)
-    return grows
+
+
+def memory_for_caches(model: Transformer) -> int:
+    """Bytes: the same on all ranks, whose batches and caches must be alike."""
+    free = free_memory(model.device) // 2
+    return min(model.ranks.gather(free)) if model.ranks else free
 
 
 # ---- what a run reports
@@ -325,6 +350,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
                        help="a model.pth, its folder, or a Hugging Face repository to download, "
                        "e.g. Qwen/Qwen3-0.6B (default: the bundled demo)")
+    model.add_argument("--verify", action="store_true", help="compare the file's checksums before it is used")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     model.add_argument("--quantize_activations", action=argparse.BooleanOptionalAction, default=True,
@@ -347,11 +373,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if args.list_models:
-        return list_models()
     with tp.joined() as ranks:
-        command(args, ranks)
+        command(parse_args(argv), ranks)
 
 
 def list_models() -> None:
@@ -363,10 +386,13 @@ def list_models() -> None:
         print(f"{name:<20} {args.model_type:<8} {size / 1e9:>9.2f} B {2 * size / 1e9:>6.1f} GB {args.max_position:>8}")
 
 
-def check_args(args: argparse.Namespace) -> Sampling:
+def check_args(args: argparse.Namespace, ranks: tp.Ranks | None) -> Sampling:
+    """What can be checked without the model. Errors: UserError."""
     for field, least in (("num_samples", 1), ("batch_size", 1), ("max_new_tokens", 1), ("max_seq_length", 0)):
         if getattr(args, field) < least:
             raise UserError(f"{getattr(args, field)} must be {least} or more", field)
+    if args.batch_size > MAX_BATCH:
+        raise UserError(f"{args.batch_size} must be at most {MAX_BATCH}", "batch_size")
     if args.seed is not None and not 0 <= args.seed < 1 << 63:
         raise UserError(f"{args.seed} must be from 0 to 2^63 - 1", "seed")
     for field in ("system", "no_thinking"):
@@ -376,18 +402,25 @@ def check_args(args: argparse.Namespace) -> Sampling:
         raise UserError(f"{args.speculate_k} needs --draft_checkpoint_path or --draft ngram", "speculate_k")
     if args.draft_checkpoint_path and args.draft:
         raise UserError("and --draft are two ways to draft: give one", "draft_checkpoint_path")
+    parse_speculate_k(args.speculate_k)
+    if args.profile and args.interactive:
+        raise UserError("is of samples, and --interactive takes none", "profile")
+    if args.profile and (not ranks or ranks.first):
+        cli.check_writable(args.profile, "profile")
     sampling = Sampling(args.temperature, args.top_k or None, args.top_p)
     sampling.check()
     return sampling
 
 
 def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
-    sampling, log = check_args(args), open(os.devnull, "w") if args.quiet else sys.stdout
+    if args.list_models:
+        return list_models()
+    sampling, log = check_args(args, ranks), open(os.devnull, "w") if args.quiet else sys.stdout
     device = parse_device(args.device)
     device = ranks.take_device(device) if ranks else device
-    start = time.perf_counter()
+    text, start = "" if args.interactive else read_text(args, ranks), time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, parse_dtype(args.dtype, device), ranks,
-                                  quantize_activations=args.quantize_activations)
+                                  quantize_activations=args.quantize_activations, verify=args.verify)
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, "
           f"{str(model.dtype)[6:]}, {device}, {kernels.describe(device)})", file=log)
     context = model.args.max_position
@@ -406,7 +439,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
                    stop_ids=frozenset() if args.ignore_eos else None)
     prompts = [tokenizer.encode("def")]              # to warm up with
     if not args.interactive:
-        prompts = [read_prompt(args, tokenizer, engine.vocab_size, context, ranks, log)] * args.batch_size
+        prompts = [encode_prompt(args, text, tokenizer, engine.vocab_size, context, log)] * args.batch_size
         length = len(prompts[0])
         engine.check_request(prompts, args.max_new_tokens)
         if args.max_seq_length and length + args.max_new_tokens > args.max_seq_length:
@@ -426,8 +459,21 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     run_samples(args, engine, prompts, request, log)
 
 
-def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, context: int, ranks: tp.Ranks | None,
-                log: TextIO) -> list[int]:
+def read_text(args: argparse.Namespace, ranks: tp.Ranks | None) -> str:
+    """The prompt, from where the flags say. Errors: UserError."""
+    text = args.prompt
+    if args.prompt_file:
+        text = cli.read_text(args.prompt_file, "prompt_file")
+    elif text == "-":
+        text = cli.read_stdin() if not ranks or ranks.first else ""
+        text = ranks.from_first(text) if ranks else text
+    if not text:
+        raise UserError("is empty", "prompt")
+    return text
+
+
+def encode_prompt(args: argparse.Namespace, text: str, tokenizer: Tokenizer, vocab_size: int, context: int,
+                  log: TextIO) -> list[int]:
     if is_synthetic(args):
         length = int(args.prompt[:20])
         if not 0 < length <= context:
@@ -435,14 +481,6 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int,
                             f"{context} positions (--prompt_file reads any text)", "prompt")
         print(f"Synthetic prompt of {length} tokens", file=log)
         return torch.randint(min(vocab_size, 1024), (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    text = args.prompt
-    if text == "-":
-        text = cli.read_stdin() if not ranks or ranks.first else ""
-        text = ranks.from_first(text) if ranks else text
-    if args.prompt_file:
-        text = cli.read_text(args.prompt_file, "prompt_file")
-    if not text:
-        raise UserError("is empty", "prompt")
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
         return tokenizer.render_chat([*system, {"role": "user", "content": text}], enable_thinking=not args.no_thinking)
@@ -458,7 +496,7 @@ def load_draft(args: argparse.Namespace, model: Transformer, ranks: tp.Ranks | N
         return args.draft
     with cli.fields(checkpoint_path="draft_checkpoint_path"):
         draft, tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks, may_replicate=True,
-                                      quantize_activations=args.quantize_activations)
+                                      quantize_activations=args.quantize_activations, verify=args.verify)
     return Engine(draft, tokenizer, compile_prefill=args.compile_prefill)
 
 
@@ -469,7 +507,7 @@ def parse_speculate_k(text: str | None) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{text!r} is neither a number nor auto", "speculate_k") from None
+        raise UserError(f"{text[:20]!r} is neither a number nor auto", "speculate_k") from None
 
 
 def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int]], request: dict[str, Any],
@@ -491,7 +529,7 @@ def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int
             timing = stream(engine, prompts, show=printer, progress=show_prefill, **request)[1]
         printer.close()
         if profiler:
-            profiler.export_chrome_trace(str(args.profile))
+            write_profile(profiler, args.profile)
         passes = timing.steps
         if speculator:
             passes = 1 + (speculator.statistics.passes - passes_before)                   # 1 for the prefill
@@ -504,6 +542,20 @@ def run_samples(args: argparse.Namespace, engine: Engine, prompts: list[list[int
     if speculator:
         print(summary(speculator, plain_rate, sum(decode_rates) / len(decode_rates)), file=log)
     print(f"Memory used: {memory_used(engine.model.device):.02f} GB", file=log)
+
+
+def write_profile(profiler: torch.profiler.profile, path: Path) -> None:
+    """A Chrome trace, compressed if the name ends in .gz. Errors: UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))              # which does not say if it fails
+        try:
+            trace = json.loads(file.read_bytes()) | {"traceName": path.name}
+        except (OSError, ValueError):
+            raise UserError(f"{path}: the trace cannot be written: is {folder} full?", "profile") from None
+    content = json.dumps(trace).encode()
+    with cli.atomic_write(path, "profile") as partial:
+        partial.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 if __name__ == "__main__":

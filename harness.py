@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import kernels
 from cli import UserError, atomic_write
-from generate import Engine, cache_bytes
-from loading import free_memory
+from config import ModelArgs, ntk_alpha
+from generate import Engine, cache_bytes, memory_for_caches
 from model import Transformer
 from sampling import Sampling
 from tokenizer import StreamDecoder, Tokenizer
@@ -47,8 +47,9 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, include_d
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"{include_path}: no such folder", "include_path")
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    if include_defaults and not all(map(is_known, names)):
-        manager = TaskManager(include_path=include_path)       # to index lm-eval's own thousands of tasks takes seconds
+    unknown = [name for name in names if not is_known(name)]
+    if include_defaults and unknown and all(map(is_mentioned, unknown)):
+        manager = TaskManager(include_path=include_path)
     loaded: dict[str, Any] = {}
     for name in names:
         if not is_known(name):
@@ -60,12 +61,24 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, include_d
             raise UserError(f"{name}: its data cannot be had: {reason}. Without a network, write a task whose dataset "
                             "is a local file and give its folder as include_path (tests/lm_eval_tasks shows how)"
                             + advice, field) from error
+        except Exception as error:               # lm-eval checks little of what is in a task's file
+            reason = f"{type(error).__name__} {error}"
+            raise UserError(f"{name}: lm-eval cannot read this task: {reason:.200}", field) from error
         if any(getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False)
                for task in found["tasks"].values()):
             raise UserError(f"{name}: tasks that run generated code, or show images, are not supported", field)
         children = {child for names_in_group in found["group_map"].values() for child in names_in_group}
         loaded |= {key: item for key, item in (found["groups"] | found["tasks"]).items() if key not in children}
     return manager, list(loaded.values())
+
+
+def is_mentioned(name: str) -> bool:
+    """Whether a file of lm-eval's own tasks holds the name, or the parts of the pattern: otherwise there is no such
+    task. To search the files takes half a second, to index them ten."""
+    import lm_eval.tasks
+    parts = [part.encode() for part in re.split(r"\*|\?|\[.*?\]", name)]
+    files = Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")
+    return any(all(part in content for part in parts) for content in map(Path.read_bytes, files))
 
 
 # ---- log-likelihoods of continuations
@@ -81,15 +94,18 @@ class Target(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a batch: tokens at positions start, start + 1, ... and what is scored there."""
+    """A row of a batch: tokens at positions start, start + 1, ... and what is scored there.
+
+    length: of a request's whole text, for Qwen v1's dynamic NTK."""
     tokens: list[int]
     targets: list[Target]
+    length: int
     start: int = 0
 
 
 class ContextGroup(NamedTuple):
-    """Requests with the same context, which is prefilled once. The continuation of a single request is in the same row;
-    several have rows of their own, over copies of the context's KV cache."""
+    """Requests with the same context, and the same keys of it, which is prefilled once. The continuation of a single
+    request is in the same row; several have rows of their own, over copies of the context's KV cache."""
     context: Row
     continuations: list[Row]
     num_requests: int
@@ -99,7 +115,7 @@ class ContextGroup(NamedTuple):
         return len(self.context.tokens) + max((len(row.tokens) for row in self.continuations), default=0)
 
 
-def group_by_context(requests: Pairs, max_length: int) -> tuple[list[ContextGroup], int]:
+def group_by_context(requests: Pairs, max_length: int, args: ModelArgs) -> tuple[list[ContextGroup], int]:
     """Groups of requests, the longest first, and how many requests were truncated on the left to max_length."""
     members: dict[Any, list[int]] = {}
     groups, num_truncated = [], 0
@@ -109,25 +125,22 @@ def group_by_context(requests: Pairs, max_length: int) -> tuple[list[ContextGrou
         too_long = len(context) + len(continuation) > max_length + 1       # the last token is predicted, not read
         num_truncated += too_long
         if continuation:                                                   # an empty one has probability 1
-            members.setdefault(number if too_long else tuple(context), []).append(number)
+            alpha = ntk_alpha(args, len(context) + len(continuation) - 1)
+            members.setdefault(number if too_long else (tuple(context), alpha), []).append(number)
     for numbers in members.values():
         context, continuation = requests[numbers[0]]
         if len(numbers) == 1:
             tokens, rest = (context + continuation)[-(max_length + 1):-1], []
             first = len(tokens) - len(continuation)
             targets = [Target(first + i, numbers[0], token) for i, token in enumerate(continuation)]
+            length = len(tokens)
         else:
             tokens, targets = context, [Target(len(context) - 1, n, requests[n][1][0]) for n in numbers]
-            rest = [Row(ids[:-1], [Target(i, n, token) for i, token in enumerate(ids[1:])], len(context))
+            length = len(context) + len(continuation) - 1                  # of any: all have the same alpha
+            rest = [Row(ids[:-1], [Target(i, n, token) for i, token in enumerate(ids[1:])], length, len(context))
                     for n in numbers if len(ids := requests[n][1]) > 1]
-        groups.append(ContextGroup(Row(tokens, targets), rest, len(numbers)))
+        groups.append(ContextGroup(Row(tokens, targets, length), rest, len(numbers)))
     return sorted(groups, key=lambda group: -group.length), num_truncated
-
-
-def memory_for_caches(model: Transformer) -> int:
-    """Bytes: the same on all ranks, which must form the same batches."""
-    free = free_memory(model.device) // 2
-    return min(model.ranks.gather(free)) if model.ranks else free
 
 
 class Scorer:
@@ -146,7 +159,7 @@ class Scorer:
     def score(self, requests: Pairs, progress: Callable[[int], Any] = lambda n: None) -> list[tuple[float, bool]]:
         """For each request, the continuation's log-probability, and whether it is the greedy choice. No context may be
         empty. progress: told after each batch how many requests it held."""
-        groups, num_truncated = group_by_context(requests, self.max_length)
+        groups, num_truncated = group_by_context(requests, self.max_length, self.model.args)
         self.num_truncated += num_truncated
         self.logprobs, self.is_greedy = [0.0] * len(requests), [True] * len(requests)
         self.model.setup_caches(1, 1)
@@ -159,7 +172,7 @@ class Scorer:
         return list(zip(self.logprobs, self.is_greedy, strict=True))
 
     def batches(self, groups: list[ContextGroup]) -> Iterator[list[ContextGroup]]:
-        """As many groups as fit, at least one. Dynamic NTK depends on the length: no row may decide for others."""
+        """As many groups as fit, at least one."""
         args, memory, batch, limit = self.model.args, memory_for_caches(self.model), [], 0
         max_tokens = 2048 if self.model.device.type == "cpu" else 32768
         for group in groups:
@@ -168,8 +181,7 @@ class Scorer:
                 batch = []
             if not batch:                                # the longest of its batch
                 fitting = memory // (2 * cache_bytes(args, 1, group.length, self.model.dtype))
-                auto = 1 if args.dynamic_ntk else min(MAX_BATCH, max_tokens // group.length, fitting)
-                limit = self.batch_size or auto
+                limit = self.batch_size or min(MAX_BATCH, max_tokens // group.length, fitting)
             batch.append(group)
         if batch:
             yield batch
@@ -177,7 +189,6 @@ class Scorer:
     def score_batch(self, batch: list[ContextGroup]) -> None:
         """In two passes, one over the contexts, one over further continuations."""
         model, contexts = self.model, [group.context for group in batch]
-        model.set_prompt_length(max(group.length for group in batch))
         B, T = self.batch_shape(contexts)
         zeros = partial(torch.zeros, B, model.local.n_local_heads, T, model.args.head_dim, dtype=model.dtype,
                         device=model.device)
@@ -203,6 +214,8 @@ class Scorer:
         self.mark_dynamic(itertools.chain.from_iterable(caches), 0, 2)
         self.model.use_caches(caches)
         fused, (B, S) = self.model.fuse(), self.batch_shape(rows)
+        self.model.set_prompt_lengths([row.length for row in rows] + [0] * (B - len(rows)))
+        self.mark_dynamic([self.model.inv_freq], 0)
         idx, input_pos = torch.zeros(B, S, dtype=torch.int64), torch.arange(S).repeat(B, 1)
         for i, row in enumerate(rows):
             idx[i, :len(row.tokens)] = torch.tensor(row.tokens)
@@ -332,7 +345,7 @@ class QwenFast:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
         pairs, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
-            ids = self.tokenizer.encode(text, bos=False)          # the prefix is BOS, where there is one
+            ids = self.tok_encode(text)                           # with BOS again after the prefix, as lm-eval has it
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 pairs.append((None, *make_disjoint_window(pair)))
                 owners.append(number)
@@ -404,7 +417,12 @@ def evaluate(lm: Any, tasks: Sequence[str], include_path: Path | None = None, **
     if lm.model.ranks:
         lm.model.ranks.gather(None)                      # all ranks have the tasks, or all end
     run: Callable[..., Any] = lm_eval.simple_evaluate
-    results = run(lm, tasks=loaded, task_manager=manager, log_samples=False, **options)
+    try:
+        results = run(lm, tasks=loaded, task_manager=manager, log_samples=False, **options)
+    except ValueError as error:
+        if "larger than population" not in str(error):
+            raise
+        raise UserError(f"{options['num_fewshot']} examples are more than a task has", "num_fewshot") from error
     if lm.scorer.num_truncated:
         print(f"{lm.scorer.num_truncated} requests were longer than {lm.max_length} tokens: truncated on the left",
               file=sys.stderr)

@@ -51,6 +51,7 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     if ranks and not ranks.local_rank:
         ranks.gather(None)
     args, tokenizer = ModelArgs.from_hf(read_json(path.parent / "config.json")), Tokenizer.from_dir(path.parent)
+    tokenizer.check_fits(args.vocab_size)
     state, quantization = read_checkpoint(path)
     model = empty_model(path, args, state, quantization)
     dtype = dtype or default_dtype(device)

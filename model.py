@@ -25,7 +25,7 @@ class Transformer(nn.Module):
     args describes the whole model; local, the share of it in this process where tp.py splits it over several.
     """
     layers: Any                                        # nn.ModuleList of TransformerBlock
-    inv_freq: Tensor                                   # fp32 [D / 2], see config.rope_frequencies
+    inv_freq: Tensor                                   # fp32 [1 or B, D / 2], see config.rope_frequencies
 
     def __init__(self, args: ModelArgs, local: ModelArgs | None = None):
         super().__init__()
@@ -40,6 +40,7 @@ class Transformer(nn.Module):
         self.output = None if args.tie_word_embeddings else Linear(args.dim, self.local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
         self.max_batch_size = self.max_seq_length = 0
+        self.cache_user: Any = None                    # whose text the KV cache holds
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +62,7 @@ class Transformer(nn.Module):
         shape = (batch, self.local.n_local_heads, max_seq_length, self.args.head_dim)
         self.use_caches([(kernels.huge_zeros(shape, dtype, self.device), kernels.huge_zeros(shape, dtype, self.device))
                          for _ in self.layers])
-        self.register_buffer("inv_freq", rope_frequencies(self.args).to(self.device), persistent=False)
+        self.register_buffer("inv_freq", rope_frequencies(self.args)[None].to(self.device), persistent=False)
 
     def use_caches(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Takes these keys and values, [B, K, T, D] of each layer, for the KV cache."""
@@ -70,12 +71,16 @@ class Transformer(nn.Module):
                 layer.attention.kv_cache = KVCache(k_cache, v_cache)
             else:                                      # the same module for a compiler, which has seen it
                 layer.attention.kv_cache.k_cache, layer.attention.kv_cache.v_cache = k_cache, v_cache
-        self.max_batch_size, self.max_seq_length = k_cache.size(0), k_cache.size(2)
+        self.max_batch_size, self.max_seq_length, self.cache_user = k_cache.size(0), k_cache.size(2), None
 
-    def set_prompt_length(self, length: int) -> None:
-        """Qwen v1's dynamic NTK depends on the prompt's length and stays the same for the whole generation."""
+    def set_prompt_lengths(self, lengths: Sequence[int]) -> None:
+        """The length of each row's prompt, before anything of it is computed: Qwen v1's dynamic NTK depends on it."""
         if self.args.dynamic_ntk:
-            self.inv_freq.copy_(rope_frequencies(self.args, length))
+            frequencies = torch.stack([rope_frequencies(self.args, length) for length in lengths])
+            if self.inv_freq.shape == frequencies.shape:       # in place: a CUDA graph has recorded the address
+                self.inv_freq.copy_(frequencies)
+            else:
+                self.inv_freq = frequencies.to(self.device)
 
     def fuse(self) -> kernels.FusedLayers | None:
         """All layers as one CPU operator, for `fused` of forward. None where it cannot stand in for the modules.
@@ -113,11 +118,11 @@ class Transformer(nn.Module):
         return self.gather(kernels.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x))
 
     def rope(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [B, S, 1, D]."""
-        angles = input_pos[:, :, None, None] * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
+        """cos and sin, fp32 [B, S, 1, D]: rounded from fp64, so that the compiler's and PyTorch's are the same."""
+        angles = (input_pos[:, :, None, None] * self.inv_freq[:, None, None]).double()
         scale = self.args.rope.attention_factor if self.args.rope else 1.0
-        return angles.cos() * scale, angles.sin() * scale
+        cos, sin = (angles.cos() * scale).float(), (angles.sin() * scale).float()
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
     def logn_scale(self, input_pos: Tensor) -> Tensor:
         """Qwen v1: queries past the training length are scaled by log_seq_length(position + 1). fp32 [B, S, 1, 1]."""
@@ -282,8 +287,8 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.empty(dim), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        x32 = x.float()                                # rounded once, at the end, as the compiler and the kernels do
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(x)
 
 
 class KVCache(nn.Module):

@@ -3,6 +3,9 @@
     python quantize.py --checkpoint_path checkpoints/demo/model.pth --mode int4 --groupsize 32
     python quantize.py --checkpoint_path PATH --mode int4-gptq --groupsize 128 --calibration_tasks wikitext
 """
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import argparse
 import contextlib
 import gc
@@ -20,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import formats
 import GPTQ
 import harness
@@ -317,6 +319,8 @@ def read_calibration(args: argparse.Namespace, path: Path) -> Calibration:
     for field, least in (("calibration_limit", 1), ("blocksize", 1), ("percdamp", 0)):
         if getattr(args, field) is not None and not getattr(args, field) >= least:
             raise UserError(f"{getattr(args, field)} must be {least} or more", field)
+    if args.percdamp == math.inf:
+        raise UserError("inf must be a finite number", "percdamp")
     options = GPTQ.Options(args.percdamp, args.blocksize, args.act_order)
     if args.mode == "int4":
         return Calibration(options=options)

@@ -1,6 +1,7 @@
 """From logits to tokens, and how the steps that do it are compiled."""
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +9,11 @@ from torch import Tensor
 import kernels
 from cli import UserError
 from model import Transformer
+
+CANDIDATES = (256, 4096)             # what top_k rounds up to, because each number is compiled apart
+RECOMPILE_LIMIT = 64                 # per step: sizes of the batch and of the KV cache, and five kinds of sampling
+SMALLEST = torch.finfo(torch.float32).tiny
+COLDEST = 1e-30                      # a temperature by which no logit overflows
 
 
 @dataclass(frozen=True)
@@ -26,40 +32,55 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"{self.top_p} must be more than 0 and at most 1", "top_p")
 
-    def candidates(self, vocab_size: int) -> int:
-        """How many tokens of a row may be drawn, and so how many random numbers it needs."""
-        return 0 if self.temperature == 0 else min(self.top_k or vocab_size, vocab_size)
+    def choice(self, vocab_size: int, device: torch.device | str = "cpu") -> "Choice":
+        """As a step takes it."""
+        top_k, top_p = min(self.top_k or vocab_size, vocab_size), self.top_p or 1.0
+        sizes = (n for n in CANDIDATES if top_k <= n < vocab_size)
+        limits = max(self.temperature, COLDEST), top_k, max(top_p, SMALLEST) if top_p < 1 else torch.inf
+        return Choice(next(sizes, vocab_size) if self.temperature else 0, top_k < vocab_size or top_p < 1,
+                      torch.tensor(limits, dtype=torch.float32, device=device))
 
 
-def shortlist(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn from logits [B, V] at a temperature above 0: their logits / T in fp32, -inf for what
-    top_p leaves out, and their ids; both [B, candidates]."""
-    V, n = logits.size(-1), sampling.candidates(logits.size(-1))
-    logits = logits.float() / sampling.temperature
-    if n == V and sampling.top_p is None:
-        return logits, torch.arange(V, device=logits.device).expand_as(logits)
-    logits, ids = logits.topk(n, dim=-1)                           # sorted, the most probable first
-    if sampling.top_p is not None and sampling.top_p < 1:
-        probs = logits.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs                      # of all more probable tokens together
-        logits = logits.masked_fill(before >= sampling.top_p, -torch.inf)
-    return logits, ids
+class Choice(NamedTuple):
+    """What a step chooses a token from. The first two are compiled into it, the limits are data.
+
+    candidates: how many tokens of a row may be drawn, and so how many random numbers it needs; 0 for argmax.
+    cuts: whether top_k or top_p leaves any of them out.
+    limits: fp32 [3], the temperature, top_k and top_p.
+    """
+    candidates: int
+    cuts: bool
+    limits: Tensor
 
 
-def sample(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
+def shortlist(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """The candidates among logits [B, V]: their logits / T in fp32, -inf for what top_k and top_p leave out, and their
+    ids; both [B, candidates]."""
+    temperature, top_k, top_p = choice.limits.unbind()
+    every = torch.arange(choice.candidates, device=logits.device)
+    if not choice.cuts:
+        return logits.float() / temperature, every.expand_as(logits)
+    logits, ids = logits.topk(choice.candidates, dim=-1)           # sorted, the most probable first
+    logits = (logits.float() / temperature).masked_fill(every >= top_k, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs                          # of all more probable tokens together
+    return logits.masked_fill(before >= top_p, -torch.inf), ids
+
+
+def sample(logits: Tensor, choice: Choice, noise: Tensor) -> Tensor:
     """Draws ids [B, 1] from logits [B, V] by the Gumbel-max trick: argmax(logits / T - log E).
 
     noise: E, exponential, fp32 [B, candidates]."""
-    if sampling.temperature == 0:
+    if not choice.candidates:
         return logits.float().argmax(dim=-1, keepdim=True)
-    logits, ids = shortlist(logits, sampling)
+    logits, ids = shortlist(logits, choice)
     return ids.gather(-1, (logits - noise.log()).argmax(dim=-1, keepdim=True))
 
 
 def exponential_noise(rows: int, columns: int, rng: torch.Generator) -> Tensor:
     """fp32 [rows, columns], never 0."""
     noise = torch.empty(rows, columns, dtype=torch.float32, device=rng.device)
-    return noise.exponential_(generator=rng).clamp_(min=torch.finfo(torch.float32).tiny)
+    return noise.exponential_(generator=rng).clamp_(min=SMALLEST)
 
 
 # ---- compilation
@@ -69,8 +90,11 @@ def compile_step(step: Callable, model: Transformer, dynamic: bool | None = Fals
     """A step of decoding, drafting or verifying, compiled: static shapes, unless dynamic on a CPU; CUDA graphs on CUDA.
 
     prefill_too: whether the process compiles prefill as well, whose code needs the compiler's vector instructions."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if model.device.type == "cuda":
-        return torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        # The tuning turns a product with one token into a fused multiply and sum, which reads weights faster.
+        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+        return torch.compile(step, fullgraph=True, dynamic=False, options=options)
     if runs_fused(model) and not prefill_too:
         skip_vector_instructions()
     return torch.compile(step, fullgraph=True, dynamic=dynamic)

@@ -20,7 +20,7 @@ import kernels
 import tp
 from cli import UserError
 from model import Transformer
-from sampling import Sampling, begin_step, compile_step, exponential_noise, runs_fused, shortlist
+from sampling import Choice, begin_step, compile_step, exponential_noise, runs_fused, shortlist
 from tokenizer import Tokenizer, same_tokenizer
 
 AUTO_K = range(1, 9)                 # the numbers of drafted tokens to choose from
@@ -39,8 +39,9 @@ class Decoder(Protocol):
     fused: kernels.FusedLayers | None
 
     def prefill(self, rows: Sequence[Sequence[int]], keep_cache: bool) -> Tensor: ...
-    def step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor: ...
-    def reserve(self, batch: int, max_seq_length: int) -> bool: ...
+    def reusable(self, prompt: Sequence[int]) -> int: ...
+    def step(self, idx: Tensor, input_pos: Tensor, choice: Choice, rng: torch.Generator) -> Tensor: ...
+    def reserve(self, batch: int, max_seq_length: int) -> None: ...
     def run_eagerly(self) -> None: ...
 
 
@@ -67,7 +68,7 @@ def accept_greedy(logits: Tensor, drafted: Tensor) -> Tensor:
     return torch.cat((n[None], best))
 
 
-def accept(logits: Tensor, drafted: Tensor, sampling: Sampling, probs: Tensor, ids: Tensor, uniform: Tensor,
+def accept(logits: Tensor, drafted: Tensor, choice: Choice, probs: Tensor, ids: Tensor, uniform: Tensor,
            noise: Tensor) -> Tensor:
     """The same for sampling; all probabilities in fp32.
 
@@ -77,7 +78,7 @@ def accept(logits: Tensor, drafted: Tensor, sampling: Sampling, probs: Tensor, i
     uniform [k] in [0, 1).  noise [1, candidates]: exponential.
     """
     k, V = len(drafted), logits.size(-1)
-    scaled, at = shortlist(logits, sampling)                           # [k + 1, candidates]
+    scaled, at = shortlist(logits, choice)                             # [k + 1, candidates]
     p = scaled.softmax(dim=-1)
     p_drafted = p[:-1].masked_fill(at[:-1] != drafted[:, None], 0).sum(-1)
     q_drafted = probs.masked_fill(ids != drafted[:, None], 0).sum(-1)
@@ -114,48 +115,47 @@ class ModelDraft:
     def __init__(self, engine: Decoder, vocab_size: int, compile: bool):
         self.engine, self.vocab_size = engine, vocab_size
         self.text: list[int] = []        # the whole text, which the Speculator extends
-        self.cached_len = 0              # how many of its tokens are in the draft's KV cache
         self.step = self.draft_step
         if compile and not runs_fused(engine.model):
             self.step = compile_step(self.draft_step, engine.model)
 
-    def draft_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, noise: Tensor) -> tuple[Tensor, ...]:
+    def draft_step(self, idx: Tensor, input_pos: Tensor, choice: Choice, noise: Tensor) -> tuple[Tensor, ...]:
         """The token [1, 1] after idx [1, S], and unless greedy its distribution [1, m] with ids."""
         logits = self.engine.model(idx, input_pos, fused=self.engine.fused)[:, -1, :self.vocab_size]
-        if sampling.temperature == 0:
+        if not choice.candidates:
             return (logits.float().argmax(dim=-1, keepdim=True),)
-        scaled, ids = shortlist(logits, sampling)
+        scaled, ids = shortlist(logits, choice)
         return ids.gather(-1, (scaled - noise.log()).argmax(dim=-1, keepdim=True)), scaled.softmax(dim=-1), ids
 
     def begin(self, text: list[int], keep_cache: bool) -> None:
-        self.text, self.cached_len = text, common_prefix(self.text[:self.cached_len], text) if keep_cache else 0
+        self.text = text
+        self.engine.cached = text[:self.engine.reusable(text[:-1]) if keep_cache else 0]
 
     def uncached(self) -> int:
         """How many tokens must be read before drafting, beyond the two that every draft begins with."""
-        return max(0, len(self.text) - 2 - self.cached_len)
+        return max(0, len(self.text) - 2 - len(self.engine.cached))
 
-    def propose(self, k: int, sampling: Sampling, rng: torch.Generator) -> Draft:
+    def propose(self, k: int, choice: Choice, rng: torch.Generator) -> Draft:
         """The first step reads two tokens: if all k were accepted, the last drafted one is unread (see rollback)."""
         if self.uncached():
-            self.engine.cached = self.text[:self.cached_len]
             self.engine.prefill([self.text[:-1]], keep_cache=True)
         begin, device = max(0, len(self.text) - 2), self.engine.model.device
         idx = torch.tensor([self.text[begin:]], device=device)
         input_pos = torch.arange(begin, len(self.text), device=device)[None]
-        noise = exponential_noise(k, sampling.candidates(self.vocab_size), rng)
+        noise = exponential_noise(k, choice.candidates, rng)
         steps = []
         for i in range(k):
             begin_step(device)
-            step = self.step(idx, input_pos, sampling, noise[i:i + 1])
+            step = self.step(idx, input_pos, choice, noise[i:i + 1])
             steps.append([t.clone() for t in step] if device.type == "cuda" else step)
             idx, input_pos = steps[-1][0], input_pos[:, -1:] + 1
         tokens, *distribution = (torch.cat(column, dim=0) for column in zip(*steps))
         return Draft(tokens.view(1, -1), *distribution)
 
     def rollback(self, before: int, k: int, accepted: int) -> None:
-        """After a round on a text of `before` tokens: the cache keeps the accepted ones. The last drafted token was
-        never read."""
-        self.cached_len = before + min(accepted, k - 1)
+        """After a round that extended a text of `before` tokens: the cache keeps the accepted ones. The last drafted
+        token was never read."""
+        self.engine.cached = self.text[:before + min(accepted, k - 1)]
 
 
 class PromptLookup:
@@ -172,7 +172,7 @@ class PromptLookup:
     def uncached(self) -> int:
         return 0
 
-    def propose(self, k: int, sampling: Sampling, rng: torch.Generator) -> Draft | None:
+    def propose(self, k: int, choice: Choice, rng: torch.Generator) -> Draft | None:
         text = self.text
         for end in range(self.indexed + 1, len(text)):
             for n in LOOKUP_LENGTHS:
@@ -339,34 +339,34 @@ class Speculator:
         if isinstance(self.drafter, ModelDraft):
             self.drafter.step = self.drafter.draft_step
 
-    def verify_step(self, idx: Tensor, input_pos: Tensor, sampling: Sampling, probs: Tensor | None, ids: Tensor | None,
+    def verify_step(self, idx: Tensor, input_pos: Tensor, choice: Choice, probs: Tensor | None, ids: Tensor | None,
                     uniform: Tensor, noise: Tensor) -> Tensor:
         """The last token and the drafted ones, idx [1, k + 1] at input_pos [1, k + 1] -> int64 [k + 2], see accept."""
         everywhere = torch.arange(idx.size(1), device=idx.device)
         logits = self.model(idx, input_pos, everywhere, self.engine.fused)[0, :, :self.engine.vocab_size]
         drafted = idx[0, 1:]
-        if sampling.temperature == 0:
+        if not choice.candidates:
             return accept_greedy(logits, drafted)
         if probs is None or ids is None:
             probs, ids = torch.ones_like(uniform)[:, None], drafted[:, None]
-        return accept(logits, drafted, sampling, probs, ids, uniform, noise)
+        return accept(logits, drafted, choice, probs, ids, uniform, noise)
 
-    def decode(self, first: int, n: int, sampling: Sampling, rng: torch.Generator, keep_cache: bool) -> Iterator[int]:
+    def decode(self, first: int, n: int, choice: Choice, rng: torch.Generator, keep_cache: bool) -> Iterator[int]:
         """n tokens that follow what the engine has cached, from `first` on. keep_cache: the draft has cached them."""
         text = [*self.engine.cached, first]
         yield first
         if self.measures and self.policy is None:
-            self.policy = self.measure(sampling, rng)
+            self.policy = self.measure(choice, rng)
         self.drafter.begin(text, keep_cache)
         if self.policy:
             self.policy.begin_request()
         left = n - 1
         while left:
-            new = self.round(text, left, sampling, rng)[:left]
+            new = self.round(text, left, choice, rng)[:left]
             left -= len(new)
             yield from new
 
-    def round(self, text: list[int], left: int, sampling: Sampling, rng: torch.Generator) -> list[int]:
+    def round(self, text: list[int], left: int, choice: Choice, rng: torch.Generator) -> list[int]:
         """Extends the text, its ids, in place by one token or several, and the caches by all but the last."""
         start = time.perf_counter()
         before, uncached = len(text), self.drafter.uncached()
@@ -375,17 +375,18 @@ class Speculator:
             k = self.model.ranks.from_first(k)
         if left == 1 or self.model.device.type == "cpu":         # on a GPU only the shapes that were compiled
             k = min(k, left - 1)
-        draft = self.drafter.propose(k, sampling, rng) if k else None
+        draft = self.drafter.propose(k, choice, rng) if k else None
         if draft and self.follows_first:
             draft = draft.of_first(self.model.ranks)
         if draft is None:
             k, accepted = 0, 0
-            tokens = self.engine.step(*self.place(text[-1:], before - 1), sampling, rng).flatten().tolist()
+            tokens = self.engine.step(*self.place(text[-1:], before - 1), choice, rng).flatten().tolist()
         else:
-            accepted, *tokens = self.verify_draft(text, draft, sampling, rng).tolist()
-            self.drafter.rollback(before, k, accepted)
+            accepted, *tokens = self.verify_draft(text, draft, choice, rng).tolist()
         text += tokens[:accepted + 1]
         self.engine.cached = text[:-1]
+        if draft:
+            self.drafter.rollback(before, k, accepted)
         self.statistics.add(k, accepted)
         if self.policy:
             self.policy.record(k, accepted, time.perf_counter() - start, catching_up=k > 0 and uncached > 0)
@@ -396,37 +397,36 @@ class Speculator:
         input_pos = torch.arange(position, position + len(tokens), device=self.model.device)[None]
         return torch.tensor([tokens], device=input_pos.device), input_pos
 
-    def verify_draft(self, text: list[int], draft: Draft, sampling: Sampling, rng: torch.Generator) -> Tensor:
+    def verify_draft(self, text: list[int], draft: Draft, choice: Choice, rng: torch.Generator) -> Tensor:
         k, device = draft.tokens.size(1), self.model.device
         last, first_pos = self.place(text[-1:], len(text) - 1)
         idx, input_pos = torch.cat((last, draft.tokens), dim=1), first_pos + torch.arange(k + 1, device=device)
         uniform = torch.rand(k, dtype=torch.float32, device=device, generator=rng)
-        noise = exponential_noise(1, sampling.candidates(self.engine.vocab_size), rng)
+        noise = exponential_noise(1, choice.candidates, rng)
         if device.type == "cpu":
             for tensor, dim in ((idx, 1), (input_pos, 1), (uniform, 0), (draft.probs, 0), (draft.ids, 0)):
                 if tensor is not None:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
         begin_step(device)
-        return self.verify(idx, input_pos, sampling, draft.probs, draft.ids, uniform, noise)
+        return self.verify(idx, input_pos, choice, draft.probs, draft.ids, uniform, noise)
 
-    def measure(self, sampling: Sampling, rng: torch.Generator) -> KPolicy:
+    def measure(self, choice: Choice, rng: torch.Generator) -> KPolicy:
         """Times plain steps, draft steps and passes at the text's present end; what they cache is overwritten later."""
         device, text = self.model.device, [*self.engine.cached, 0]
         idx, input_pos = self.place(text[-1:], len(text) - 1)
-        plain_s = median_seconds(lambda: self.engine.step(idx, input_pos.clone(), sampling, rng), device, 7)
+        plain_s = median_seconds(lambda: self.engine.step(idx, input_pos.clone(), choice, rng), device, 7)
         draft_s = read_s = 0.0
         model_draft = self.drafter if isinstance(self.drafter, ModelDraft) else None
         if model_draft:
             read_s = median_seconds(lambda: model_draft.engine.prefill([text[:-1]], False), device, 1) / len(text)
-            model_draft.begin(text, False)
-            model_draft.cached_len = len(text)
+            model_draft.begin(text, True)
             few = min(4, self.lookahead)                         # more might not fit into the draft's KV cache
-            draft_s = median_seconds(lambda: model_draft.propose(few, sampling, rng), device, 5) / few
+            draft_s = median_seconds(lambda: model_draft.propose(few, choice, rng), device, 5) / few
         verify_s: dict[int, float] = {}
         for k in [self.k] if self.k else AUTO_K if device.type == "cpu" else AUTO_K_CUDA:
-            draft = (model_draft.propose(k, sampling, rng) if model_draft
+            draft = (model_draft.propose(k, choice, rng) if model_draft
                      else Draft(torch.zeros(1, k, dtype=torch.int64, device=device)))
-            verify_s[k] = median_seconds(functools.partial(self.verify_draft, text, draft, sampling, rng), device, 3)
+            verify_s[k] = median_seconds(functools.partial(self.verify_draft, text, draft, choice, rng), device, 3)
             rates = [(k + 1) / (v + k * draft_s) for k, v in verify_s.items()]           # if all were accepted
             hopeless = rates[-1] < 0.9 * max(rates)                                      # and so are larger k
             if self.model.ranks.from_first(hopeless) if self.model.ranks else hopeless:

@@ -1,36 +1,99 @@
 """Text to token ids and back. A user's text never becomes a control token; a stream never shows half a character.
 
 tokenizer.json runs on the `tokenizers` library, tokenizer.model on `sentencepiece` itself (converted to the former it
-loses open_llama's whitespace rules), qwen.tiktoken is converted to the former. Only chat templates need transformers,
-which takes 1.5 s to import.
+loses open_llama's whitespace rules), qwen.tiktoken is converted to the former.
 """
 import base64
 import codecs
+import contextlib
 import itertools
 import json
+import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+import string
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import sentencepiece
 import tokenizers
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from cli import UserError, atomic_write, read_json, read_text
+import templates
+from cli import UserError, atomic_write, read_json, read_text, system_errors
+from schema import Checked, checked
 
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 # Where Qwen's tokenizers split: contractions, words, single digits, punctuation, line ends, spaces.
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+_stderr_lock = threading.Lock()
+MAX_HOLES = 1 << 17                              # between the ids of a vocabulary: each costs 0.1 kB
 CHATML = """{%- if messages[0].role != 'system' %}
 {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
+
+# ---- what is read of a checkpoint's JSON files
+
+Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+Content = Annotated[str, Field(min_length=1)]
+
+
+class Added(Checked):
+    content: Content
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+class Named(Checked):
+    content: str
+
+
+class Template(Checked):
+    name: str
+    template: str
+
+
+class TokenizerConfig(Checked):               # special_tokens_map.json has some of these keys
+    bos_token: str | Named | None = None
+    eos_token: str | Named | None = None
+    add_bos_token: bool | None = None
+    added_tokens_decoder: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Added] = {}
+    chat_template: str | list[Template] | None = None
+
+
+class AddedTokens(RootModel[dict[Content, Id]]):
+    model_config = ConfigDict(strict=True)
+
+
+class StopIds(Checked):
+    eos_token_id: Id | list[Id] | None = None
+
+
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "tokenizer_config.json": TokenizerConfig, "special_tokens_map.json": TokenizerConfig,
+    "added_tokens.json": AddedTokens, "generation_config.json": StopIds, "config.json": StopIds}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """One of SCHEMAS' files; nothing, where there is none. Errors: UserError, for what is not as its schema says."""
+    with system_errors():
+        if not file.is_file():
+            return {}
+    content = read_json(file)
+    checked(SCHEMAS[file.name], content, str(file))
+    return content
+
+
+# ---- text to ids and back
 
 class Tokenizer:
     """One checkpoint's tokenizer.
@@ -43,7 +106,7 @@ class Tokenizer:
         self.folder, self._backend, self._config = folder, backend, config
         self.control = {token.content: id for id, token in backend.added.items()}
         self._special = {id for id, token in backend.added.items() if token.special}
-        self._pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or "(?!)")
+        self._pattern = _any_of(self.control)
         self.vocab_size = backend.vocab_size
         self.bos_id = self.control.get(_content(config.get("bos_token")) or "", backend.bos_id)
         self.eos_id = self.control.get(_content(config.get("eos_token")) or "", backend.eos_id)
@@ -51,30 +114,39 @@ class Tokenizer:
         self._adds_bos = self.bos_id is not None and (backend.adds_bos if add_bos is None else bool(add_bos))
         self.stop_ids = self._find_stop_ids()
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Errors: UserError, where text, BOS or EOS becomes ids that an embedding of vocab_size rows does not have.
+        Added tokens beyond it, which fine-tuned checkpoints list and never use, are forgotten."""
+        for name, id in (("the vocabulary", self._backend.text_size - 1), ("BOS", self.bos_id), ("EOS", self.eos_id)):
+            if id is not None and id >= vocab_size:
+                raise UserError(f"{self.folder}: {name} has the id {id}, and the embedding has {vocab_size} rows")
+        self.control = {text: id for text, id in self.control.items() if id < vocab_size}
+        self._pattern = _any_of(self.control)
+        self.stop_ids = frozenset(id for id in self.stop_ids if id < vocab_size)
+
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
         """Reads a checkpoint's folder: no network, no remote code. Errors: UserError, for none or a broken one."""
         folder = Path(path)
-        config = _read_optional(folder / "special_tokens_map.json") | _read_optional(folder / "tokenizer_config.json")
+        config = read_config(folder / "special_tokens_map.json") | read_config(folder / "tokenizer_config.json")
         extra = {int(id): AddedToken(token["content"], normalized=False, special=token.get("special", False),
                                      lstrip=token.get("lstrip", False), rstrip=token.get("rstrip", False))
                  for id, token in config.get("added_tokens_decoder", {}).items()}
-        for content, id in _read_optional(folder / "added_tokens.json").items():
+        for content, id in read_config(folder / "added_tokens.json").items():
             extra.setdefault(id, AddedToken(content, normalized=False, special=True))
         files = (folder / name for name in ("tokenizer.json", "qwen.tiktoken", "tokenizer.model"))
         file = next(filter(Path.is_file, files), None)
         if file is None:
             raise UserError(f"{folder}: no tokenizer.json, tokenizer.model or qwen.tiktoken in this folder")
-        try:
+        with _told(file), _silent_stderr():
+            data = file.read_bytes()
             if file.name == "tokenizer.model":
-                return cls(folder, _SentencePiece(file.read_bytes(), extra), config)
+                return cls(folder, _SentencePiece(data, extra), config)
             if file.name == "tokenizer.json":
-                return cls(folder, _Json(tokenizers.Tokenizer.from_file(str(file)), extra), config)
+                if b'"precompiled_charsmap"' in data:        # of Unigram models: a damaged one aborts the process
+                    raise ValueError("no supported family has a Precompiled normalizer")
+                return cls(folder, _Json(tokenizers.Tokenizer.from_buffer(data), extra), config)
             return cls(folder, _Json(_tiktoken_bpe(file), extra), config | _qwen_config(config))
-        except UserError:
-            raise
-        except Exception as error:       # tokenizers raises nothing narrower
-            raise UserError(f"{file}: not a readable tokenizer ({str(error)[:200]})") from error
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
         """Ids of `text` as plain text, whatever it spells. One BOS first if the checkpoint's files or `bos` say so."""
@@ -83,7 +155,8 @@ class Tokenizer:
     def encode_segments(self, segments: Sequence[str | int], bos: bool | None = None) -> list[int]:
         """The same for a sequence of texts (str) and control tokens (their ids). A BOS at its start is not doubled."""
         wants_bos = self._adds_bos if bos is None else bos
-        ids = self._backend.encode(segments)
+        with _told(self.folder, "its tokenizer fails on this text"):
+            ids = self._backend.encode(segments)
         return [self.bos_id, *ids] if wants_bos and self.bos_id is not None and segments[0] != self.bos_id else ids
 
     @property
@@ -109,37 +182,37 @@ class Tokenizer:
                     add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation ({"role", "content"} each) in the checkpoint's template, up to the assistant's answer.
 
-        Control tokens spelt in messages are replaced by unguessable words while the template runs, so that only those
-        that the template itself writes are control tokens. The exception is an assistant's <think> and </think>, which
-        the model wrote and which templates look for.
+        While the template runs, other characters stand for those of control tokens in the messages, so that only what
+        the template itself writes, to the last character, is a control token. The exceptions are roles, types, and an
+        assistant's <think> and </think>, which the model wrote and which templates look for.
         """
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        template = self.template()
+        hidden = _stand_ins(self.control, template, messages)
+        shown = {ord(stand_in): chr(character) for character, stand_in in hidden.items()}
 
-        nonce, controls = secrets.token_hex(8), list(self.control)
-
-        def hide(value: Any, kept: tuple[str, ...]) -> Any:
-            if isinstance(value, str):
-                return self._pattern.sub(lambda m: m[0] if m[0] in kept else f"{nonce}{controls.index(m[0])}x", value)
-            if isinstance(value, dict):
-                return {key: item if key == "role" else hide(item, kept) for key, item in value.items()}
+        def hide(value: Any, kept: str) -> Any:
+            if isinstance(value, str):         # every second part is one of those kept
+                parts = re.split(kept, value)
+                return "".join(part if i % 2 else part.translate(hidden) for i, part in enumerate(parts))
+            if isinstance(value, dict):        # names that templates ask for stay: {"type": "text", "text": ...}
+                return {key if str(key).isidentifier() else hide(key, kept):
+                        item if key == "type" and str(item).isidentifier() else hide(item, kept)
+                        for key, item in value.items()}
             return [hide(item, kept) for item in value] if isinstance(value, (list, tuple)) else value
-
-        def show(text: str) -> str:
-            return re.sub(f"{nonce}([0-9]+)x", lambda m: controls[int(m[1])], text)
-
-        thoughts = {"assistant": ("<think>", "</think>")}
-        conversation = [hide(message, thoughts.get(message["role"], ())) for message in messages]
-        tokens = {key: _content(value) for key, value in self._config.items() if key.endswith("_token")}
-        named: dict[str, Any] = {key: content for key, content in tokens.items() if content is not None}
+        kept = {"assistant": "(</?think>)"}
+        conversation = [hide(message, kept.get(message["role"], "(?!)")) | {"role": message["role"]}
+                        for message in messages]
+        tokens = {key: content for key, value in self._config.items()
+                  if key.endswith("_token") and (content := _content(value)) is not None}
         try:
-            (text,), _ = render_jinja_template(
-                [conversation], chat_template=self.template(), add_generation_prompt=add_generation_prompt,
-                enable_thinking=enable_thinking, **named)
-        except TemplateError as error:
-            raise UserError(f"{self.folder}: the chat template refuses this conversation: {error}") from error
+            text = templates.render(template, conversation, tools=None, documents=None, **tokens,
+                                    add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking)
+        except templates.TemplateFailed as error:
+            said = str(error).translate(shown)
+            raise UserError(f"{self.folder}: the chat template fails on this conversation: {said}") from error
         segments = re.split(f"({self._pattern.pattern})", text)           # text, control token, text, ...
-        return self.encode_segments([self.control[s] if i % 2 else show(s) for i, s in enumerate(segments)], bos=False)
+        return self.encode_segments([self.control[segment] if i % 2 else segment.translate(shown)
+                                     for i, segment in enumerate(segments)], bos=False)
 
     @property
     def has_template(self) -> bool:
@@ -162,7 +235,7 @@ class Tokenizer:
     def _find_stop_ids(self) -> frozenset[int]:
         found = {self.eos_id, self._backend.eos_id, *map(self.control.get, END_OF_TURN)}
         for name in ("generation_config.json", "config.json"):
-            eos = _read_optional(self.folder / name).get("eos_token_id")
+            eos = read_config(self.folder / name).get("eos_token_id")
             found.update(eos if isinstance(eos, list) else [eos])
         return frozenset(id for id in found if id is not None)
 
@@ -195,6 +268,15 @@ class StreamDecoder:
         return text
 
 
+def _stand_ins(control: Iterable[str], template: str, messages: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """For each character of control tokens one that occurs nowhere, of those that Unicode leaves to private use. Not
+    for spaces, which templates trim, nor for what JSON escapes."""
+    characters = sorted(set("".join(control)) - set(string.whitespace + '"\\'))
+    used = set("".join([*control, template, json.dumps(messages, ensure_ascii=False, default=str)]))
+    unused = (character for character in map(chr, range(0xF0000, 0x10FFFE)) if character not in used)
+    return {ord(character): next(unused, "\ufffd") for character in characters}
+
+
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
     """None where every id means the same bytes in both, else a sentence that names the first difference."""
     if a.vocab_size != b.vocab_size:
@@ -209,12 +291,18 @@ class _Json:
     def __init__(self, full: tokenizers.Tokenizer, extra: dict[int, AddedToken]) -> None:
         self.added = extra | full.get_added_tokens_decoder()
         self._id_to_token = full.id_to_token
-        self.vocab_size = 1 + max([*full.get_vocab(with_added_tokens=True).values(), *self.added])
+        text_ids = set(full.get_vocab(with_added_tokens=False).values())
+        self.text_size = 1 + max(text_ids, default=-1)
+        self.vocab_size = max([self.text_size, *(id + 1 for id in self.added)])
         decoder = full.decoder.__getstate__().decode() if full.decoder is not None else ""
         is_byte_level = '"ByteLevel"' in decoder
         self._bytes = {ord(letter): byte for byte, letter in _byte_letters().items()} if is_byte_level else None
         self.strips_space = '"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder)
+        full.no_padding()                        # of what size it asks for
+        full.no_truncation()
         probe = full.encode("a")
+        if unknown := {*probe.ids} - text_ids - self.added.keys():
+            raise ValueError(f"it writes ids that it does not have: {sorted(unknown)}")
         self.adds_bos = 0 in probe.special_tokens_mask and probe.special_tokens_mask[0] == 1
         self.bos_id = probe.ids[0] if self.adds_bos else None
         self.eos_id = None
@@ -226,6 +314,8 @@ class _Json:
         nonce = secrets.token_hex(8)
         # New ids follow the vocabulary's size: fillers push the aliases past every id in use, though ids have holes.
         holes = self.vocab_size - full.get_vocab_size(with_added_tokens=False)
+        if holes > MAX_HOLES:
+            raise ValueError(f"the largest id is {self.vocab_size - 1}, and there are {self.vocab_size - holes} tokens")
         self._plain.add_special_tokens([f"<{nonce}-{i}>" for i in range(holes)])
         self._alias = {id: f"<{nonce}.{id}>" for id in self.added}
         self._plain.add_special_tokens([AddedToken(self._alias[id], lstrip=token.lstrip, rstrip=token.rstrip,
@@ -257,9 +347,10 @@ class _SentencePiece:
         size = model.get_piece_size()
         if not size:
             raise ValueError("no pieces in it")
-        self.added = {id: AddedToken(model.id_to_piece(id), normalized=False, special=True)
-                      for id in range(size) if model.is_control(id) or model.is_unknown(id)} | extra
-        self.vocab_size = 1 + max([size - 1, *self.added])
+        self._pieces: list[str] = [model.id_to_piece(id) for id in range(size)]        # a damaged one is found here
+        self.added = {id: AddedToken(piece, normalized=False, special=True) for id, piece in enumerate(self._pieces)
+                      if model.is_control(id) or model.is_unknown(id)} | extra
+        self.text_size, self.vocab_size = size, 1 + max([size - 1, *self.added])
         self.strips_space = model.encode("a", out_type=str)[0].startswith("▁")
         self.bos_id, self.eos_id = (id if id >= 0 else None for id in (model.bos_id(), model.eos_id()))
 
@@ -268,18 +359,43 @@ class _SentencePiece:
         return list(itertools.chain.from_iterable(encoded))
 
     def piece(self, id: int) -> bytes:
-        token = self._model.id_to_piece(id)
+        if id >= self.text_size:
+            return b""
+        token = self._pieces[id]
         return bytes([int(token[3:5], 16)]) if self._model.is_byte(id) else token.replace("▁", " ").encode()
+
+
+@contextlib.contextmanager
+def _told(path: Path, what: str = "not a readable tokenizer") -> Iterator[None]:
+    """Whatever the tokenizer libraries raise becomes a UserError: there is nothing narrower to expect."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":        # of Rust
+            raise
+        raise UserError(f"{path}: {what} ({str(error)[:200]})") from error
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """A panic of Rust's reports itself to descriptor 2, in several lines, before Python sees it."""
+    with _stderr_lock, open(os.devnull, "w") as nowhere, contextlib.ExitStack() as at_end:
+        with contextlib.suppress(OSError):       # a program may have closed it
+            saved = os.dup(2)
+            at_end.callback(os.close, saved)
+            at_end.callback(os.dup2, saved, 2)
+            os.dup2(nowhere.fileno(), 2)
+        yield
 
 
 def rebuild_tiktoken(folder: str | Path) -> None:
     """Writes tokenizer_config.json, then tokenizer.json, the one that is looked for, beside Qwen v1's qwen.tiktoken."""
     folder = Path(folder)
-    config = _qwen_config(_read_optional(folder / "tokenizer_config.json"))
-    try:
+    config = _qwen_config(read_config(folder / "tokenizer_config.json"))
+    with _told(folder / "qwen.tiktoken"), _silent_stderr():
         text = _tiktoken_bpe(folder / "qwen.tiktoken").to_str()
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{folder / 'qwen.tiktoken'}: not a readable tokenizer ({str(error)[:200]})") from error
     for name, content in (("tokenizer_config.json", json.dumps(config, indent=2)), ("tokenizer.json", text)):
         with atomic_write(folder / name) as partial:
             partial.write_text(content, encoding="utf-8")
@@ -330,13 +446,13 @@ def _byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
 def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
 
 
 def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()          # a terminal's undecodable bytes arrive as lone surrogates
-
-
-def _read_optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}

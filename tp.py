@@ -14,6 +14,8 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from cli import UserError, fail
+from cli import PARENT, UserError, fail, system_errors
 from config import ModelArgs
 from formats import Int4Linear, Quantization, replace_linears
 from model import Transformer
@@ -46,6 +48,7 @@ EXPERTS = {"gate_up": "expert_gate_up", "ffn": "expert_ffn"}             # every
 # Bytes of weights that a rank reads in the time of one collective: 0.6 ms (measured, gloo on one machine) at 30 GB/s;
 # 15 us (assumed, NCCL) at 2.7 TB/s.
 BYTES_PER_COLLECTIVE = {"cpu": 18e6, "cuda": 40e6}
+ending = threading.Lock()
 MIN_GROUPSIZE = 32                       # of int4 weights: the kernels' least
 
 
@@ -322,6 +325,8 @@ class Ranks:
     def abort_all(self, error: SharedError | str) -> NoReturn:
         """Ends this process; all ranks together print one line. Of a SharedError rank 0 does, and the status is 2; of a
         rank that is lost whichever notices first, and the status is 1."""
+        if torchrun_is_gone():                               # and the store with it, and then the other ranks
+            end_without_torchrun()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun's, for another rank's end: not amid the line
         sys.stderr = sys.__stderr__                          # of a rank that was silent so far
         shared = isinstance(error, SharedError)
@@ -334,7 +339,8 @@ class Ranks:
         if shared:
             with contextlib.suppress(RuntimeError):
                 self.gather(None)                            # a rank that ended sooner would have torchrun stop rank 0
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(2 if shared else 1)                         # an orderly exit would wait for ranks that are gone
 
 
@@ -359,9 +365,32 @@ def init_dist(timeout: float = 300.0) -> Ranks | None:
     return Ranks(rank, world_size, local_rank, local_world_size, dist.group.WORLD.group_name, control_group, store)
 
 
+def torchrun_is_gone() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+
+
+def end_without_torchrun() -> NoReturn:
+    """For a torchrun that was killed itself, and so could not end its ranks."""
+    ending.acquire()                     # for good: the watching thread and the main one may both come here
+    if os.environ.get("RANK") == "0":
+        fail("torchrun, which started the ranks, is gone")
+    os._exit(1)
+
+
+def watch_torchrun() -> None:
+    """Ends this process soon after torchrun."""
+    def watch() -> None:
+        while not torchrun_is_gone():
+            time.sleep(1)
+        end_without_torchrun()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
     """init_dist for a command: only rank 0 prints, and if one rank fails all end, with one line."""
+    watch_torchrun()
     ranks = init_dist(timeout)
     if ranks is None:
         yield None
@@ -373,7 +402,9 @@ def joined(timeout: float = 300.0) -> Iterator[Ranks | None]:
     try:
         with contextlib.redirect_stdout(silence or sys.stdout), contextlib.redirect_stderr(silence or sys.stderr):
             try:
-                yield ranks
+                with system_errors():
+                    yield ranks
+                ranks.gather(None)       # a mistake at another's end, say a file that cannot be written, is everybody's
             except UserError as error:
                 if not isinstance(error, SharedError):
                     ranks.gather(error)                      # raises SharedError, as the other ranks' next one does

@@ -46,7 +46,8 @@ def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, quantize_activations:
 
 
 def int8_linear_reference(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+    # Scaled in fp32: for bf16 scales the compiler has a kernel of its own, which fails on CUDA.
+    return (F.linear(x, weight.to(x.dtype)).float() * scales).to(x.dtype)
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int,

@@ -30,9 +30,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import torch
 
-import cli
 import formats
 import tp
 from benchmark_report import LABELS, OURS, PEERS, plot, report

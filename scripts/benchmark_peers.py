@@ -14,11 +14,13 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cli
 from benchmark_worker import measured, reset_peak_memory, serve, token_times
 from config import ModelArgs, rope_frequencies
 from model import rotate

@@ -15,10 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import torch
 from torch import Tensor
 
-import cli
 import kernels
 import quantize
 import tp

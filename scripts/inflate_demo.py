@@ -13,11 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import cli
 from cli import UserError
 from convert import convert
 from loading import DEMO

@@ -19,9 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import torch
 
-import cli
 import tp
 from cli import UserError
 from generate import Engine, bytes_read_per_token, memory_used, stream, warm_up

@@ -5,6 +5,7 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:      # before torch reads it: one core a worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,8 @@ import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+hypothesis.settings.register_profile("same examples every time", derandomize=True)
+hypothesis.settings.load_profile("same examples every time")
 EOS = 256                                    # of tiny's tokenizer
 
 
@@ -33,8 +36,8 @@ def tiny_folder(tmp_path_factory):
     def folder(family: str) -> Path:
         if family not in made:
             path = tmp_path_factory.mktemp(family)
-            if family == "qwen-v1":
-                tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4), path)
+            if family in tiny.QWEN_V1:
+                tiny.save_qwen_v1(tiny.reference("qwen2", num_key_value_heads=4), path, **tiny.QWEN_V1[family])
             else:
                 tiny.save(tiny.reference(family), path)
             convert(path, progress=False)

@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 
+import harness
+from cli import UserError
 from conftest import EOS, ROOT, expected_logprobs
 from eval import compare, main, perplexity, token_logits, windows
 from loading import load_model
@@ -119,3 +121,32 @@ def test_bad_input_is_one_line_and_status_2(eval_folder, tmp_path, refusal, argu
     (tmp_path / "SHORT").write_text("def f(x):")
     arguments = [tmp_path / a if a in ("EMPTY", "SHORT") else a for a in arguments]
     assert message in refusal(main, "--device", "cpu", "--dtype", "fp32", "--model", eval_folder, *arguments)
+
+
+TASKS = ROOT / "tests" / "lm_eval_tasks"
+GOOD = (TASKS / "choice.yaml").read_text()
+BROKEN = {                                   # task files: by name and as a file each is refused, or was fine
+    "no YAML": "a: [", "list": "- 1", "empty": "", "bytes": "\xff\0", "no data": "task: heldout_choice\n",
+    "output type": GOOD.replace("multiple_choice", "junk"), "data": GOOD.replace("choice.json", "nowhere.json"),
+    "function": GOOD + "\nprocess_docs: !function nowhere.f\n", "no metric": GOOD + "\nmetric_list: [{metric: zz}]\n",
+    "metrics": GOOD + "\nmetric_list: 5\n", "include": GOOD + "\ninclude: nowhere.yaml\n",
+    "itself": GOOD + "\ninclude: task.yaml\n", "group of none": "group: heldout_choice\ntask: [nowhere]\n",
+    "group of itself": "group: heldout_choice\ntask: [heldout_choice]\n", "key": GOOD + "\nzzz: 5\n",
+    "delimiter": GOOD + "\ntarget_delimiter: 5\n", "template": GOOD.replace('"{{context}}"', '"{{ a.b.c }}"'),
+    "split": GOOD.replace("test_split: test", "test_split: zz")}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_tasks_are_refused_in_a_line(name, tmp_path):
+    folder = shutil.copytree(TASKS, tmp_path / "tasks", ignore=shutil.ignore_patterns("*.yaml"))
+    (folder / "task.yaml").write_bytes(BROKEN[name].encode("latin-1"))
+    for task in ("heldout_choice", str(folder / "task.yaml")):
+        with pytest.raises(UserError, match="heldout_choice|task.yaml") as caught:
+            harness.load_tasks([task], folder, include_defaults=False)
+        assert caught.value.field == "tasks"
+
+
+def test_more_examples_than_there_are(eval_folder):
+    argv = ["--include_path", TASKS, "--tasks", "heldout_choice", "--limit", "1", "--num_fewshot", "99999999"]
+    with pytest.raises(UserError, match="num_fewshot 99999999 examples are more than a task has"):
+        main(["--device", "cpu", "--model", str(eval_folder), *map(str, argv)])

@@ -1,19 +1,31 @@
 """Decoding, sampling and the command, on tiny checkpoints."""
+import gc
+import gzip
 import io
+import itertools
 import json
+import math
+import os
+import random
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 import generate
+import kernels
 import loading
 import tiny
 from chat import RowPrinter
 from cli import UserError
 from conftest import ROOT
+from eval import token_logits
 from generate import Engine, Sampling, load_model, main, sample
+from harness import Scorer
+from kernels.memory import HugePages
 from tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -71,6 +83,32 @@ def test_rows_of_a_batch_are_independent(loaded):
     alone = [tokens(engine, p, 20) for p in PROMPTS]
     together = list(zip(*engine.generate(PROMPTS, 20, GREEDY, stop_ids=frozenset())))
     assert [list(row) for row in together] == alone
+
+
+@pytest.mark.skipif(bool(kernels.unavailable_reason()), reason="elsewhere the compiler drops roundings to bf16")
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2-yarn", "qwen3", "qwen-v1-ntk"])
+def test_in_bf16_too_the_same_seed_gives_the_same_text_compiled_or_not(tiny_folder, family):
+    model, tokenizer = load_model(tiny_folder(family), "cpu", torch.bfloat16)
+    eager, compiled = Engine(model, tokenizer), Engine(model, tokenizer, compile=True)
+    for seed in range(6):
+        prompt = [(7 * i + seed) % 256 for i in range(20 + 15 * seed)]
+        for sampling in (GREEDY, Sampling(0.8, 200)):
+            assert tokens(compiled, prompt, 100, sampling, seed=seed) == tokens(eager, prompt, 100, sampling, seed=seed)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.QWEN_V1])
+def test_rows_of_a_ragged_batch_compute_what_each_computes_alone(tiny_folder, family):
+    """For Qwen v1 each with its own dynamic NTK: the training length of qwen-v1-ntk is 64."""
+    engine = Engine(load_model(tiny_folder(family), "cpu", torch.float32)[0])
+    prompts = [[(7 * i + n) % 256 for i in range(n)] for n in (200, 30, 100, 65, 64)]
+    alone = []
+    for prompt in prompts:
+        alone.append(([i for i, in engine.generate(prompt, 12, GREEDY)], engine.prefill([prompt])))
+    rows = [list(row) for row in zip(*engine.generate(prompts, 12, GREEDY))]
+    assert rows == [tokens for tokens, _ in alone]
+    torch.testing.assert_close(engine.prefill(prompts), torch.cat([logits for _, logits in alone]), atol=1e-4,
+                               rtol=1e-4)
 
 
 def test_each_row_stops_at_its_own_stop_id(loaded):
@@ -147,6 +185,120 @@ def test_ctrl_c_during_prefill_or_a_step_leaves_a_usable_cache(loaded, monkeypat
     assert tokens(engine, longer, 8, keep_cache=True) == tokens(Engine(*loaded), longer, 8)
 
 
+def interrupt(engine, prompt):
+    answer = engine.generate(prompt, 8, GREEDY, keep_cache=True)
+    next(answer)
+    answer.close()
+
+
+def refuse(engine, prompt):
+    with pytest.raises(UserError):
+        tokens(engine, [*prompt, *[1] * 500], 8, keep_cache=True)
+
+
+BETWEEN = {
+    "nothing": lambda engine, prompt: None, "interrupted": interrupt, "refused": refuse,
+    "scored": lambda engine, prompt: Scorer(engine.model).score([(prompt, [1, 2, 3])]),
+    "read": lambda engine, prompt: list(token_logits(engine.model, prompt, prompt[1:] + [0])),
+    "another engine": lambda engine, prompt: tokens(Engine(engine.model), prompt, 4),
+    "a batch": lambda engine, prompt: engine.speculator or list(engine.generate([prompt, prompt[:9]], 4, GREEDY)),
+    "its draft": lambda engine, prompt: engine.speculator and tokens(engine.speculator.draft_engine, prompt, 4)}
+
+
+@pytest.mark.parametrize("speculates", [False, True], ids=["plain", "speculates"])
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("family", ["qwen3", "qwen-v1-ntk"])
+def test_a_kept_cache_is_right_whatever_came_between(tiny_folder, family, between, speculates):
+    """Prompts that begin alike, on either side of Qwen v1's training length, after which all keys are others."""
+    model, other = (load_model(tiny_folder(family), "cpu", torch.float32)[0] for _ in range(2))
+    draft = Engine(load_model(tiny_folder(family), "cpu", torch.float32)[0]) if speculates else None
+    engine, text = Engine(model, draft=draft, speculate_k=3), [(11 * i) % 256 for i in range(140)]
+    for at, length in enumerate((100, 40, 50, 70, 62, 139, 138, 61, 64, 65)):
+        prompt = text[:length] + [at]
+        assert tokens(engine, prompt, 6, keep_cache=True) == tokens(Engine(other), prompt, 6)
+        BETWEEN[between](engine, text[:(60, 90)[at % 2]] + [9 + at])
+    if speculates:                       # a draft that is the model itself is always right, if its cache is
+        assert engine.speculator.statistics.acceptance == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_requests_of_one_kind_share_a_compilation(loaded, monkeypatch, has_kernels):
+    """Whatever the temperature, top_k, top_p and lengths. Without the kernels the graph holds the cache: its size, too,
+    is a kind."""
+    if not has_kernels:
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    engine, kinds, draw = Engine(*loaded, compile=True), set(), random.Random(0)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(40):
+        sampling = Sampling(draw.choice([0, 1.0, 0.1 + draw.random()]), draw.choice([None, 1, 5, 200, 256, 257, 999]),
+                            draw.choice([None, 1.0, 0.01 + 0.9 * draw.random()]))
+        prompt = [draw.randrange(256) for _ in range(draw.randrange(1, 200))]
+        eager = Engine(*loaded)
+        n, capacity, seed = draw.randrange(2, 12), draw.choice([0, draw.randrange(220, 512)]), draw.randrange(1 << 40)
+        compiled = tokens(engine, prompt, n, sampling, seed=seed, max_seq_length=capacity)
+        assert compiled == tokens(eager, prompt, n, sampling, seed=seed, max_seq_length=capacity)
+        candidates, cuts, _ = sampling.choice(257)
+        kinds.add((candidates, candidates and cuts, 0 if has_kernels else loaded[0].max_seq_length))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(kinds) >= 4
+
+
+@pytest.mark.parametrize("asked, given", [(1, 256), (256, 256), (257, 512), (300, 512), (512, 512), (520, 520)])
+def test_caches_round_up_to_powers_of_2_and_at_most_to_the_context(loaded, monkeypatch, asked, given):
+    model = loaded[0]
+    for free, expected in ((1 << 40, given), (2 * generate.cache_bytes(model.args, 2, given, model.dtype) - 2, asked)):
+        monkeypatch.setattr(generate, "free_memory", lambda device: free)
+        model.max_batch_size = 0
+        generate.reserve_caches(model, 2, asked)
+        assert model.max_seq_length == expected
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_leaves_memory_with_its_engine(folder, compile):
+    """At once, not when Python next looks for cycles."""
+    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32)
+    engine, alive = Engine(model, tokenizer, compile), weakref.ref(model)
+    next(engine.generate(PROMPTS[0], 9, GREEDY, stop_ids=frozenset()))
+    tokens(engine, PROMPTS[0], 4)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, engine
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def resources():
+    """(bytes in memory, open files)"""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("speculates", [False, True])
+def test_memory_and_open_files_stay_as_they_are(folder, speculates):
+    """Over 10,000 tokens, every second text dropped in the middle, and 50 loadings. What is allowed: one chunk of huge
+    pages, which is shared by models, and two models of 0.6 MB with their caches."""
+    def texts(engine, number):
+        for i in range(number):
+            steps = engine.generate([1 + i, 2, 3], 250, Sampling(0.8, 200), seed=i, stop_ids=frozenset())
+            list(itertools.islice(steps, 125 if i % 2 else 250))
+
+    def load():
+        return Engine(*load_model(folder / "model.pth", "cpu", torch.float32), draft="ngram" if speculates else None)
+    engine = load()
+    texts(engine, 10)
+    memory, files = resources()
+    texts(engine, 54)
+    assert resources()[1] == files and resources()[0] < memory + (4 << 20)
+    for _ in range(50):
+        texts(load(), 1)
+    assert resources()[1] == files and resources()[0] < memory + HugePages.CHUNK + (8 << 20)
+
+
 # ---- sampling
 
 def chi_square_fits(counts, probs):
@@ -164,8 +316,9 @@ def chi_square_fits(counts, probs):
 def test_samples_follow_the_distribution(sampling):
     draws, rng = 40_000, torch.Generator().manual_seed(0)
     logits = torch.randn(50, generator=rng) * 2
-    noise = torch.empty(draws, sampling.candidates(50)).exponential_(generator=rng)
-    counts = sample(logits.expand(draws, -1), sampling, noise).flatten().bincount(minlength=50).double()
+    choice = sampling.choice(50)
+    noise = torch.empty(draws, choice.candidates).exponential_(generator=rng)
+    counts = sample(logits.expand(draws, -1), choice, noise).flatten().bincount(minlength=50).double()
 
     order = (logits.double() / sampling.temperature).softmax(-1).sort(descending=True)
     probs = order.values.clone()
@@ -180,9 +333,22 @@ def test_samples_follow_the_distribution(sampling):
     assert chi_square_fits(counts, expected)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-6, 1e30, math.inf])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("top_p", [None, 1e-300, 0.5])
+def test_extreme_temperatures(temperature, top_k, top_p):
+    """Near zero the most probable token, near infinity any of those that top_k and top_p leave."""
+    sampling = Sampling(temperature, top_k, top_p)
+    logits, choice = torch.tensor([[1.0, 700.0, -50.0, 699.0, 3.0]]), sampling.choice(5)
+    noise = torch.rand(2000, 5, generator=torch.Generator().manual_seed(0)).log().neg()
+    drawn = set(sample(logits.expand(2000, -1), choice, noise).flatten().tolist())
+    left = 1 if temperature < 1 or top_p == 1e-300 else math.ceil((top_k or 5) * (top_p or 1))
+    assert drawn == set([1, 3, 4, 0, 2][:left])
+
+
 def test_temperature_zero_is_argmax_even_between_near_ties():
     logits = torch.tensor([[1.0, 1.0 + 1e-6, 0.5]])
-    assert all(sample(logits, GREEDY, torch.empty(1, 0)).item() == 1 for _ in range(20))
+    assert all(sample(logits, GREEDY.choice(3), torch.empty(1, 0)).item() == 1 for _ in range(20))
 
 
 def test_ids_past_the_tokenizer_are_never_sampled(loaded):
@@ -225,10 +391,26 @@ def test_seed_and_prompt_file(folder, capsys, tmp_path):
     assert text("--prompt", "a")[0] == "a"
 
 
-def test_profile_is_a_chrome_trace(folder, capsys, tmp_path):
-    run_main(capsys, "--checkpoint_path", folder / "model.pth", "--num_samples", 1, "--max_new_tokens", 3, "--profile",
-             tmp_path / "trace.json", "--device", "cpu")
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+PROFILED = ["--num_samples", 1, "--max_new_tokens", 3, "--device", "cpu", "--profile"]
+
+
+@pytest.mark.parametrize("name, read", [("trace.json", open), ("trace.json.gz", gzip.open)])
+def test_profile_is_a_chrome_trace(folder, capsys, tmp_path, name, read):
+    run_main(capsys, "--checkpoint_path", folder / "model.pth", *PROFILED, tmp_path / name)
+    with read(tmp_path / name) as file:
+        trace = json.load(file)
+    assert trace["traceEvents"] and trace["traceName"] == name and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("written", [None, "", '{"traceEvents": ['])
+def test_a_profile_that_cannot_be_written_says_so(folder, refusal, tmp_path, monkeypatch, written):
+    """PyTorch itself only logs it."""
+    (tmp_path / "trace.json").write_text("old")
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace",
+                        lambda self, path: written is None or Path(path).write_text(written))
+    told = refusal(main, "--model", folder, *PROFILED, tmp_path / "trace.json", "--quiet")
+    assert f"--profile {tmp_path}/trace.json: the trace cannot be written" in told
+    assert (tmp_path / "trace.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def chat_folder(tmp_path):
@@ -411,7 +593,8 @@ def test_checkpoint_of_another_shape_or_without_config(tmp_path):
 
 
 def test_out_of_memory_says_what_was_needed(folder, loaded, monkeypatch):
-    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
+    for module in (loading, generate):
+        monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match="out of memory: the weights of .* take .* GB, and .* GB are free"):
         load_model(folder / "model.pth")
     with pytest.raises(UserError, match="out of memory: keys and values of 7 x 500 positions"):

@@ -1,6 +1,7 @@
 """The harness on our models, beside lm-eval's own backend for transformers."""
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -10,18 +11,21 @@ import pytest
 import torch
 
 import harness
+import tiny
 from cli import UserError
 from conftest import EOS, ROOT, expected_logprobs, save_for_eval
 from eval import main as eval_main
 from eval import token_logits
 from generate import Engine
-from harness import QwenFast, Scorer, generate_texts, load_tasks, sampling_from
+from harness import QwenFast, Scorer, generate_texts, is_mentioned, load_tasks, sampling_from
 from loading import load_model
 from quantize import quantize_checkpoint
 from sampling import Sampling
+from test_model import qwen_v1_by_hand
 from test_quantize import dequantized
 
 TASKS = ROOT / "tests" / "lm_eval_tasks"
+HELDOUT = (ROOT / "tests" / "data" / "heldout.txt").read_text("utf-8")
 METRICS = {"heldout_choice": ["acc", "acc_norm"], "heldout_line": ["exact_match"],
            "heldout_rolling": ["word_perplexity", "byte_perplexity", "bits_per_byte"]}
 NAMES, PROMPTED = list(METRICS), ["heldout_choice", "heldout_line"]      # those that examples and a chat matter to
@@ -66,6 +70,24 @@ def test_scores_equal_transformers(eval_model, hf_model, batch_size):
         expected = expected_logprobs(hf_model, *request)
         assert logprob == pytest.approx(expected[0], abs=1e-4, rel=1e-5) and greedy == expected[1]
     assert sum(done) == len(requests) and scorer.num_truncated == 3
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.QWEN_V1])
+def test_scores_do_not_depend_on_the_batch(tiny_folder, family):
+    """Contexts and continuations on either side of Qwen v1's training length, 64 of qwen-v1-ntk."""
+    model, _ = load_model(tiny_folder(family), "cpu", torch.float32)
+    RANDOM.manual_seed(4)
+    contexts = [ids(n) for n in (1, 50, 63, 64, 65, 129)]
+    requests = [(context, ids(n)) for context in contexts for n in (1, 2, 16, 70)] + [(ids(540), ids(3))]
+    alone = [Scorer(model, 1).score([request])[0][0] for request in requests]
+    for batch_size in (1, 3, None):
+        scores = [logprob for logprob, _ in Scorer(model, batch_size).score(requests)]
+        assert scores == pytest.approx(alone, abs=2e-4, rel=1e-5)
+    if family == "qwen-v1-ntk":
+        for (context, continuation), score in zip(requests[:-1], alone):
+            text = torch.tensor(context + continuation)
+            logits = qwen_v1_by_hand(model, text[:-1], len(text) - 1)[-len(continuation):].log_softmax(-1)
+            assert logits.gather(1, text[-len(continuation):, None]).sum().item() == pytest.approx(score, abs=2e-3)
 
 
 def test_the_greedy_continuation_is_recognised(eval_model, hf_model):
@@ -264,6 +286,16 @@ def test_quantized_checkpoints_score_as_their_weights_do(mode, tmp_path):
 
 
 @pytest.mark.slow
+def test_compiled_scores_follow_each_rows_own_ntk(tiny_folder):
+    model, _ = load_model(tiny_folder("qwen-v1-ntk"), "cpu", torch.float32)
+    requests = [(context, ids(n)) for context in (ids(50), ids(60), ids(120)) for n in (3, 9, 16)] + [(ids(9), ids(70))]
+    expected = [Scorer(model, 1).score([request])[0][0] for request in requests]
+    for batch_size in (3, 4):
+        scores = Scorer(model, batch_size, compile=True).score(requests)
+        assert [logprob for logprob, _ in scores] == pytest.approx(expected, abs=2e-4, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_compiled_tasks_score_the_same_and_new_lengths_compile_nothing(eval_model):
     eager, compiled = QwenFast(*eval_model, 4), QwenFast(*eval_model, 4, compile=True)
     for shots, limit in ((1, 2), (0, 3)):
@@ -273,19 +305,39 @@ def test_compiled_tasks_score_the_same_and_new_lengths_compile_nothing(eval_mode
         assert (torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) > 0) == bool(shots)
 
 
+def add_bos(folder, template=None):
+    """Makes the tokenizer put <s> first."""
+    from tokenizers import AddedToken, Tokenizer, processors
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<|im_end|>", special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    config |= {"chat_template": template} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("family", ["llama2", "qwen3"])
+def test_rolling_log_likelihoods_are_those_of_lm_evals_backend(family, adds_bos, tmp_path):
+    """Of texts shorter and longer than the context of 512, and of none."""
+    from lm_eval.api.instance import Instance
+    folder = save_for_eval(family, tmp_path)
+    if adds_bos:
+        add_bos(folder)
+    requests = [Instance("loglikelihood_rolling", {}, (HELDOUT[:n],), 0) for n in (0, 1, 7, 511, 512, 513, 1100)]
+    ours, theirs = (lm.loglikelihood_rolling(requests, disable_tqdm=True) for lm in both(folder))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def with_bos(eval_folder, tmp_path_factory):
     """The same checkpoint with a tokenizer that puts <s> first, and a template that does so too."""
-    from tokenizers import AddedToken, Tokenizer, processors
     other = shutil.copytree(eval_folder, tmp_path_factory.mktemp("bos") / "bos")
-    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<|im_end|>", special=True)])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
-    tokenizer.save(str(other / "tokenizer.json"))
     template = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}[assistant] {% endif %}")
-    config = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "chat_template": template}
-    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    add_bos(other, template)
     return QwenFast(*load_model(other, "cpu", torch.float32), 4)
 
 
@@ -301,7 +353,7 @@ def test_bos_comes_once(with_bos):
     lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("abab",), 0)], disable_tqdm=True)
     lm.loglikelihood([Instance("loglikelihood", {}, ("", "ab"), 0)], disable_tqdm=True)
     del lm.scorer.score
-    assert seen == [([257], text * 2), ([257], text)]
+    assert seen == [([257], [257, *text * 2]), ([257], text)]            # rolling: as lm-eval's backend has it
 
 
 def lm_ids(character):
@@ -334,6 +386,24 @@ def test_command_tasks(eval_folder, tmp_path, capsys):
     assert results["config"]["model"] == "QwenFast"
     assert results["config"]["model_args"] == {"checkpoint_path": str(eval_folder)}
     assert "heldout_rolling" in captured.out and "truncated on the left" in captured.err
+
+
+@pytest.mark.parametrize("name", ["no_such_task", "hellasswag", "no_such_*", "mmlu_[xyz]_no_such", "mmlu?no_such"])
+def test_an_unknown_name_is_refused_without_indexing_lm_evals_own_tasks(name, monkeypatch):
+    import lm_eval.tasks
+    make, made = lm_eval.tasks.TaskManager, []
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: made.append(options) or make(**options))
+    with pytest.raises(UserError, match="no such task"):
+        load_tasks([name, "heldout_line"], TASKS)
+    assert made == [dict(include_path=TASKS, include_defaults=False)]
+
+
+@pytest.mark.slow
+def test_lm_evals_own_names_are_found_in_its_files():
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager()
+    names = random.Random(0).sample(manager.all_subtasks, 12) + manager.all_groups[::40] + manager.all_tags[::20]
+    assert len(names) > 20 and all(map(is_mentioned, [*names, "hella*", "arc_[ce]*", "m?lu"]))
 
 
 def test_an_unknown_task_and_missing_data_are_named(tmp_path, monkeypatch):

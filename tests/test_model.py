@@ -155,7 +155,7 @@ def test_qwen_v1_beyond_its_training_length(prompt_length, tmp_path):
     ours, _ = load_model(folder / "model.pth", "cpu", torch.float32)
     ids = IDS[0]
     ours.setup_caches(1, 90)
-    ours.set_prompt_length(prompt_length)
+    ours.set_prompt_lengths([prompt_length])
     expected = qwen_v1_by_hand(ours, ids, prompt_length)
     got = ours(ids[None, :prompt_length], torch.arange(prompt_length), torch.arange(prompt_length))[0]
     torch.testing.assert_close(got, expected[:prompt_length], atol=1e-4, rtol=1e-4)

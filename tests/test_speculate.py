@@ -186,32 +186,30 @@ class Chain:
         return self.table[before, last]
 
 
-def drafted_and_accepted(target, draft, before, last, k, sampling, rng, accepts):
+def drafted_and_accepted(target, draft, before, last, k, choice, rng, accepts):
     """A round from contexts before, last [B] each: n [B] and tokens [B, k + 1]."""
     steps, text = [], [before, last]
     for _ in range(k):
-        scaled, ids = speculate.shortlist(draft.logits(text[-2], text[-1]), sampling)
+        scaled, ids = speculate.shortlist(draft.logits(text[-2], text[-1]), choice)
         noise = speculate.exponential_noise(*ids.shape, rng)
         text.append(ids.gather(-1, (scaled - noise.log()).argmax(-1, keepdim=True))[:, 0])
         steps.append((scaled.softmax(-1), ids))
     logits = torch.stack([target.logits(*text[i:i + 2]) for i in range(k + 1)], 1)
     probs, ids = (torch.stack(parts, 1) for parts in zip(*steps))
-    uniform, noise = torch.rand(len(last), k, generator=rng), speculate.exponential_noise(len(last),
-                                                                                          sampling.candidates(8),
-                                                                                          rng)[:, None]
-    found = torch.vmap(lambda *tensors: accepts(*tensors[:2], sampling,
-                                                *tensors[2:]))(logits, torch.stack(text[2:], 1), probs, ids, uniform,
-                                                               noise)
+    uniform = torch.rand(len(last), k, generator=rng)
+    noise = speculate.exponential_noise(len(last), choice.candidates, rng)[:, None]
+    found = torch.vmap(lambda logits, drafted, *rest: accepts(logits, drafted, choice, *rest))(
+        logits, torch.stack(text[2:], 1), probs, ids, uniform, noise)
     return found[:, 0], found[:, 1:]
 
 
-def three_tokens(target, draft, k, sampling, rng, accepts, draws):
+def three_tokens(target, draft, k, choice, rng, accepts, draws):
     """[draws, 3] tokens after the context 0, 1."""
     text, length, rows = torch.zeros(draws, 3 + 3 * (k + 1), dtype=torch.int64), torch.full((draws,),
                                                                                             2), torch.arange(draws)
     text[:, 1] = 1
     for _ in range(3):
-        n, new = drafted_and_accepted(target, draft, text[rows, length - 2], text[rows, length - 1], k, sampling, rng,
+        n, new = drafted_and_accepted(target, draft, text[rows, length - 2], text[rows, length - 1], k, choice, rng,
                                       accepts)
         for i in range(k + 1):
             text[rows, length + i] = new[:, i]
@@ -258,7 +256,7 @@ def counted(rows):
 
 def chain_p_value(sampling, draft_spread, accepts, k=2):
     target, draft, rng = Chain(1, 1.5), Chain(2, draft_spread), torch.Generator().manual_seed(3)
-    return p_value(counted(three_tokens(target, draft, k, sampling, rng, accepts, DRAWS)),
+    return p_value(counted(three_tokens(target, draft, k, sampling.choice(8), rng, accepts, DRAWS)),
                    continuations(lambda *new: target.logits(*[0, 1, *new][-2:]), sampling))
 
 
@@ -273,10 +271,10 @@ def always(logits, drafted, *rest):
     return accept(logits, drafted, *rest[:3], torch.zeros_like(rest[3]), rest[4])
 
 
-def from_the_model_not_the_rest(logits, drafted, sampling, probs, ids, uniform, noise):
+def from_the_model_not_the_rest(logits, drafted, choice, probs, ids, uniform, noise):
     """Refused tokens replaced by a draw from p instead of from max(0, p - q)."""
-    n = accept(logits, drafted, sampling, probs, ids, uniform, noise)[:1]
-    scaled, at = speculate.shortlist(logits, sampling)
+    n = accept(logits, drafted, choice, probs, ids, uniform, noise)[:1]
+    scaled, at = speculate.shortlist(logits, choice)
     last = at[n].gather(1, (scaled[n] - noise.log()).argmax(-1, keepdim=True))[0]
     return torch.cat((n, torch.where(torch.arange(len(drafted) + 1) < n, torch.cat((drafted, last)), last)))
 
@@ -312,10 +310,9 @@ def test_samples_of_the_whole_program(sampling, drafts):
         probs = exact_probabilities(target, prompt, sampling)
         for _ in range(DRAWS):
             text = list(prompt)
-            speculator.drafter.begin(text, False)
-            speculator.drafter.cached_len = len(prompt) - 1
+            speculator.drafter.begin(text, True)
             while len(text) < len(prompt) + 3:
-                speculator.round(text, 50, sampling, rng)
+                speculator.round(text, 50, sampling.choice(8), rng)
             key = tuple(text[len(prompt):len(prompt) + 3])
             counts[key] = counts.get(key, 0) + 1
     assert p_value(counts, probs) > 0.001

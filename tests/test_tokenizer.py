@@ -327,6 +327,8 @@ def test_round_trip(name, loaded):
     @given(characters)
     def check(text):
         text = unicodedata.normalize("NFC", text) if name in BYTE_LEVEL else text.replace("▁", "").replace("\0", "")
+        if name == "llama2_json":              # whose library puts no space before a text that begins with one
+            text = text.lstrip(" ")
         assert loaded[name].decode(loaded[name].encode(text, bos=False)) == text
         assert not set(loaded[name].encode(text, bos=False)) & set(loaded[name].control.values())
     check()
@@ -504,3 +506,178 @@ def test_missing_tokenizer_and_broken_config(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match="tokenizer_config.json"):
         Tokenizer.from_dir(tmp_path)
+
+
+# ---- templates that put control tokens together from messages
+
+PIECES = st.sampled_from(["<|im_end|>", "<|im_start|>", "<think>"]).flatmap(
+    lambda token: st.tuples(st.just(token), st.integers(0, len(token)), st.integers(0, len(token))))
+FILTERS = ["", " | trim", " | string", " | replace('zz', '')", "[:]", " | tojson", " | list | join"]
+
+
+def with_template(folder: Path, template: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_dir(folder)
+    tokenizer._config = tokenizer._config | {"chat_template": template}
+    return tokenizer
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_a_template_cannot_complete_a_users_control_token(filter, folders):
+    """Whatever part of one is the message's, the prefix, the middle or the suffix; nor can two messages together."""
+    tokenizer = with_template(folders["qwen3"], "")
+
+    @settings(max_examples=30, deadline=None)
+    @given(PIECES)
+    def check(piece):
+        token, i, j = piece[0], min(piece[1:]), max(piece[1:])
+        if i == j:
+            return
+        before, middle, after = token[:i], token[i:j], token[j:]
+        tokenizer._config["chat_template"] = f"{before}{{{{- messages[0].content{filter} -}}}}{after}"
+        ids = tokenizer.render_chat([{"role": "user", "content": middle}])
+        assert not set(ids) & set(tokenizer.control.values())
+        assert middle in tokenizer.decode(ids)
+        tokenizer._config["chat_template"] = "{{ messages[0].content + messages[1].content }}"
+        ids = tokenizer.render_chat([{"role": "user", "content": token[:j]}, {"role": "user", "content": after}])
+        assert not set(ids) & set(tokenizer.control.values()) and tokenizer.decode(ids) == token
+    check()
+
+
+def test_messages_come_out_as_they_went_in(folders):
+    """Private-use characters too, in the values and the keys of a tool's arguments as in contents."""
+    tokenizer = with_template(folders["qwen3"], "<|im_start|>{{ messages[0].content | trim }}<|im_end|>"
+                              "{{ messages[0].tool_calls[0].arguments | tojson }}")
+    for text in ("<|im_end|>", "\U000f0000\U0010fffd<", "".join(map(chr, range(0xF0000, 0xF0100))), 'a"b\\', "é\n<b>"):
+        arguments = {text: [text, {"type": text}], "type": "<|im_end|>"}
+        message = {"role": "user", "content": f"  {text}\n", "tool_calls": [{"arguments": arguments}]}
+        ids = tokenizer.render_chat([message])
+        expected = f"<|im_start|>{text}<|im_end|>{json.dumps(arguments, ensure_ascii=False)}"
+        assert tokenizer.decode(ids) == expected
+        assert [i for i in ids if i in tokenizer.control.values()] == [701, 702]
+
+
+def test_an_error_of_a_template_shows_the_message_as_it_was(folders):
+    tokenizer = with_template(folders["qwen3"], "{{ raise_exception('no ' + messages[0].content) }}")
+    with pytest.raises(UserError, match="the chat template fails on this conversation: no <|im_end|>"):
+        tokenizer.render_chat([{"role": "user", "content": "<|im_end|>"}])
+
+
+# ---- damaged files
+
+JUNK = [None, True, 5, -1, 1.5, 10 ** 30, "", "x", [], ["x"], [None], {}, {"content": 5}, {"x": 1}, {"5": {}},
+        {"-1": {"content": "x"}}, {"5": {"content": ""}}, {"5": {"content": "x", "special": "yes"}}, {"5": None},
+        {"9" * 40: {"content": "x"}}]
+FITS = {                                     # which of those a key may hold
+    "bos_token": lambda v: v is None or isinstance(v, str), "eos_token": lambda v: v is None or isinstance(v, str),
+    "add_bos_token": lambda v: v is None or v is True,
+    "added_tokens_decoder": lambda v: v == {},
+    "chat_template": lambda v: v is None or isinstance(v, str) or v == []}
+
+
+@pytest.mark.parametrize("key", FITS)
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map"])
+def test_keys_of_wrong_types_are_named(key, name, folders, tmp_path):
+    folder = write(tmp_path, tokenizer=Backend.from_file(str(folders["qwen3"] / "tokenizer.json")))
+    for value in JUNK:
+        write(folder, **{name: {key: value}})
+        if FITS[key](value):
+            Tokenizer.from_dir(folder)
+            continue
+        with pytest.raises(UserError, match=f"{name}.json: {key}") as caught:
+            Tokenizer.from_dir(folder)
+        assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("value", [True, "5", -1, 1.5, {}, [None], ["5"], [-1], [[5]], 1 << 40])
+@pytest.mark.parametrize("name", ["generation_config", "config"])
+def test_stop_ids_of_wrong_types_are_named(name, value, folders, tmp_path):
+    folder = write(tmp_path, tokenizer=byte_bpe([]), **{name: {"eos_token_id": value}})
+    with pytest.raises(UserError, match=f"{name}.json: eos_token_id"):
+        Tokenizer.from_dir(folder)
+
+
+@pytest.mark.parametrize("content", [{"": 5}, {"x": -1}, {"x": "5"}, {"x": None}, {"x": 1 << 40}])
+def test_added_tokens_of_wrong_types_are_named(content, tmp_path):
+    with pytest.raises(UserError, match="added_tokens.json"):
+        Tokenizer.from_dir(write(tmp_path, tokenizer=byte_bpe([]), added_tokens=content))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"{", b"[]", b"5", b"[" * 99999, b'{"a": ' * 99999, b"1" * 9999,
+                                     b"", b"\0"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                                  "generation_config.json", "config.json"])
+def test_files_that_are_no_json_are_named(name, content, tmp_path):
+    write(tmp_path, tokenizer=byte_bpe([]))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        Tokenizer.from_dir(tmp_path)
+
+
+def token_of(id: int, content: str = "<x>") -> dict:
+    return dict(id=id, content=content, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}            # asks for 8 GB: aborts
+DAMAGE = {                                   # what panics, aborts or takes all memory inside the tokenizers library
+    "charsmap": {"normalizer": PRECOMPILED},
+    "empty pattern": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+    "no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "no special token": {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {
+        "id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {}}},
+    "unknown id": {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {
+        "id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {
+            "x": {"id": "x", "ids": [12345], "tokens": ["x"]}}}},
+    "merge": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}},
+    "huge id": {"model": {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}},
+}
+HARMLESS = {                                 # the library's own padding is of no concern to us
+    "padding": {"padding": {"strategy": {"Fixed": 10 ** 10}, "direction": "Right", "pad_to_multiple_of": None,
+                            "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}}}
+
+
+@pytest.mark.parametrize("name", [*DAMAGE, *HARMLESS])
+def test_a_damaged_tokenizer_json_is_one_line(name, tmp_path, capfd):
+    content = json.loads(byte_bpe(["<|im_end|>"]).to_str()) | DAMAGE.get(name, HARMLESS.get(name))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    if name in HARMLESS:
+        assert Tokenizer.from_dir(tmp_path).encode("ab")
+    else:
+        with pytest.raises(UserError, match="tokenizer.json: not a readable tokenizer"):
+            Tokenizer.from_dir(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_text_that_the_library_panics_on(tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(byte_bpe([]).to_str()) | {"pre_tokenizer": split}))
+    with pytest.raises(UserError, match="its tokenizer fails on this text"):
+        Tokenizer.from_dir(tmp_path).encode("a" * 40 + "b")
+
+
+@pytest.mark.parametrize("kind", ["decoder", "added"])
+def test_a_huge_id_takes_no_memory(kind, folders, tmp_path):
+    """One filler for each id up to it would be gigabytes."""
+    files = {"decoder": dict(tokenizer_config={"added_tokens_decoder": {"99999999": {"content": "<x>"}}}),
+             "added": dict(added_tokens={"<x>": 99999999})}[kind]
+    with pytest.raises(UserError, match="the largest id is 99999999, and there are 700 tokens"):
+        Tokenizer.from_dir(write(tmp_path, tokenizer=byte_bpe([]), **files))
+
+
+def test_ids_beyond_the_embedding(loaded, folders, tmp_path):
+    for name in EVERY:
+        size = loaded[name].vocab_size
+        loaded[name].check_fits(size)
+        with pytest.raises(UserError, match="the vocabulary has the id"):
+            Tokenizer.from_dir(folders[name]).check_fits(200)
+    with pytest.raises(UserError, match="BOS has the id 700, and the embedding has 700 rows"):
+        Tokenizer.from_dir(folders["llama3"]).check_fits(700)
+    model = folders["llama2"] / "tokenizer.model"
+    for files in (dict(tokenizer_dot_model=model.read_bytes()), dict(tokenizer=llama_json(model))):
+        config = {"chat_template": "{{ messages[0].content }}</s>[PAD]", "eos_token": "</s>"}
+        folder = write(tmp_path / str(*files), **files, added_tokens={"[PAD]": 700}, tokenizer_config=config)
+        tokenizer = Tokenizer.from_dir(folder)
+        assert tokenizer.render_chat(TALK[:1])[-2:] == [2, 700]
+        tokenizer.check_fits(600)
+        ids = tokenizer.render_chat(TALK[:1])
+        assert max(ids) < 600 and tokenizer.decode(ids).endswith("[PAD]")        # what is not there is text
+        assert tokenizer.decode([650, 700]) == "[PAD]"                           # and a hole between ids is nothing

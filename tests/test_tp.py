@@ -227,7 +227,6 @@ def free_port() -> int:
 def serve() -> None:
     """Requests and answers are lines of JSON: [world size, text for stdin, name of a function here, arguments] runs the
     function in so many ranks, and is answered by the list of their [exit status, stdout, stderr]."""
-    import transformers.utils.chat_template_utils  # noqa: F401  what chat takes seconds to import
     for request in iter(sys.stdin.readline, ""):
         world_size, text, name, *args = json.loads(request)
         port, ranks = free_port(), []
@@ -558,10 +557,14 @@ def test_rank_0_reads_the_prompts(run_ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint, flags, told", [
     ("qwen3", ["--top_p", "3"], "--top_p 3.0 must be more than 0 and at most 1"),
+    ("qwen3", ["--top_p", "{rank}.5"], "--top_p 1.5 must be more than 0 and at most 1 (on rank 1)"),
+    ("qwen3", ["--seed", "1e20"], "--seed: invalid int value: '1e20'"),
+    ("qwen3", ["--prompt_file", "/proc/self/mem"], "--prompt_file /proc/self/mem: cannot be read"),
+    ("qwen3", ["--profile", "/dev/null", "--max_new_tokens", "4"], "--profile /dev/null: cannot be written"),
     ("one-head", [], "--nproc_per_node 2 leaves some ranks without any of the 1 attention heads (1 to 1 work)"),
     ("rank{rank}", [], "the ranks have different checkpoints: rank 0 "),
     ("qwen3", ["--device", "cuda:99"], "--device cuda:99"),
-], ids=["flag", "heads", "checkpoints", "device"])
+], ids=["flag", "flag of rank 1", "number", "file", "profile", "heads", "checkpoints", "device"])
 def test_a_mistake_is_told_once(folder, run_ranks, checkpoint, flags, told):
     """One line from rank 0, exit status 2 on all ranks, and nobody waits for another."""
     first, second = run_ranks(2, "run_command", "--checkpoint_path", folder / checkpoint / "model.pth", *flags)
@@ -669,6 +672,16 @@ def test_torchrun_prints_what_one_process_prints_until_a_rank_dies(request_and_t
     assert sum(line.startswith("error: ") for line in err.splitlines()) == 1, err
     assert f"rank {1 - victim}" in err
     assert not any(Path(f"/proc/{pid}").exists() for rank, pid in workers.items() if rank)
+
+
+@pytest.mark.slow
+def test_ranks_end_when_torchrun_is_killed(request_and_text):
+    process = torchrun(*request_and_text[0], "--num_samples", "100000")
+    assert process.stdout.readline().startswith("Time to load model")
+    process.kill()
+    err = process.communicate(timeout=300)[1]                  # returns when all that hold its pipes have ended
+    told = [line for line in err.splitlines() if "rank" in line or "Traceback" in line]
+    assert told == ["error: torchrun, which started the ranks, is gone"]
 
 
 def environ_of(pid: str) -> dict[str, str]:

@@ -32,6 +32,8 @@ FAMILIES = {
     "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, initializer_range=0.1)),
 }
 
+QWEN_V1 = {"qwen-v1": dict(), "qwen-v1-ntk": dict(seq_length=64)}        # the latter: beyond its training length
+
 
 def reference(family: str, seed: int = 0, **changes):
     """A transformers model in fp32 with eager attention; norms and biases are random too, so that a lost one shows."""
