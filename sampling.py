@@ -1,7 +1,7 @@
 """From logits to tokens, and how the steps that do it are compiled."""
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def compile_step(step: Callable, model: Transformer, dynamic: bool | None = Fals
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if model.device.type == "cuda":
         # The tuning turns a product with one token into a fused multiply and sum, which reads weights faster.
-        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+        options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
         return torch.compile(step, fullgraph=True, dynamic=False, options=options)
     if runs_fused(model) and not prefill_too:
         skip_vector_instructions()

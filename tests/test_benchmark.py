@@ -283,7 +283,7 @@ def test_the_cores_are_divided_among_the_ranks(monkeypatch):
 # ---- workers
 
 TINY = dict(model_type="qwen3", num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=32, intermediate_size=128, vocab_size=512, rope_theta=1e6, max_position_embeddings=1024,
+            head_dim=32, intermediate_size=128, vocab_size=8192, rope_theta=1e6, max_position_embeddings=1024,
             tie_word_embeddings=True)
 
 
@@ -393,7 +393,7 @@ def test_random_rows_are_all_different(tmp_path):
     benchmark_worker.write_random_checkpoint(ModelArgs.from_hf(TINY), torch.bfloat16, tmp_path / "model.pth")
     state = torch.load(tmp_path / "model.pth")["state_dict"]
     matrix = state["tok_embeddings.weight"]
-    assert len(matrix.unique(dim=0)) == 512 and matrix.float().std() == pytest.approx(0.012, rel=0.05)
+    assert len(matrix.unique(dim=0)) == 8192 and matrix.float().std() == pytest.approx(0.012, rel=0.05)
     assert all(tensor.isfinite().all() for tensor in state.values()) and (state["norm.weight"] == 1).all()
 
 

@@ -12,6 +12,7 @@ STEPS = {"decode, greedy", "decode, top_k", "decode, top_p", "decode, all", "ver
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(torch.version.cuda is None, reason="this build of PyTorch is not for CUDA")
 @pytest.mark.parametrize("kind, dtype", [("none", "bf16"), ("none", "fp16"), ("int8", "bf16"), ("int8", "fp16"),
                                          ("int4", "bf16"), ("int4", "fp16"), ("int4-fp16", "bf16"),

@@ -54,11 +54,11 @@ def test_held_out_bits_per_byte_are_as_stated(demo, draft):
 
 
 def test_demo_writes_python_after_quicksort(demo):
-    """Of six samples of 120 tokens some hold statements, and the lines before the last form a function that Python can
-    parse."""
+    """Of twelve samples of 120 tokens some hold statements, and the lines before the last form a function that Python
+    can parse."""
     model, tokenizer = demo
     engine, parsed = Engine(model, tokenizer), 0
-    for seed in range(6):
+    for seed in range(12):
         text = "def quicksort(arr):\n"
         for row in engine.generate(tokenizer.encode(text), 120, Sampling(0.7), seed=seed):
             text += tokenizer.decode([row[0]])

@@ -579,7 +579,8 @@ def test_checkpoint_of_another_shape_or_without_config(tmp_path):
     folder = tiny.save(tiny.reference("qwen2"), tmp_path)
     load_model(folder)
     config = json.loads((folder / "config.json").read_text())
-    for change in (dict(hidden_size=128), dict(num_hidden_layers=4), dict(num_hidden_layers=2),
+    for change in (dict(hidden_size=128), dict(num_hidden_layers=4, layer_types=None),
+                   dict(num_hidden_layers=2, layer_types=None),
                    dict(model_type="qwen3")):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match="does not fit its config.json"):

@@ -1,6 +1,7 @@
 """Speculative decoding: the model's own text and distribution, whatever the draft; the choice of k; bad input."""
 import json
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -168,6 +169,25 @@ def test_a_kept_cache_after_a_round_that_was_cut(tiny_pair):
         answer.close()
         text = text + part + [7]
         assert tokens(engine, text, 12, keep_cache=True) == tokens(Engine(target, tokenizer), text, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, steps", [("model", 5), ("ngram", 3)])
+def test_requests_of_one_kind_share_a_compilation(tiny_pair, monkeypatch, kind, steps):
+    """Whatever the temperature, top_k, top_p and lengths. The steps: a plain one, verification of one token and of
+    more, drafting after two tokens and after one; the kinds: greedy, 256, all, and all but what top_p cuts."""
+    monkeypatch.setattr(speculate, "runs_fused", lambda model: False)
+    (target, tokenizer), draft = tiny_pair
+    engine, draw = speculating(target, tokenizer, draft_of(kind, draft, None), 4, True), random.Random(0)
+    tokens(Engine(target, tokenizer), PROMPT, 1, max_seq_length=510)               # the capacity is the same for all
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(40):
+        sampling = Sampling(draw.choice([0, 1.0, 0.1 + draw.random()]), draw.choice([None, 1, 5, 200, 256, 257, 999]),
+                            draw.choice([None, 1.0, 0.01 + 0.9 * draw.random()]))
+        prompt = PROMPT[:draw.randrange(2, 42)] * draw.randrange(1, 5)
+        tokens(engine, prompt, draw.randrange(2, 30), sampling, max_seq_length=draw.choice([0, 220, 500]))
+    assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4 * steps
 
 
 # ---- sampling: the distribution
