@@ -145,8 +145,12 @@ def missing(program: str) -> str | None:
 def plan(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     """The jobs in the order in which a round runs them, and one line for each one left out."""
     common = {key: getattr(args, key) for key in ("device", "threads", "tokens", "groupsize", "lm_head", "work_dir")}
-    common |= dict(config=PUBLISHED[args.model], name=args.model, dtype=DTYPES[args.dtype])
-    peers = [peer for peer in args.peers if not missing(peer)] + ["plain"] * (not args.no_plain)
+    config, name = PUBLISHED[args.model], args.model
+    if args.layers:
+        config, name = {**config, "num_hidden_layers": args.layers}, f"{name}-{args.layers}-layers"
+    common |= dict(config=config, name=name, dtype=DTYPES[args.dtype])
+    has_experts = ModelArgs.from_hf(config).n_expert > 0                     # for which the plain program has no form
+    peers = [peer for peer in args.peers if not missing(peer)] + ["plain"] * (not args.no_plain and not has_experts)
     points, jobs = itertools.product(*(getattr(args, size) for size in SIZES)), []
     for kind, point in itertools.product(args.quant, [dict(zip(SIZES, point, strict=True)) for point in points]):
         jobs += [job_of(args, common, kind, point, OURS, mode == "compile") for mode in args.modes]
@@ -177,10 +181,10 @@ def measure(args: argparse.Namespace, caches: str) -> dict:
             print(f"round {number}: {job['label']} {job['quantization']}: {ms:.1f} ms a step", file=sys.stderr)
     skipped += [f"{job['label']} {job['quantization']} failed: {results[-1]['failed']}"
                 for job, results in pairs if "failed" in results[-1]]
-    rows = [summarize(job, results, ModelArgs.from_name(args.model)) for job, results in pairs
+    rows = [summarize(job, results, ModelArgs.from_hf(job["config"])) for job, results in pairs
             if "failed" not in results[-1]]
     compare(rows)
-    told = {key: getattr(args, key) for key in ("model", "dtype", "device", "tokens", "rounds", "groupsize", "lm_head")}
+    told = {key: getattr(args, key) for key in ("model", "layers", "dtype", "device", "tokens", "rounds", "groupsize", "lm_head")}
     return told | dict(machine=describe_machine(args.threads, torch.device(args.device)), rows=rows, skipped=skipped)
 
 
@@ -190,6 +194,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--model", default="Qwen3-0.6B", choices=PUBLISHED, metavar="NAME", help="a published shape, e.g. Llama-3.2-1B")
+    add("--layers", type=int, help="fewer of them, where the model does not fit into memory")
     add("--device", default="cpu", help="cpu, cuda or cuda:1")
     add("--dtype", default="bf16", choices=DTYPES)
     add("--quant", nargs="+", default=["none"], choices=["none", *formats.MODES], help="formats of the weights")

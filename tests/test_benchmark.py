@@ -214,6 +214,12 @@ def test_what_is_no_result_is_refused(content, tmp_path):
 
 # ---- planning and running
 
+def test_fewer_layers_of_a_model_with_experts():
+    args = benchmark.parse_args(["--model", "Qwen3-30B-A3B", "--layers", "6", "--modes", "eager"])
+    (job,), skipped = benchmark.plan(args)
+    assert job["config"]["num_hidden_layers"] == 6 and job["name"] == "Qwen3-30B-A3B-6-layers" and not skipped
+
+
 def test_a_missing_peer_is_named_and_left_out(monkeypatch):
     monkeypatch.setitem(benchmark.NEEDS, "llama.cpp", ("a_package_that_is_not_there",))
     monkeypatch.setitem(benchmark.NEEDS, "transformers", ())
