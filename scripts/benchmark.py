@@ -184,7 +184,8 @@ def measure(args: argparse.Namespace, caches: str) -> dict:
     rows = [summarize(job, results, ModelArgs.from_hf(job["config"])) for job, results in pairs
             if "failed" not in results[-1]]
     compare(rows)
-    told = {key: getattr(args, key) for key in ("model", "layers", "dtype", "device", "tokens", "rounds", "groupsize", "lm_head")}
+    asked = ("model", "layers", "dtype", "device", "tokens", "rounds", "groupsize", "lm_head")
+    told = {key: getattr(args, key) for key in asked}
     return told | dict(machine=describe_machine(args.threads, torch.device(args.device)), rows=rows, skipped=skipped)
 
 

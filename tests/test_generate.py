@@ -631,3 +631,16 @@ def test_default_dtype_never_picks_fp16_on_a_cpu(monkeypatch):
     for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert loading.default_dtype(cuda) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe-sparse"])
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_experts_compiled(tiny_folder, monkeypatch, family, with_kernels):
+    """Steps gather the chosen experts' weights where there are no kernels, and prompts run expert by expert."""
+    if not with_kernels:
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    model, _ = load_model(tiny_folder(family), "cpu", torch.float32)
+    eager, compiled = Engine(model), Engine(model, compile=True, compile_prefill=True)
+    for prompts in (list(range(40)), PROMPTS):
+        assert list(compiled.generate(prompts, 12, GREEDY)) == list(eager.generate(prompts, 12, GREEDY))

@@ -79,6 +79,17 @@ def draft_of(kind, pair, target):
 PROMPT = list(range(40, 70)) + list(range(40, 52))
 
 
+@pytest.mark.parametrize("family", ["qwen2-moe", "mixtral"])
+def test_a_model_with_experts_verifies(tiny_folder, tiny_pair, family):
+    model, tokenizer = load_model(tiny_folder(family), "cpu", FP32)
+    prompt = [7, 8, 9, 10, 7, 8, 9]
+    plain = tokens(Engine(model, tokenizer), prompt)
+    for draft in (lambda: Engine(*tiny_pair[1]), lambda: Engine(model, tokenizer), lambda: "ngram"):
+        for k in (3, None):
+            assert tokens(speculating(model, tokenizer, draft(), k), prompt) == plain
+
+
+
 @pytest.mark.parametrize("kind", ["model", "ngram"])
 def test_greedy_equals_plain_decoding(tiny_pair, compile, kind):
     (target, tokenizer), draft = tiny_pair
