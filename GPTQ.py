@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from checkpoint import check_finite
 from cli import UserError
 from config import rope_frequencies
 from formats import QuantizedLinear
-from model import Attention, KVCache, MoE, Transformer, TransformerBlock
+from model import Attention, FeedForward, KVCache, Linear, MoE, Transformer, TransformerBlock
 
 ATTENTION, FEED_FORWARD = ("attention.wqkv", "attention.wo"), ("feed_forward.w13", "feed_forward.w2")
 SHARED = ("feed_forward.shared.w13", "feed_forward.shared.w2")       # halves of a block, in the order of computation
@@ -174,7 +175,7 @@ class Run:
              out: Tensor) -> Iterator[tuple[str, dict[str, Tensor], float]]:
         """The two linears of an attention or a feed-forward."""
         for kind in kinds:
-            name, linear = f"layers.{i}.{kind}", block.get_submodule(kind)
+            name, linear = f"layers.{i}.{kind}", cast(Linear, block.get_submodule(kind))
             inputs = partial(linear_inputs, self.model, block, kind, hidden)
             last = kind == kinds[1]                              # whose inputs are needed twice
             keep = last and hidden[..., 0].numel() * linear.in_features * hidden.itemsize <= KEPT_BYTES
@@ -257,7 +258,8 @@ def linear_inputs(model: Transformer, block: TransformerBlock, kind: str,
             x = block.attention_norm(hidden[rows])
             yield rows, x if kind == "attention.wqkv" else attend(model, block.attention, x)
         else:
-            x, feed_forward = block.ffn_norm(hidden[rows]), block.get_submodule(kind.rpartition(".")[0])
+            x = block.ffn_norm(hidden[rows])
+            feed_forward = cast(FeedForward, block.get_submodule(kind.rpartition(".")[0]))
             yield rows, x if kind.endswith(".w13") else feed_forward.hidden(x)
 
 

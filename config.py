@@ -102,6 +102,7 @@ class ModelArgs:
 
 Size = Annotated[int, Field(ge=1, le=1 << 20)]           # so that no product of two overflows
 Factor = Annotated[float, Field(gt=0, le=1e6)]
+One = Annotated[float, Field(ge=1, le=1)]                # another value is not supported
 
 
 class QwenV1Config(Checked):
@@ -118,7 +119,7 @@ class QwenV1Config(Checked):
         1, ge=1, le=1 << 31, validation_alias=AliasChoices("max_position_embeddings", "n_positions"))
     layer_norm_epsilon: float = Field(1e-6, gt=0, lt=1)
     rotary_emb_base: float = Field(10000.0, gt=1, le=1e12)
-    rotary_pct: Literal[1.0] = 1.0
+    rotary_pct: One = 1.0
     use_logn_attn: bool = True
     use_dynamic_ntk: bool = True
     no_bias: Literal[True] = True
@@ -151,7 +152,7 @@ class LlamaConfig(Checked):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    partial_rotary_factor: Literal[1.0] = 1.0
+    partial_rotary_factor: One = 1.0
     rope_theta: float = Field(10000.0, gt=1, le=1e12)
     rope_scaling: dict[str, Any] | None = None           # older files
     rope_parameters: dict[str, Any] | None = None        # newer ones, with rope_theta among them
@@ -273,7 +274,7 @@ class RopeConfig(Checked):
     rope_type: Literal["default", "linear", "llama3", "yarn"] = Field(
         "default", validation_alias=AliasChoices("rope_type", "type"))
     rope_theta: float | None = Field(None, gt=1, le=1e12)
-    partial_rotary_factor: Literal[1.0] = 1.0
+    partial_rotary_factor: One = 1.0
     factor: float | None = Field(None, ge=1, le=1e6)
     original_max_position_embeddings: int | None = Field(None, ge=1, le=1 << 31)
     low_freq_factor: Factor | None = None
@@ -309,8 +310,9 @@ class RopeConfig(Checked):
         """YaRN (Peng et al. 2023), section 3.4."""
         def mscale(weight: float) -> float:
             return 0.1 * weight * math.log(factor) + 1.0
-        both = self.mscale and self.mscale_all_dim
-        return mscale(self.mscale) / mscale(self.mscale_all_dim) if both else mscale(1.0)
+        if self.mscale and self.mscale_all_dim:
+            return mscale(self.mscale) / mscale(self.mscale_all_dim)
+        return mscale(1.0)
 
 
 FAMILIES: dict[str, type[QwenV1Config] | type[LlamaConfig]] = {

@@ -130,6 +130,8 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    feed_forward: Any                                  # FeedForward or MoE
+
     def __init__(self, args: ModelArgs, layer: int, window: int):
         super().__init__()
         self.attention = Attention(args, window)
@@ -206,8 +208,9 @@ class FeedForward(nn.Module):
     def kernel_args(self, dtype: torch.dtype) -> kernels.FeedForwardTensors | None:
         """As in TransformerBlock."""
         w13, w2 = linear_args(dtype, self.w13, self.w2)
-        fits = w13 and w2 and is_unmodified(self, FeedForward) and is_unmodified(self.reduce, nn.Identity)
-        return kernels.FeedForwardTensors(w13, w2, self.size) if fits else None
+        if not (w13 and w2 and is_unmodified(self, FeedForward) and is_unmodified(self.reduce, nn.Identity)):
+            return None
+        return kernels.FeedForwardTensors(w13, w2, self.size)
 
 
 class MoE(nn.Module):
@@ -231,8 +234,8 @@ class MoE(nn.Module):
             raise RuntimeError("hooks of the experts' linears never run: experts run together, hook their MoE")
         flat = x.flatten(0, 1)                         # [M, C]
         chosen, weights = self.route(flat)
-        args = [linear.expert_args(x.dtype) for linear in (self.w13, self.w2)]
-        y = kernels.experts(flat, chosen, weights, *args, self.n_expert, self.size, self.w13.quantize_activations)
+        w13, w2 = (linear.expert_args(x.dtype) for linear in (self.w13, self.w2))
+        y = kernels.experts(flat, chosen, weights, w13, w2, self.n_expert, self.size, self.w13.quantize_activations)
         if self.shared is not None and self.shared_gate is not None:
             y = y + self.shared_gate(flat).sigmoid() * self.shared(flat)
         return self.reduce(y.view_as(x))

@@ -168,8 +168,8 @@ def expert_weights(tensors: list[Tensor], which: Tensor, n_expert: int, N: int, 
     """The weights of some experts, int64 [n] -> [n, N, K_in]."""
     weight, *params = (tensor.unflatten(0, (n_expert, -1))[which] for tensor in tensors)
     if len(params) == 2:
-        parts = (part.flatten(0, 1) for part in (weight, *params))
-        return dequantize_packed_int4(*parts, N * len(which), K_in, dtype).unflatten(0, (-1, N))
+        packed, scales, zeros = (part.flatten(0, 1) for part in (weight, *params))
+        return dequantize_packed_int4(packed, scales, zeros, N * len(which), K_in, dtype).unflatten(0, (-1, N))
     return weight.to(dtype) * params[0].to(dtype)[:, :, None] if params else weight
 
 
