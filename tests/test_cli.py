@@ -23,6 +23,11 @@ from cli import UserError, atomic_write, check_writable
 from conftest import ROOT
 
 
+def allow_ctrl_c() -> None:
+    """In a new process: where the tests run in the background of a shell, SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def command(tmp_path):
     """Runs a command whose main() has this body, in a folder with its own cli.py."""
@@ -34,7 +39,8 @@ def command(tmp_path):
             f"import cli\nimport os, sys, time\n{imports}\ndef main():\n{indented}\n"
             "if __name__ == '__main__':\n    cli.run(main)\n")
         options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
-        return subprocess.Popen([sys.executable, tmp_path / "command.py"], cwd=tmp_path, **options)
+        return subprocess.Popen([sys.executable, tmp_path / "command.py"], cwd=tmp_path, preexec_fn=allow_ctrl_c,
+                                **options)
     return start
 
 
@@ -208,13 +214,13 @@ def test_ctrl_c_is_quiet(command, moment):
 
 
 def test_the_handler_is_for_our_commands_alone(command, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    assert not cli.IS_COMMAND and before is not cli._exit_quietly
+    assert not cli.IS_COMMAND and signal.getsignal(signal.SIGINT) is not cli._exit_quietly
     (tmp_path / "elsewhere").mkdir()
     command("pass").communicate()
     (tmp_path / "elsewhere" / "program.py").write_text(
         "import signal, sys; sys.path.insert(0, '..'); import cli; print(signal.getsignal(2).__name__)")
-    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path / "elsewhere", capture_output=True, text=True,
+                          preexec_fn=allow_ctrl_c)
     assert done.stdout == "default_int_handler\n"
 
 
@@ -229,7 +235,7 @@ def test_ctrl_c_at_any_time(argv, tmp_path):
     for delay in (0, 0.1, 0.3, 1, 2, 3, 5, 8):
         process = subprocess.Popen([sys.executable, "-X", "importtime", *argv, "--device", "cpu"], cwd=ROOT,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, start_new_session=True,
+                                   text=True, start_new_session=True, preexec_fn=allow_ctrl_c,
                                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(delay))})
         while (line := process.stderr.readline()) and line.split()[-1:] != ["cli"]:
             pass

@@ -270,20 +270,20 @@ def test_int4_learns_from_what_the_model_writes(copied, monkeypatch, capsys):
 def test_inputs_kept_or_computed_again(copied, monkeypatch, skip):
     """The same file either way. Of the layers, one at a time is in memory, and nothing is left of it afterwards."""
     path, files, alive = copied("qwen3") / "model.pth", [], []
-    through = GPTQ.quantize_linear
+    through = GPTQ.Run.quantize
 
-    def watch(linear, inputs, target, options, name, measure):
+    def watch(run, name, *args, **options):
         alive.append(int(name.split(".")[1]))
         layers = models[-1].layers
         assert [i for i in range(len(layers)) if any(not p.is_meta for p in layers[i].parameters())] == [alive[-1]]
-        return through(linear, inputs, target, options, name, measure)
+        return through(run, name, *args, **options)
 
     def layers(model, *args):
         models.append(model)
         return whole(model, *args)
     whole, models = GPTQ.quantize_layers, []
     monkeypatch.setattr(GPTQ, "quantize_layers", layers)
-    monkeypatch.setattr(GPTQ, "quantize_linear", watch)
+    monkeypatch.setattr(GPTQ.Run, "quantize", watch)
     monkeypatch.setattr(GPTQ, "BATCH_TOKENS", 5 * TOKENS.size(1))          # the last batch is a smaller one
     for kept in (1 << 30, 0):
         monkeypatch.setattr(GPTQ, "KEPT_BYTES", kept)
@@ -339,7 +339,7 @@ def test_refusals(copied, tmp_path, capsys):
     assert "not allowed with" in with_text("--calibration_tasks", "x")
     whole = (folder / "model.pth").read_bytes()
     for damaged, message in (
-            ("layers.1.attention_norm.weight", "layers.1.attention.wqkv: NaN or infinity among its inputs"),
+            ("layers.1.attention_norm.weight", "layers.1.attention_norm.weight holds NaN or infinity"),
             ("layers.2.feed_forward.w2.weight", "layers.2.feed_forward.w2.weight holds NaN or infinity"),
             ("output.weight", "output.weight holds NaN or infinity")):
         checkpoint = torch.load(folder / "model.pth", weights_only=True)

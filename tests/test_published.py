@@ -117,7 +117,7 @@ def test_what_is_not_supported_is_refused_by_name(reference, tmp_path):
             (dict(group_size=48), "group_size 48 is not supported"),
             (dict(quant_method="aqlm"), "quant_method 'aqlm' is not supported"),
             (dict(quant_method="awq", version="gemv"), "version 'gemv' is not supported"),
-            (dict(dynamic={"-:x": {}}), "dynamic {'-:x': {}} is not supported")]:
+            (dict(dynamic={"-:x": {}, "+:y": {"bits": 8}}), "dynamic {'bits': 8} is not supported")]:
         config = {**whole, "quantization_config": whole["quantization_config"] | options}
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(cli.UserError, match="quantization_config: .* is not supported") as refused:

@@ -484,7 +484,7 @@ def test_kill_in_the_middle_leaves_the_old_file(folders, tmp_path):
     folder = shutil.copytree(folders("qwen3"), tmp_path / "copy")
     before = (folder / "model_int8.pth").read_bytes()
     script = ("import os, signal, sys, torch, quantize\n"
-              "def save(content, path):\n    path.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+              "def save(content, file):\n    file.write(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
               "torch.save = save\nquantize.main(sys.argv[1:])\n")
     killed = subprocess.run([sys.executable, "-c", script, "--checkpoint_path", folder, "--mode", "int8"], cwd=ROOT)
     assert killed.returncode == -9 and (folder / "model_int8.pth").read_bytes() == before
