@@ -29,6 +29,7 @@ from kernels.memory import HugePages
 from tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
+LONG = (pytest.mark.slow, pytest.mark.long)
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111]]
 
 
@@ -86,7 +87,8 @@ def test_rows_of_a_batch_are_independent(loaded):
 
 
 @pytest.mark.skipif(bool(kernels.unavailable_reason()), reason="elsewhere the compiler drops roundings to bf16")
-@pytest.mark.parametrize("family", ["llama3.1", "qwen2-yarn", "qwen3", "qwen-v1-ntk"])
+@pytest.mark.parametrize("family", [pytest.param("llama3.1", marks=LONG), pytest.param("qwen2-yarn", marks=LONG),
+                                    "qwen3", "qwen-v1-ntk"])
 def test_in_bf16_too_the_same_seed_gives_the_same_text_compiled_or_not(tiny_folder, family):
     model, tokenizer = load_model(tiny_folder(family), "cpu", torch.bfloat16)
     eager, compiled = Engine(model, tokenizer), Engine(model, tokenizer, compile=True)
@@ -278,7 +280,7 @@ def resources():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("speculates", [False, True])
+@pytest.mark.parametrize("speculates", [pytest.param(False, marks=pytest.mark.long), True])
 def test_memory_and_open_files_stay_as_they_are(folder, speculates):
     """Over 10,000 tokens, every second text dropped in the middle, and 50 loadings. What is allowed: one chunk of huge
     pages, which is shared by models, and two models of 0.6 MB with their caches."""
@@ -635,7 +637,7 @@ def test_default_dtype_never_picks_fp16_on_a_cpu(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe-sparse"])
-@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("with_kernels", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_experts_compiled(tiny_folder, monkeypatch, family, with_kernels):
     """Steps gather the chosen experts' weights where there are no kernels, and prompts run expert by expert."""
     if not with_kernels:

@@ -399,6 +399,7 @@ def test_an_unknown_name_is_refused_without_indexing_lm_evals_own_tasks(name, mo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_lm_evals_own_names_are_found_in_its_files():
     from lm_eval.tasks import TaskManager
     manager = TaskManager()

@@ -27,30 +27,51 @@ VALUES = [None, "x", "", "false", [], [1], ["full_attention"], {}, {"rope_type":
 COMMAND = ["--prompt", "ab", "--max_new_tokens", "2", "--num_samples", "1", "--dtype", "fp32"]
 
 
-def outcome(main, argv: list[str]) -> str:
-    """What a command does in a process of its own: "ran", "refused", or else what went wrong."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        said = "no word"
-        try:
-            for output in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+def check(cases, main=generate.main) -> Counter:
+    """cases: (name, argv). All must run or be refused. They do so one after another in a process with limits; one that
+    ends it goes on in another with the next."""
+    kernels.available()
+    cases, counts, wrong, ended = iter(cases), Counter(), {}, False
+    while not ended:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            run_all(cases, main, writer)
+        os.close(writer)
+        with open(reader) as pipe:
+            reports = [json.loads(line) for line in pipe]
+        for said in reports:
+            ended = said == "the end"
+            name = "" if ended else next(cases)[0]               # keeps up with the child's
+            counts[said] += said in ("ran", "refused")
+            if not ended and said not in ("ran", "refused"):
+                wrong[name] = said
+        status = os.waitpid(child, 0)[1]
+        if not ended:
+            wrong[next(cases)[0]] = f"killed by signal {os.WTERMSIG(status)}"
+    assert not wrong, f"{counts}: " + "\n".join(f"{name}: {said}" for name, said in itertools.islice(wrong.items(), 20))
+    return counts
+
+
+def run_all(cases, main, writer: int) -> None:
+    """In the new process, which it ends: reports a line of JSON for each case."""
+    def report(said: str) -> None:
+        os.write(writer, json.dumps(said[-3000:]).encode() + b"\n")
+    try:
+        for output in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY, in_use + MEMORY))
+        torch.set_num_threads(1)                                 # OpenMP's threads do not survive a fork
+        for _, argv in cases:
             signal.alarm(SECONDS)
-            in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY, in_use + MEMORY))
-            torch.set_num_threads(1)     # OpenMP's threads do not survive a fork
-            said = run(main, argv)
-        except BaseException:
-            said = traceback.format_exc()
-        finally:
-            os.write(writer, said[-4000:].encode())
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as pipe:
-        said = pipe.read()
-    status = os.waitpid(child, 0)[1]
-    return f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else said
+            try:
+                report(run(main, argv))
+            except BaseException:
+                report(traceback.format_exc())
+        report("the end")
+    finally:
+        os._exit(0)
 
 
 def run(main, argv: list[str]) -> str:
@@ -62,19 +83,6 @@ def run(main, argv: list[str]) -> str:
             said, code = errors.getvalue(), end.code
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     return "refused" if code == 2 and len(lines) == 1 and len(lines[0]) < 1000 else f"exit {code} {said}"
-
-
-def check(cases, main=generate.main) -> Counter:
-    """cases: (name, argv). All must run or be refused."""
-    kernels.available()
-    counts, wrong = Counter(), {}
-    for name, argv in cases:
-        said = outcome(main, argv)
-        counts[said if said in ("ran", "refused") else "wrong"] += 1
-        if said not in ("ran", "refused"):
-            wrong[name] = said
-    assert not wrong, f"{counts}: " + "\n".join(f"{name}: {said}" for name, said in itertools.islice(wrong.items(), 20))
-    return counts
 
 
 @pytest.fixture
@@ -108,15 +116,18 @@ def mutations(config: dict):
 def config_cases(copy_of, number: int | None):
     """Every third converts the checkpoint first. number: of all cases, chosen at random; None for all of them."""
     cases = []
-    for family in ("qwen2-window", "qwen3", "llama3.1", "mistral-window", "qwen-v1"):
+    for family in ("qwen2-window", "qwen3", "llama3.1", "mistral-window", "qwen-v1", "qwen2-moe"):
         folder = copy_of(family)
         original = json.loads((folder / "config.json").read_text())
         cases += [(f"{family}: {name}", folder, config) for name, config in mutations(original)]
-    for i, (name, folder, config) in enumerate(random.Random(0).sample(cases, number or len(cases))):
-        (folder / "config.json").write_text(json.dumps(config))
-        if i % 3 == 0:
-            (folder / "model.pth").unlink(missing_ok=True)
-        yield name, ["--checkpoint_path", str(folder), *COMMAND]
+
+    def written():
+        for i, (name, folder, config) in enumerate(random.Random(0).sample(cases, number or len(cases))):
+            (folder / "config.json").write_text(json.dumps(config))
+            if i % 3 == 0:
+                (folder / "model.pth").unlink(missing_ok=True)
+            yield name, ["--checkpoint_path", str(folder), *COMMAND]
+    return written()
 
 
 @pytest.mark.slow
@@ -159,12 +170,16 @@ def file_cases(folder: Path, file: str, number: int):
     """Half of the damage is in the file's first and last kilobytes, where its structure is."""
     content, rng = (folder / file).read_bytes(), random.Random(0)
     path = folder if file == "model.safetensors" else folder / file
-    for i in range(number):
-        ends = damaged(content[:3000] + content[-3000:], rng)
-        (folder / file).write_bytes(damaged(content, rng) if i % 2 else ends[:3000] + content[3000:-3000] + ends[3000:])
-        if path == folder:
-            (folder / "model.pth").unlink(missing_ok=True)             # which the case before has made
-        yield f"{file} {i}", ["--checkpoint_path", str(path), *COMMAND]
+
+    def written():
+        for i in range(number):
+            ends = damaged(content[:3000] + content[-3000:], rng)
+            changed = damaged(content, rng) if i % 2 else ends[:3000] + content[3000:-3000] + ends[3000:]
+            (folder / file).write_bytes(changed)
+            if path == folder:
+                (folder / "model.pth").unlink(missing_ok=True)         # which the case before has made
+            yield f"{file} {i}", ["--checkpoint_path", str(path), *COMMAND]
+    return written()
 
 
 def damaged_files(tiny_folder, tmp_path, number: int) -> Counter:

@@ -183,6 +183,7 @@ def test_a_kept_cache_after_a_round_that_was_cut(tiny_pair):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind, steps", [("model", 5), ("ngram", 3)])
 def test_requests_of_one_kind_share_a_compilation(tiny_pair, monkeypatch, kind, steps):
     """Whatever the temperature, top_k, top_p and lengths. The steps: a plain one, verification of one token and of
