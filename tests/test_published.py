@@ -106,6 +106,17 @@ def test_published_experts(tmp_path, family, left, config, method):
         assert (steps - expected[0, :8]).norm() < 0.15 * expected[0, :8].norm()
 
 
+def test_whole_numbers_may_be_written_as_floats(reference, tmp_path):
+    folder = tiny.save(reference, tmp_path)
+    publish(folder)
+    expected = convert(folder, progress=False).read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"bits": 4.0, "group_size": 32.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert convert(folder, progress=False).read_bytes() == expected
+    load_model(folder)
+
+
 def test_what_is_not_supported_is_refused_by_name(reference, tmp_path):
     folder = tiny.save(reference, tmp_path)
     publish(folder)
