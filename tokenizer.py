@@ -86,7 +86,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 def read_config(file: Path) -> dict[str, Any]:
     """One of SCHEMAS' files; nothing, where there is none. Errors: UserError, for what is not as its schema says."""
     with system_errors():
-        if not file.is_file():
+        if not file.exists():
             return {}
     content = read_json(file)
     checked(SCHEMAS[file.name], content, str(file))
