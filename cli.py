@@ -30,6 +30,7 @@ import json
 import platform
 import socket
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,6 +179,10 @@ class Parser(argparse.ArgumentParser):
             return spellings.get(name.replace("-", "_"), name) + equals + value if is_flag else argument
         return super().parse_known_args([spelt(a) for a in (sys.argv[1:] if args is None else args)], namespace)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:                              # argparse's own does not tell that it failed
+            (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
@@ -220,9 +225,11 @@ def read_stdin() -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Errors: UserError, for a file that cannot be read or is not a JSON object."""
     with system_errors():
-        found = path.exists()
+        found, regular = path.exists(), path.is_file()
     if not found:
         raise UserError(f"{path.parent} holds no {path.name}: not a Hugging Face checkpoint folder")
+    if not regular:                              # to open a pipe is to wait for its writer
+        raise UserError(f"{path}: not a regular file")
     try:
         content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -241,8 +248,11 @@ def check_writable(path: Path | str, field: str = "") -> None:
         reason = "" if path.parent.is_dir() else f"{path.parent} is no folder"
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    if not reason and not os.access(path.parent, os.W_OK):
-        reason = f"{path.parent} is not writable"
+    if not reason:
+        try:                                     # os.access says yes to root, of any folder
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            reason = f"{path.parent} is not writable: {error.strerror}"
     if reason:
         raise UserError(f"{path}: cannot be written: {reason}", field)
 
@@ -272,7 +282,7 @@ def atomic_write(path: Path | str, field: str = "") -> Iterator[Path]:
 def _is_running(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
+    except (ProcessLookupError, ValueError, OverflowError):
         return False
     except PermissionError:
         pass

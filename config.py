@@ -101,7 +101,8 @@ class ModelArgs:
 # ---- config.json
 
 Size = Annotated[int, Field(ge=1, le=1 << 20)]           # so that no product of two overflows
-Factor = Annotated[float, Field(gt=0, le=1e6)]
+Factor = Annotated[float, Field(ge=1e-6, le=1e6)]
+Experts = Annotated[int, Field(ge=1, le=1 << 12)]        # each has tensors of its own
 One = Annotated[float, Field(ge=1, le=1)]                # another value is not supported
 
 
@@ -219,7 +220,7 @@ class MoEConfig(LlamaConfig):
     """What the families with experts share; as for the sizes, what has no default must be there."""
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
-    num_experts: Size = Field(validation_alias=AliasChoices("num_experts", "num_local_experts"))
+    num_experts: Experts = Field(validation_alias=AliasChoices("num_experts", "num_local_experts"))
     num_experts_per_tok: Size
     use_sliding_window: Literal[False] = False           # no release has one
     decoder_sparse_step: Size = 1

@@ -38,6 +38,7 @@ from tokenizer import StreamDecoder, Tokenizer
 
 PREFILL_CHUNK = 1024             # tokens of the prompt per pass: bounds the memory that activations take
 MAX_BATCH = 1 << 16              # of the command: what fits into memory is checked when there is a model
+MAX_SYNTHETIC = 1 << 24          # tokens: a config.json may claim a context of any length
 MIN_CAPACITY = 256               # of a KV cache; up from there powers of 2, because a compiled step knows the size
 Progress = Callable[[int, int], None]
 
@@ -476,9 +477,9 @@ def encode_prompt(args: argparse.Namespace, text: str, tokenizer: Tokenizer, voc
                   log: TextIO) -> list[int]:
     if is_synthetic(args):
         length = int(args.prompt[:20])
-        if not 0 < length <= context:
-            raise UserError(f"{args.prompt[:20]} asks for a synthetic prompt of so many tokens, and the context has "
-                            f"{context} positions (--prompt_file reads any text)", "prompt")
+        if not 0 < length <= min(context, MAX_SYNTHETIC):
+            raise UserError(f"{args.prompt[:20]} asks for a synthetic prompt of so many tokens, and there may be "
+                            f"{min(context, MAX_SYNTHETIC)} (--prompt_file reads any text)", "prompt")
         print(f"Synthetic prompt of {length} tokens", file=log)
         return torch.randint(min(vocab_size, 1024), (length,), generator=torch.Generator().manual_seed(0)).tolist()
     if args.chat:

@@ -86,7 +86,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 def read_config(file: Path) -> dict[str, Any]:
     """One of SCHEMAS' files; nothing, where there is none. Errors: UserError, for what is not as its schema says."""
     with system_errors():
-        if not file.is_file():
+        if not file.exists():
             return {}
     content = read_json(file)
     checked(SCHEMAS[file.name], content, str(file))
@@ -143,7 +143,7 @@ class Tokenizer:
             if file.name == "tokenizer.model":
                 return cls(folder, _SentencePiece(data, extra), config)
             if file.name == "tokenizer.json":
-                if b'"precompiled_charsmap"' in data:        # of Unigram models: a damaged one aborts the process
+                if b'"precompiled_charsmap"' in _unescaped(data):      # of Unigram: a damaged one aborts the process
                     raise ValueError("no supported family has a Precompiled normalizer")
                 return cls(folder, _Json(tokenizers.Tokenizer.from_buffer(data), extra), config)
             return cls(folder, _Json(_tiktoken_bpe(file), extra), config | _qwen_config(config))
@@ -444,6 +444,11 @@ def _byte_letters() -> dict[int, str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _unescaped(data: bytes) -> bytes:
+    """JSON's bytes, with the letters that it may spell as \\u0061."""
+    return re.sub(rb"\\u00([2-7][0-9a-fA-F])", lambda match: bytes.fromhex(match[1].decode()), data)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

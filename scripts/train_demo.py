@@ -17,6 +17,11 @@ import textwrap
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli  # first: from here on Ctrl-C ends the command without a traceback
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,9 +36,6 @@ from tokenizers import (
     trainers,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli
 from quantize import read_sources, source_files
 from tokenizer import QWEN_SPLIT
 

@@ -154,6 +154,18 @@ def test_pipes_and_devices_are_refused_before_they_are_read(folder, tmp_path):
         load_model(copy)
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json",
+                                  "model.safetensors.index.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["fifo", "device"])
+def test_pipes_and_devices_are_no_json(folder, tmp_path, file, make):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "model.pth").unlink()
+    (copy / file).unlink(missing_ok=True)
+    make(copy / file)
+    with pytest.raises(UserError, match=f"{file}: not a regular file"):
+        load_model(copy)
+
+
 # ---- NaN and infinity
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -3,8 +3,10 @@ every flag of the real ones with every kind of value."""
 import argparse
 import errno
 import os
+import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -91,6 +93,23 @@ def test_writing_replaces_whole_files(name, tmp_path):
     assert (tmp_path / name).read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's /proc")
+def test_a_folder_that_takes_no_files_is_found_beforehand(tmp_path):
+    """Where permissions say that it does, as they do to root."""
+    with pytest.raises(UserError, match="/proc/x: cannot be written"):
+        check_writable("/proc/x")
+    check_writable(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pid", ["9" * 30, "-1", "x", ""])
+def test_temporary_names_with_no_process_id(pid, tmp_path):
+    (tmp_path / f".x.{socket.gethostname()}.{pid}.0.tmp").write_text("")
+    with atomic_write(tmp_path / "x") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
 def test_threads_have_temporary_names_of_their_own(tmp_path):
     names, barrier = [], threading.Barrier(4)
 
@@ -143,8 +162,9 @@ def test_a_bug_keeps_its_traceback(bug):
     ("print('x' * 99999)", 2, "error: the output: No space left on device\n"),
     ("print('x')", 2, "error: the output: No space left on device\n"),
     ("raise SystemExit(0)", 0, ""),
+    ("cli.Parser('x').parse_args(['--help'])", 2, "error: the output: No space left on device\n"),
     ("print('x'); raise cli.UserError('bad', 'flag')", 2, "error: the output: No space left on device\n"),
-], ids=["at once", "at the end", "nothing", "beside a mistake"])
+], ids=["at once", "at the end", "nothing", "help", "beside a mistake"])
 def test_a_full_stdout(command, body, status, says):
     with open("/dev/full", "w") as full:
         process = command(body, stdout=full)
@@ -222,6 +242,14 @@ def test_the_handler_is_for_our_commands_alone(command, tmp_path):
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path / "elsewhere", capture_output=True, text=True,
                           preexec_fn=allow_ctrl_c)
     assert done.stdout == "default_int_handler\n"
+
+
+@pytest.mark.parametrize("path", [path for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))
+                                  if "cli.run(" in path.read_text() and path.name != "cli.py"], ids=lambda p: p.name)
+def test_commands_import_cli_before_what_takes_long(path):
+    imports = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+    before = imports[:imports.index("cli")]
+    assert not {*before} - {*sys.stdlib_module_names}
 
 
 @pytest.mark.slow

@@ -81,6 +81,10 @@ def test_yarn_as_in_transformers(change):
     (dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), "full_attention"),
     (dict(use_sliding_window=True, layer_types=["full_attention"] * 3), "layer_types has 3 entries"),
     (dict(model_type="mistral", layer_types=["full_attention"] * 2), "layer_types"),
+    (dict(rope_scaling=dict(type="yarn", factor=4.0, beta_slow=5e-324)), "beta_slow 5e-324"),
+    (dict(model_type="mixtral", num_local_experts=1 << 20, num_experts_per_tok=2), "num_local_experts 1048576"),
+    (dict(model_type="qwen3_moe", num_experts=1 << 20, num_experts_per_tok=2, moe_intermediate_size=1 << 20),
+     "num_experts 1048576"),
     (dict(model_type=["qwen2"]), "model_type")])
 def test_what_cannot_run_is_refused(change, named):
     with pytest.raises(UserError, match=named) as error:

@@ -7,10 +7,12 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ import tiny
 from chat import RowPrinter
 from cli import UserError
 from conftest import ROOT
+from convert import convert
 from eval import token_logits
 from generate import Engine, Sampling, load_model, main, sample
 from harness import Scorer
@@ -35,7 +38,9 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [100, 101, 102, 103, 104, 105, 106,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save(tiny.reference("qwen3-tied"), tmp_path_factory.mktemp("tiny"))
+    folder = tiny.save(tiny.reference("qwen3-tied"), tmp_path_factory.mktemp("tiny"))
+    convert(folder, progress=False)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -556,6 +561,16 @@ def test_bad_input_is_refused_in_a_line(folder, argv, named, refusal):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_a_huge_synthetic_prompt_is_refused_before_it_is_made(folder, tmp_path, refusal):
+    """Whatever context config.json claims."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1 << 31}))
+    with mock.patch.object(torch, "randint", lambda *args, **more: pytest.fail("a prompt is made")):
+        assert "asks for a synthetic prompt" in refusal(generate.main, "--model", copy, "--device", "cpu", "--prompt",
+                                                        2_000_000_000)
+
+
 def test_cuda_asked_for_and_absent(folder):
     with pytest.raises(UserError, match="device cuda: .*sees no CUDA device"):
         main(["--checkpoint_path", str(folder / "model.pth"), "--device", "cuda"])

@@ -2,6 +2,8 @@
 import base64
 import io
 import json
+import subprocess
+import sys
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
@@ -645,6 +647,16 @@ def test_a_damaged_tokenizer_json_is_one_line(name, tmp_path, capfd):
         with pytest.raises(UserError, match="tokenizer.json: not a readable tokenizer"):
             Tokenizer.from_dir(tmp_path)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_charsmap_by_an_escaped_name(tmp_path):
+    """In a process of its own, because the library would abort it."""
+    content = json.dumps(json.loads(byte_bpe([]).to_str()) | {"normalizer": PRECOMPILED})
+    (tmp_path / "tokenizer.json").write_text(content.replace("precompiled_charsmap", r"pr\u0065compiled_char\u0073map"))
+    script = "import sys; from tokenizer import Tokenizer; Tokenizer.from_dir(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "no supported family has a Precompiled normalizer" in done.stderr
 
 
 def test_a_text_that_the_library_panics_on(tmp_path):
