@@ -100,8 +100,8 @@ def next_line(ranks: tp.Ranks | None) -> str:
     except (EOFError, KeyboardInterrupt):
         print()
         text = ""
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin cannot be read: {error}") from None
+    except (UnicodeDecodeError, MemoryError) as error:           # the latter for a line without an end
+        raise UserError(f"stdin cannot be read: {str(error) or 'out of memory'}") from None
     text = text if text.strip() else ""
     return ranks.from_first(text) if ranks else text
 

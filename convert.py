@@ -35,7 +35,7 @@ from cli import UserError, atomic_write, read_json
 from config import ModelArgs
 from formats import ZERO_STEPS
 from model import Transformer
-from tokenizer import rebuild_tiktoken
+from tokenizer import TOKENIZER_FILES, Tokenizer, rebuild_tiktoken
 
 # Source module -> target module[/projection of a fused one]. Source names are without their prefix "model." or
 # "transformer.", which the files of base models lack.
@@ -483,12 +483,14 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
         weights, quantization = itertools.chain(weights, packed.buffers()), packed.quantization()
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: not writable")
-    if (folder / "qwen.tiktoken").exists() and not (folder / "tokenizer.json").exists():
-        rebuild_tiktoken(folder)
+    if any((folder / name).exists() for name in TOKENIZER_FILES):            # one may be put there later
+        Tokenizer.from_dir(folder).check_fits(args.vocab_size)
     target = folder / "model.pth"
     with atomic_write(target) as partial:
         copy_weights(partial, layout, preallocate(partial, layout, quantization), weights, progress)
         record_checksums(partial)
         written, found = read_checkpoint(partial)
         empty_model(target, args, written, found)        # what is refused there would be refused when it is loaded
+        if (folder / "qwen.tiktoken").exists() and not (folder / "tokenizer.json").exists():
+            rebuild_tiktoken(folder)
     return target

@@ -89,7 +89,7 @@ def token_logits(model: Transformer, ids: Sequence[int], targets: Sequence[int],
     """
     chunk, device, first = chunk or 512, model.device, len(ids) - len(targets)
     model.setup_caches(1, max(len(ids), model.max_seq_length))
-    model.cache_user = None
+    model.cache_owner = None
     model.set_prompt_lengths([len(ids)])
     fused, idx, target = model.fuse(), torch.tensor([ids], device=device), torch.tensor(targets, device=device)
     for begin in range(0, len(ids), chunk):

@@ -58,7 +58,8 @@ class Engine:
         self.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size) if tokenizer else model.args.vocab_size
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
         self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1,
-        self.cached_alpha, self.key = 1, object()      # the ntk_alpha of their keys, and whose they are
+        self.cached_alpha = 1                          # the ntk_alpha that these tokens' keys were rotated with
+        self.cache_owner = object()                    # what model.cache_owner is while they are in its KV cache
         self.fused: kernels.FusedLayers | None = None  # the layers as the present request found them
         self.compiled, self.compiled_prefill = compile, compile_prefill
         self.run_decode, self.run_forward = decode_one_token, model.forward
@@ -91,7 +92,8 @@ class Engine:
         keep_cache: what the cache already holds of the prompt is not computed again (batch 1).
         progress: called with the numbers of the prompt's tokens that have been read, and that there are.
 
-        A change to the model takes effect with the next request. Errors: UserError.
+        A change to the model takes effect with the next request; keep_cache keeps what was computed before it.
+        Errors: UserError.
         """
         single = not prompts or isinstance(prompts[0], int)
         rows: list[list[int]] = [list(p) for p in cast(Any, [prompts] if single else prompts)]
@@ -188,9 +190,9 @@ class Engine:
             if self.speculator.draft_engine:
                 self.speculator.draft_engine.reserve(batch, max_seq_length)
         reserve_caches(self.model, batch, max_seq_length)
-        if self.model.cache_user is not self.key:
+        if self.model.cache_owner is not self.cache_owner:
             self.cached = []
-        self.model.cache_user = self.key
+        self.model.cache_owner = self.cache_owner
         self.fused = self.model.fuse()
 
     def fresh_seed(self) -> int:

@@ -46,6 +46,9 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, include_d
 
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"{include_path}: no such folder", "include_path")
+    for path in include_path.rglob("*.y*ml") if include_path else ():            # lm-eval would wait for a pipe's end
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a regular file", "include_path")
     manager = TaskManager(include_path=include_path, include_defaults=False)
     unknown = [name for name in names if not is_known(name)]
     if include_defaults and unknown and all(map(is_mentioned, unknown)):

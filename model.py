@@ -40,7 +40,7 @@ class Transformer(nn.Module):
         self.output = None if args.tie_word_embeddings else Linear(args.dim, self.local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
         self.max_batch_size = self.max_seq_length = 0
-        self.cache_user: Any = None                    # whose text the KV cache holds
+        self.cache_owner: Any = None                    # whose text the KV cache holds
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
                 layer.attention.kv_cache = KVCache(k_cache, v_cache)
             else:                                      # the same module for a compiler, which has seen it
                 layer.attention.kv_cache.k_cache, layer.attention.kv_cache.v_cache = k_cache, v_cache
-        self.max_batch_size, self.max_seq_length, self.cache_user = k_cache.size(0), k_cache.size(2), None
+        self.max_batch_size, self.max_seq_length, self.cache_owner = k_cache.size(0), k_cache.size(2), None
 
     def set_prompt_lengths(self, lengths: Sequence[int]) -> None:
         """The length of each row's prompt, before anything of it is computed: Qwen v1's dynamic NTK depends on it."""

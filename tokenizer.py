@@ -26,6 +26,7 @@ import templates
 from cli import UserError, atomic_write, read_json, read_text, system_errors
 from schema import Checked, checked
 
+TOKENIZER_FILES = ("tokenizer.json", "qwen.tiktoken", "tokenizer.model")         # the first that is there counts
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 # Where Qwen's tokenizers split: contractions, words, single digits, punctuation, line ends, spaces.
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -134,7 +135,7 @@ class Tokenizer:
                  for id, token in config.get("added_tokens_decoder", {}).items()}
         for content, id in read_config(folder / "added_tokens.json").items():
             extra.setdefault(id, AddedToken(content, normalized=False, special=True))
-        files = (folder / name for name in ("tokenizer.json", "qwen.tiktoken", "tokenizer.model"))
+        files = (folder / name for name in TOKENIZER_FILES)
         file = next(filter(Path.is_file, files), None)
         if file is None:
             raise UserError(f"{folder}: no tokenizer.json, tokenizer.model or qwen.tiktoken in this folder")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -166,6 +167,7 @@ def test_qwen_v1(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
     rebuilt = []
     monkeypatch.setattr(convert_module, "rebuild_tiktoken", rebuilt.append)
+    monkeypatch.setattr(convert_module, "Tokenizer", mock.MagicMock())     # one token is none
     convert(tmp_path, progress=False)
     check(tmp_path, source)
     assert rebuilt == [tmp_path]
@@ -275,6 +277,20 @@ def test_an_index_that_names_some_experts_only(tiny_folder, tmp_path: Path) -> N
     (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=r"missing: layers\.0\.mlp\.experts\.5\.gate_proj"):
         convert(copy, progress=False)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    lambda folder: (folder / "tokenizer_config.json").write_text('{"bos_token": 3}'),
+    lambda folder: edit_config(vocab_size=200)(folder) or edit_weights(lambda w: w.update({
+        name: w[name][:200] for name in ("model.embed_tokens.weight", "lm_head.weight")}))(folder)])
+def test_what_its_tokenizer_keeps_from_loading_is_not_written(tiny_folder, tmp_path: Path, spoil) -> None:
+    copy = shutil.copytree(tiny_folder("qwen3"), tmp_path / "copy")
+    (copy / "model.pth").unlink()
+    spoil(copy)
+    with pytest.raises(UserError, match="copy"):
+        convert(copy, progress=False)
+    assert not (copy / "model.pth").exists() and not list(copy.glob(".*"))
 
 
 def edit_config(**changes):
