@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -33,6 +34,7 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 _stderr_lock = threading.Lock()
+MAX_GROWTH = 64                                  # real ones put one character before a text, or for another
 MAX_HOLES = 1 << 17                              # between the ids of a vocabulary: each costs 0.1 kB
 CHATML = """{%- if messages[0].role != 'system' %}
 {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}
@@ -299,6 +301,8 @@ class _Json:
         is_byte_level = '"ByteLevel"' in decoder
         self._bytes = {ord(letter): byte for byte, letter in _byte_letters().items()} if is_byte_level else None
         self.strips_space = '"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder)
+        if full.normalizer is not None and _growth(json.loads(full.normalizer.__getstate__())) > MAX_GROWTH:
+            raise ValueError(f"its normalizer makes text more than {MAX_GROWTH} times as long")
         full.no_padding()                        # of what size it asks for
         full.no_truncation()
         probe = full.encode("a")
@@ -334,6 +338,12 @@ class _Json:
             return token.translate(self._bytes).encode("latin-1", "replace")
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """How many times as long a normalizer of the `tokenizers` library may make a text."""
+    inner = math.prod(map(_growth, step.get("normalizers", ())))
+    return inner * max(1, len(step.get("content", "")), len(step.get("prepend", "")))
 
 
 class _SentencePiece:

@@ -693,3 +693,16 @@ def test_ids_beyond_the_embedding(loaded, folders, tmp_path):
         ids = tokenizer.render_chat(TALK[:1])
         assert max(ids) < 600 and tokenizer.decode(ids).endswith("[PAD]")        # what is not there is text
         assert tokenizer.decode([650, 700]) == "[PAD]"                           # and a hole between ids is nothing
+
+
+@pytest.mark.parametrize("normalizer", [
+    normalizers.Replace("a", "a" * 1000), normalizers.Prepend("a" * 10 ** 6),
+    normalizers.Sequence([normalizers.Replace("a", "aaa")] * 12),
+    normalizers.Sequence([normalizers.NFC(), normalizers.Sequence([normalizers.Replace("a", "b" * 70)])])])
+def test_normalizers_that_multiply_the_text_are_refused(tmp_path, normalizer):
+    backend = byte_bpe(["<a>"])
+    backend.normalizer = normalizer
+    with pytest.raises(UserError, match="normalizer makes text more than 64 times as long"):
+        Tokenizer.from_dir(write(tmp_path, tokenizer=backend))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("a"), normalizers.Replace(" ", "__")])
+    assert Tokenizer.from_dir(write(tmp_path / "fine", tokenizer=backend)).encode("x y")
