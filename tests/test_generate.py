@@ -229,7 +229,7 @@ def test_a_kept_cache_is_right_whatever_came_between(tiny_folder, family, betwee
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("has_kernels", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_requests_of_one_kind_share_a_compilation(loaded, monkeypatch, has_kernels):
     """Whatever the temperature, top_k, top_p and lengths. Without the kernels the graph holds the cache: its size, too,
     is a kind."""
@@ -285,7 +285,8 @@ def resources():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("speculates", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("speculates", [False, True])
 def test_memory_and_open_files_stay_as_they_are(folder, speculates):
     """Over 10,000 tokens, every second text dropped in the middle, and 50 loadings. What is allowed: one chunk of huge
     pages, which is shared by models, and two models of 0.6 MB with their caches."""
