@@ -40,8 +40,8 @@ VERSION = "0.9"
 FLAGS = {"world_size": "nproc_per_node"}         # fields that the command line (here torchrun's) calls otherwise
 MAX_TEXT = 1 << 27                               # characters of a file: /dev/zero has no end
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOBODYS_BUG = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO, errno.ENAMETOOLONG,
-               errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENFILE)
+SYSTEM_REFUSALS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO, errno.ENAMETOOLONG,
+                   errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENFILE)
 TORCH_SAVE_FAILED = ("unexpected pos", "iostream error", "PytorchStreamWriter failed", "file write failed")
 _counter = itertools.count()
 
@@ -73,7 +73,7 @@ def system_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in NOBODYS_BUG:
+        if error.errno not in SYSTEM_REFUSALS:
             raise
         raise UserError(f"{'the output' if error.filename is None else error.filename}: {error.strerror}") from error
 

@@ -28,33 +28,59 @@ class TemplateFailed(Exception):
 
 # ---- the side that asks
 
-_lock = threading.Lock()
-_process: subprocess.Popen | None = None
+class TemplateProcess:
+    """The process that runs templates, started with the first and kept. One caller at a time."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked process, which starts one of its own."""
+        self.lock, self.process = threading.Lock(), None
+
+    def start(self) -> subprocess.Popen:
+        # A process group of its own: Ctrl-C is not for it. It ends when its stdin does, with this process.
+        return subprocess.Popen([sys.executable, __file__, str(SECONDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, process_group=0)
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def ask(self, request: bytes) -> bytes:
+        """A line's answer. Errors: TemplateFailed, where the process ends instead."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.process = self.start()
+            process: Any = self.process
+            try:
+                process.stdin.write(request)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            except BaseException:                # Ctrl-C: the answer must not be taken for the next one's
+                self.stop()
+                raise
+            if not answer:
+                status = process.wait()
+                raise TemplateFailed(f"did not end within {SECONDS} s" if status == -signal.SIGALRM else
+                                     f"ended its process with status {status}")
+            return answer
+
+
+PROCESS = TemplateProcess()
+atexit.register(PROCESS.stop)
+os.register_at_fork(after_in_child=PROCESS.forget)
 
 
 def render(template: str, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
     """The text that a template makes of a conversation and further variables, in which anything but JSON is replaced by
     the name of its type. Errors: TemplateFailed, for whatever a template does instead."""
-    global _process
     variables |= dict(messages=[_with_thoughts(message) for message in messages])
     request = json.dumps([template, variables], default=lambda value: f"<{type(value).__name__}>") + "\n"
-    with _lock:
-        process: Any = _process if _process and _process.poll() is None else _start()
-        try:
-            process.stdin.write(request.encode())
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = b""
-        except BaseException:                    # Ctrl-C: the answer must not be taken for the next one's
-            process.kill()
-            process.wait()
-            raise
-        if not answer:
-            status = process.wait()
-            raise TemplateFailed(f"did not end within {SECONDS} s" if status == -signal.SIGALRM else
-                                 f"ended its process with status {status}")
-    text, error = json.loads(answer)
+    text, error = json.loads(PROCESS.ask(request.encode()))
     if error:
         raise TemplateFailed(error)
     return text
@@ -65,30 +91,6 @@ def _with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
     names = ("reasoning_content", "thinking", "reasoning")
     thoughts = next((message[name] for name in names if message.get(name) is not None), None)
     return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
-
-
-def _start() -> subprocess.Popen:
-    global _process
-    # A process group of its own: Ctrl-C is not for it. It ends when its stdin does, with this process.
-    _process = subprocess.Popen([sys.executable, __file__, str(SECONDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, process_group=0)
-    return _process
-
-
-def _forget() -> None:
-    """A forked process starts one of its own."""
-    global _process, _lock
-    _process, _lock = None, threading.Lock()
-
-
-@atexit.register
-def _stop() -> None:
-    if _process:
-        _process.kill()
-        _process.wait()
-
-
-os.register_at_fork(after_in_child=_forget)
 
 
 # ---- the process that runs them

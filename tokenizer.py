@@ -141,7 +141,7 @@ class Tokenizer:
         file = next(filter(Path.is_file, files), None)
         if file is None:
             raise UserError(f"{folder}: no tokenizer.json, tokenizer.model or qwen.tiktoken in this folder")
-        with _told(file), _silent_stderr():
+        with _library_errors(file), _silent_stderr():
             data = file.read_bytes()
             if file.name == "tokenizer.model":
                 return cls(folder, _SentencePiece(data, extra), config)
@@ -158,7 +158,7 @@ class Tokenizer:
     def encode_segments(self, segments: Sequence[str | int], bos: bool | None = None) -> list[int]:
         """The same for a sequence of texts (str) and control tokens (their ids). A BOS at its start is not doubled."""
         wants_bos = self._adds_bos if bos is None else bos
-        with _told(self.folder, "its tokenizer fails on this text"):
+        with _library_errors(self.folder, "its tokenizer fails on this text"):
             ids = self._backend.encode(segments)
         return [self.bos_id, *ids] if wants_bos and self.bos_id is not None and segments[0] != self.bos_id else ids
 
@@ -377,7 +377,7 @@ class _SentencePiece:
 
 
 @contextlib.contextmanager
-def _told(path: Path, what: str = "not a readable tokenizer") -> Iterator[None]:
+def _library_errors(path: Path, what: str = "not a readable tokenizer") -> Iterator[None]:
     """Whatever the tokenizer libraries raise becomes a UserError: there is nothing narrower to expect."""
     try:
         yield
@@ -405,7 +405,7 @@ def rebuild_tiktoken(folder: str | Path) -> None:
     """Writes tokenizer_config.json, then tokenizer.json, the one that is looked for, beside Qwen v1's qwen.tiktoken."""
     folder = Path(folder)
     config = _qwen_config(read_config(folder / "tokenizer_config.json"))
-    with _told(folder / "qwen.tiktoken"), _silent_stderr():
+    with _library_errors(folder / "qwen.tiktoken"), _silent_stderr():
         text = _tiktoken_bpe(folder / "qwen.tiktoken").to_str()
     for name, content in (("tokenizer_config.json", json.dumps(config, indent=2)), ("tokenizer.json", text)):
         with atomic_write(folder / name) as partial:

@@ -140,7 +140,7 @@ def test_a_file_without_end_is_refused(monkeypatch):
 
 # ---- the system's errors, and bugs
 
-@pytest.mark.parametrize("code", cli.NOBODYS_BUG)
+@pytest.mark.parametrize("code", cli.SYSTEM_REFUSALS)
 @pytest.mark.parametrize("filename", [None, "some/file"])
 def test_what_the_system_refuses_is_one_line(code, filename, refusal):
     def main(argv):

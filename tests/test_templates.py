@@ -68,9 +68,9 @@ HARMFUL = {
 def impatient(monkeypatch):
     """A process of the test's own, with less time."""
     monkeypatch.setattr(templates, "SECONDS", 2)
-    templates._stop()
+    templates.PROCESS.stop()
     yield
-    templates._stop()
+    templates.PROCESS.stop()
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_a_forked_process_has_its_own(tmp_path):
     pid = os.fork()
     if not pid:
         (tmp_path / "child").write_text(render("child", TALK))
-        templates._stop()
+        templates.PROCESS.stop()
         os._exit(0)
     assert render("parent again", TALK) == "parent again"
     assert os.waitpid(pid, 0)[1] == 0 and (tmp_path / "child").read_text() == "child"
@@ -110,7 +110,7 @@ def test_a_forked_process_has_its_own(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_it_ends_with_the_process_that_asks():
-    script = ("import os, templates; templates.render('', []); print(templates._process.pid, flush=True); "
+    script = ("import os, templates; templates.render('', []); print(templates.PROCESS.process.pid, flush=True); "
               "os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -9
