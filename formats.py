@@ -28,9 +28,6 @@ ZERO_STEPS = 16                          # steps of an int4 zero to one scale, i
 SHRINK = (1.0, 0.92, 0.84, 0.76)         # of a group's range: what is lost at its ends may be won between them
 CHUNK_WEIGHTS = 1 << 20                  # quantized at a time: each takes some tens of bytes of work space
 
-convert_int4pack = torch.ops.aten._convert_weight_to_int4pack        # of CUDA; names that tests can replace
-int4pack_mm = torch.ops.aten._weight_int4pack_mm
-
 
 # ---- int4's scales and zeros
 
@@ -182,8 +179,6 @@ class Int8Linear(QuantizedLinear):
         return buffers["weight"], scales, torch.zeros_like(scales, dtype=torch.uint8)
 
     def multiply(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float16:     # in which sums over q overflow
-            return F.linear(x, self.dequantize().to(x.dtype))
         return kernels.int8_linear(x, self.weight, self.scales, self.quantize_activations)
 
     def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
@@ -210,27 +205,20 @@ class Int4Linear(QuantizedLinear):
 
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         assert self.layout == "stored"
-        if self.experts > 1 or (device.type == "cpu" and kernels.available()):
+        if device.type == "cpu" and (self.experts > 1 or kernels.available()):
             packed = kernels.pack_int4(self.weight.cpu(), self.scales.cpu(), self.zeros.cpu(), self.groupsize)
             self.weight, self.scales, self.zeros = (tensor.to(device) for tensor in packed)
             self.layout = "packed"
-        elif tiles := int4pack_tiles(self, device, dtype):
-            self.weight = convert_int4pack(self.weight >> 4 | self.weight << 4, tiles)   # even columns upper
-            offsets = (8 - self.zeros.float() / ZERO_STEPS) * self.scales.float()        # w = scale * (q - 8) + offset
-            scales = torch.stack((self.scales, offsets.bfloat16()), dim=-1)              # [N, K / G, 2]
-            self.scales, self.zeros, self.layout = scales.transpose(0, 1).contiguous(), None, "cuda"
-
     def multiply(self, x: Tensor) -> Tensor:
         if self.layout == "packed":
             return kernels.int4_linear(x, self.weight, self.scales, self.zeros, self.out_features,
                                        self.quantize_activations)
-        if self.layout == "cuda":
-            y = int4pack_mm(x.flatten(0, -2), self.weight, self.groupsize, self.scales)
-            return y.unflatten(0, x.shape[:-1])
+        if self.layout == "stored" and x.device.type == "cuda":
+            return kernels.stored_int4_linear(x, self.weight, self.scales, self.zeros)
         return F.linear(x, self.dequantize(x.dtype))
 
     def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
-        fits = self.layout == "packed" and type(self) in (Int4Linear, GPTQLinear) and is_unmodified(self, type(self))
+        fits = (self.layout == "packed" or self.weight.is_cuda) and type(self) in (Int4Linear, GPTQLinear) and is_unmodified(self, type(self))
         return present(self.weight, self.scales, self.zeros, self.bias) if fits else None
 
 
@@ -259,6 +247,8 @@ class GPTQLinear(Int4Linear):
         return weight if self.order is None else weight[:, self.order.argsort()]
 
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.bits == 4 and kernels.on_gpu(device):
+            return
         if self.bits == 4 and dtype == torch.bfloat16:
             self.scales = self.scales.bfloat16()
             super().pack_for(device, dtype)
@@ -276,14 +266,6 @@ class GPTQLinear(Int4Linear):
         if self.layout == "plain" and is_unmodified(self, GPTQLinear):
             return present(self.weight, self.bias)
         return super().kernel_args(dtype) if self.order is None else None
-
-
-def int4pack_tiles(linear: Int4Linear, device: torch.device, dtype: torch.dtype) -> int | None:
-    """The tile width for PyTorch's CUDA kernel; None where it cannot run, and the weights are dequantized instead."""
-    if (device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)
-            or dtype != torch.bfloat16 or linear.out_features % 8 or linear.in_features % linear.groupsize):
-        return None
-    return next((tiles for tiles in (8, 4, 2) if linear.in_features % (16 * tiles) == 0), None)
 
 
 # ---- models

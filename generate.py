@@ -32,7 +32,7 @@ from cli import UserError
 from config import PUBLISHED, ModelArgs, ntk_alpha
 from loading import DEMO, check_memory, free_memory, load_model, parse_device, parse_dtype
 from model import MoE, Transformer
-from sampling import Choice, Sampling, begin_step, compile_step, exponential_noise, sample
+from sampling import Choice, Sampling, compile_step, exponential_noise, sample
 from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -160,8 +160,9 @@ class Engine:
         on_gpu = self.model.device.type == "cuda"
         for left in range(n - 1, -1, -1):
             # A GPU computes the next token while this one is read; a CPU would only be late with this one.
+            read = start_reading(idx[:, 0])
             following = self.step(idx, input_pos, choice, rng) if on_gpu and left else None
-            ids = idx[:, 0].tolist()
+            ids = read()
             yield ids
             if left:
                 idx = following if following is not None else self.step(idx, input_pos, choice, rng)
@@ -169,7 +170,6 @@ class Engine:
 
     def step(self, idx: Tensor, input_pos: Tensor, choice: Choice, rng: torch.Generator) -> Tensor:
         """The next ids [B, 1]; moves input_pos on."""
-        begin_step(self.model.device)
         noise = exponential_noise(len(idx), choice.candidates, rng)
         following = self.run_decode(self.model, self.fused, self.vocab_size, idx, input_pos, choice, noise).clone()
         input_pos += 1
@@ -206,6 +206,20 @@ def decode_one_token(model: Transformer, fused: kernels.FusedLayers | None, voca
     """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]. No method: an Engine that refers to itself would keep
     its model in memory until Python looks for cycles."""
     return sample(model(idx, input_pos, fused=fused)[:, -1, :vocab_size], choice, noise)
+
+
+def start_reading(ids: Tensor) -> Callable[[], list[int]]:
+    """Begins to copy ids to the host; what it returns waits for them, and not for what a GPU was given to do since."""
+    if ids.device.type != "cuda":
+        return ids.tolist
+    host, copied = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True), torch.cuda.Event()
+    host.copy_(ids, non_blocking=True)
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+    return read
 
 
 def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens: int,
@@ -365,6 +379,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     speed = parser.add_argument_group("speed")
     speed.add_argument("--compile", action="store_true", help="compile decoding")
     speed.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
+    speed.add_argument("--kernels", choices=kernels.GPU_KERNELS, default="auto",
+                       help="on a GPU: PyTorch's (plain), triton's, or whichever is measured to be faster (default)")
     speed.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH",
                        help="a smaller model of the same tokenizer, for speculative decoding")
     speed.add_argument("--draft", choices=["ngram"],
@@ -419,6 +435,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     if args.list_models:
         return list_models()
     sampling, log = check_args(args, ranks), open(os.devnull, "w") if args.quiet else sys.stdout
+    kernels.chosen["gpu"] = args.kernels
     device = parse_device(args.device)
     device = ranks.take_device(device) if ranks else device
     text, start = "" if args.interactive else read_text(args, ranks), time.perf_counter()

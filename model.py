@@ -103,6 +103,8 @@ class Transformer(nn.Module):
         cos, sin = self.rope(input_pos)
         logn = self.logn_scale(input_pos) if self.args.logn else None
         x = self.tok_embeddings(idx)                   # [B, S, C]
+        if x.dtype == torch.float16:                   # whose range the sums over the layers may leave
+            x = x.float()
         if fused is not None and kernels.accepts(fused, x):
             x = kernels.run_fused(fused, x, cos, sin, logn, input_pos)
         else:
@@ -291,7 +293,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()                                # rounded once, at the end, as the compiler and the kernels do
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(x)
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(
+            self.weight)
 
 
 class KVCache(nn.Module):

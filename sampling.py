@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
 import kernels
 from cli import UserError
@@ -92,12 +93,57 @@ def compile_step(step: Callable, model: Transformer, dynamic: bool | None = Fals
     prefill_too: whether the process compiles prefill as well, whose code needs the compiler's vector instructions."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if model.device.type == "cuda":
-        # The tuning turns a product with one token into a fused multiply and sum, which reads weights faster.
-        options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-        return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        return RecordedStep(step)
     if runs_fused(model) and not prefill_too:
         skip_vector_instructions()
     return torch.compile(step, fullgraph=True, dynamic=dynamic)
+
+
+class RecordedStep:
+    """A compiled step on a GPU. With fused layers it is recorded as a CUDA graph, one for each kind of call: a replay
+    takes the host some 20 us. Without, the compiler keeps graphs of its own, whose guards see any change of the model.
+
+    What it returns is overwritten by the next call."""
+
+    def __init__(self, step: Callable):
+        # The tuning turns a product with one token into a fused multiply and sum, which reads weights faster.
+        options: dict[str, Any] = {"coordinate_descent_tuning": True}
+        self.by_compiler = torch.compile(step, fullgraph=True, dynamic=False,
+                                         options=options | {"triton.cudagraphs": True})
+        self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """args: of the step, fused layers and the model among them."""
+        fused = next((arg for arg in args if isinstance(arg, kernels.FusedLayers)), None)
+        if fused is None:
+            torch.compiler.cudagraph_mark_step_begin()
+            return self.by_compiler(*args)
+        flat, spec = tree_flatten([arg for arg in args if not isinstance(arg, kernels.FusedLayers)])
+        inputs = [arg for arg in flat if isinstance(arg, Tensor) and arg.numel()]
+        key = (kernels.key_of(fused), spec, *((arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg
+                                              for arg in flat))
+        if key not in self.recorded:
+            self.recorded[key] = self.record(fused, args, inputs)
+        graph, static, outputs = self.recorded[key]
+        torch._foreach_copy_(static, inputs)
+        graph.replay()
+        return outputs
+
+    def record(self, fused: kernels.FusedLayers, args: tuple, inputs: list[Tensor]) -> tuple:
+        kernels.tune(fused, next(t.numel() for t in inputs if t.dtype == torch.int64))
+        static = {id(t): t.clone() for t in inputs}
+        args = tree_map(lambda arg: static[id(arg)] if isinstance(arg, Tensor) and id(arg) in static else arg, args)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):              # compiles; twice, because the first call may still be measuring
+            self.step(*args)
+            self.step(*args)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.step(*args)
+        return graph, list(static.values()), outputs
 
 
 def runs_fused(model: Transformer) -> bool:
@@ -113,8 +159,3 @@ def skip_vector_instructions() -> None:
     if cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0:
         config.cpp.vec_isa_ok = False
 
-
-def begin_step(device: torch.device) -> None:
-    """Tells CUDA graphs that what they returned before is no longer needed."""
-    if device.type == "cuda":
-        torch.compiler.cudagraph_mark_step_begin()

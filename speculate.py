@@ -20,7 +20,7 @@ import kernels
 import tp
 from cli import UserError
 from model import Transformer
-from sampling import Choice, begin_step, compile_step, exponential_noise, runs_fused, shortlist
+from sampling import Choice, compile_step, exponential_noise, runs_fused, shortlist
 from tokenizer import Tokenizer, same_tokenizer
 
 AUTO_K = range(1, 9)                 # the numbers of drafted tokens to choose from
@@ -119,9 +119,10 @@ class ModelDraft:
         if compile and not runs_fused(engine.model):
             self.step = compile_step(self.draft_step, engine.model)
 
-    def draft_step(self, idx: Tensor, input_pos: Tensor, choice: Choice, noise: Tensor) -> tuple[Tensor, ...]:
+    def draft_step(self, fused: kernels.FusedLayers | None, idx: Tensor, input_pos: Tensor, choice: Choice,
+                   noise: Tensor) -> tuple[Tensor, ...]:
         """The token [1, 1] after idx [1, S], and unless greedy its distribution [1, m] with ids."""
-        logits = self.engine.model(idx, input_pos, fused=self.engine.fused)[:, -1, :self.vocab_size]
+        logits = self.engine.model(idx, input_pos, fused=fused)[:, -1, :self.vocab_size]
         if not choice.candidates:
             return (logits.float().argmax(dim=-1, keepdim=True),)
         scaled, ids = shortlist(logits, choice)
@@ -145,8 +146,7 @@ class ModelDraft:
         noise = exponential_noise(k, choice.candidates, rng)
         steps = []
         for i in range(k):
-            begin_step(device)
-            step = self.step(idx, input_pos, choice, noise[i:i + 1])
+            step = self.step(self.engine.fused, idx, input_pos, choice, noise[i:i + 1])
             steps.append([t.clone() for t in step] if device.type == "cuda" else step)
             idx, input_pos = steps[-1][0], input_pos[:, -1:] + 1
         tokens, *distribution = (torch.cat(column, dim=0) for column in zip(*steps))
@@ -339,11 +339,11 @@ class Speculator:
         if isinstance(self.drafter, ModelDraft):
             self.drafter.step = self.drafter.draft_step
 
-    def verify_step(self, idx: Tensor, input_pos: Tensor, choice: Choice, probs: Tensor | None, ids: Tensor | None,
-                    uniform: Tensor, noise: Tensor) -> Tensor:
+    def verify_step(self, fused: kernels.FusedLayers | None, idx: Tensor, input_pos: Tensor, choice: Choice,
+                    probs: Tensor | None, ids: Tensor | None, uniform: Tensor, noise: Tensor) -> Tensor:
         """The last token and the drafted ones, idx [1, k + 1] at input_pos [1, k + 1] -> int64 [k + 2], see accept."""
         everywhere = torch.arange(idx.size(1), device=idx.device)
-        logits = self.model(idx, input_pos, everywhere, self.engine.fused)[0, :, :self.engine.vocab_size]
+        logits = self.model(idx, input_pos, everywhere, fused)[0, :, :self.engine.vocab_size]
         drafted = idx[0, 1:]
         if not choice.candidates:
             return accept_greedy(logits, drafted)
@@ -407,8 +407,7 @@ class Speculator:
             for tensor, dim in ((idx, 1), (input_pos, 1), (uniform, 0), (draft.probs, 0), (draft.ids, 0)):
                 if tensor is not None:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        begin_step(device)
-        return self.verify(idx, input_pos, choice, draft.probs, draft.ids, uniform, noise)
+        return self.verify(self.engine.fused, idx, input_pos, choice, draft.probs, draft.ids, uniform, noise)
 
     def measure(self, choice: Choice, rng: torch.Generator) -> KPolicy:
         """Times plain steps, draft steps and passes at the text's present end; what they cache is overwritten later."""

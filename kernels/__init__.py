@@ -1,4 +1,5 @@
-"""CPU kernels in C++, each beside its plain PyTorch twin, x_reference for x. Imports nothing of this project.
+"""Kernels, each beside its plain PyTorch twin, x_reference for x: here those in C++ for CPUs, and the choice between
+them, those in Triton for GPUs (gpu.py) and PyTorch's operators. Imports nothing of this project.
 
 B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C model dim; N rows and K_in columns of a
 weight, in groups of G. For up to 16 tokens reading the weights takes the time, and the C++ does it at the memory's
@@ -14,11 +15,29 @@ from torch import Tensor
 from .build import available, built_library, cpu_has_bf16, describe, unavailable_reason  # noqa: F401 (re-exported)
 from .memory import copy_to, huge_zeros, trim_memory  # noqa: F401
 
+if torch.version.cuda or torch.version.hip:
+    from . import gpu_layers as gpu
+else:
+    gpu = None
+
+GPU_KERNELS = ("auto", "triton", "plain")
+chosen = {"gpu": "auto"}          # of GPU_KERNELS: auto times candidates, triton takes the first, plain is PyTorch
 MAX_TOKENS, MAX_HEAD = 16, 512    # tokens of a matrix-vector product, dimensions of a head: as in tuning.h
 
 
 def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether the Triton kernels are to run there."""
+    return device.type == "cuda" and gpu is not None and chosen["gpu"] != "plain"
+
+
+def few_on_gpu(x: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether a Triton kernel computes a linear of x: in a compiled step, because a launch by itself is slow."""
+    return (torch.compiler.is_compiling() and 0 < x.numel() <= MAX_TOKENS * x.size(-1) and on_gpu(x.device)
+            and gpu.fits(tensors))
 
 
 # ---- linears
@@ -28,6 +47,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     few = 0 < x.numel() <= MAX_TOKENS * x.size(-1)
     if on_cpu(x) and few and weight.dtype == x.dtype and weight.is_contiguous() and available():
         return torch.ops.qwen_fast.linear(x, [weight], weight.size(0), False)
+    if weight.dtype == x.dtype and few_on_gpu(x, [weight]):
+        return torch.ops.qwen_fast.few_tokens_linear(x, [weight])
     return linear_reference(x, weight)
 
 
@@ -42,10 +63,14 @@ def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, quantize_activations:
     """
     if on_cpu(x) and weight.is_contiguous() and available():
         return torch.ops.qwen_fast.linear(x, [weight, scales], weight.size(0), quantize_activations)
+    if few_on_gpu(x, [weight, scales]):
+        return torch.ops.qwen_fast.few_tokens_linear(x, [weight, scales])
     return int8_linear_reference(x, weight, scales)
 
 
 def int8_linear_reference(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    if x.dtype == torch.float16:       # in which sums over q overflow
+        return F.linear(x, (weight * scales[:, None]).to(x.dtype))
     # Scaled in fp32: for bf16 scales the compiler has a kernel of its own, which fails on CUDA.
     return (F.linear(x, weight.to(x.dtype)).float() * scales).to(x.dtype)
 
@@ -63,6 +88,16 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
 
 def int4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int) -> Tensor:
     return F.linear(x, dequantize_packed_int4(packed, scales, zeros, out_features, x.size(-1), x.dtype))
+
+
+def stored_int4_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The same from the stored form, which GPUs use."""
+    tensors = [weight, scales, zeros]
+    if few_on_gpu(x, tensors):
+        return torch.ops.qwen_fast.few_tokens_linear(x, tensors)
+    if on_gpu(x.device) and gpu.fits(tensors):
+        return F.linear(x, torch.ops.qwen_fast.dequantize(tensors, x.dtype))
+    return F.linear(x, dequantize_int4(weight, scales, zeros, x.size(-1), x.dtype))
 
 
 def quantize_activations_reference(x: Tensor, dtype: torch.dtype, group: int) -> Tensor:
@@ -89,6 +124,13 @@ def pack_nibbles(q: Tensor) -> Tensor:
 def unpack_nibbles(weight: Tensor, in_features: int | None = None) -> Tensor:
     """The inverse of pack_nibbles: uint8 [N, in_features], by default two columns a byte."""
     return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)[:, :in_features]
+
+
+def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The weights [N, in_features] that the stored form stands for."""
+    q = unpack_nibbles(weight)
+    groups = F.pad(q, (0, -q.size(1) % zeros.size(1))).view(*zeros.shape, -1)
+    return ((groups - zeros[:, :, None].float() / 16) * scales[:, :, None].float()).flatten(1)[:, :in_features].to(dtype)
 
 
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,6 +209,9 @@ def expert_weights(tensors: list[Tensor], which: Tensor, n_expert: int, N: int, 
                    dtype: torch.dtype) -> Tensor:
     """The weights of some experts, int64 [n] -> [n, N, K_in]."""
     weight, *params = (tensor.unflatten(0, (n_expert, -1))[which] for tensor in tensors)
+    if len(params) == 2 and weight.dim() == 3:                  # the stored form
+        q, scales, zeros = (part.flatten(0, 1) for part in (weight, *params))
+        return dequantize_int4(q, scales, zeros, K_in, dtype).unflatten(0, (-1, N))
     if len(params) == 2:
         packed, scales, zeros = (part.flatten(0, 1) for part in (weight, *params))
         return dequantize_packed_int4(packed, scales, zeros, N * len(which), K_in, dtype).unflatten(0, (-1, N))
@@ -209,9 +254,10 @@ class LayerTensors(NamedTuple):
 
 
 class FusedLayers(NamedTuple):
-    """Layers whose tensors the C++ keeps behind a single one: torch.compile would take seconds over hundreds."""
+    """Layers whose tensors are kept behind a single one: torch.compile would take seconds over hundreds."""
     handle: Tensor
     dtype: torch.dtype
+    max_tokens: int = 1 << 62
 
 
 def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activations: bool) -> FusedLayers | None:
@@ -219,6 +265,10 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activ
 
     eps: of the RMS norms. quantize_activations: as in int8_linear and int4_linear. Errors: RuntimeError (shapes).
     """
+    if layers and on_gpu(layers[0].k_cache.device):
+        dtype, handle = layers[0].k_cache.dtype, gpu.fuse(layers, n_head, eps)
+        return None if handle is None else FusedLayers(handle, dtype, MAX_TOKENS)
+
     def supported(x: LayerTensors) -> bool:
         same = x.k_cache.dtype == x.v_cache.dtype == x.attention_norm.dtype == x.ffn_norm.dtype
         return on_cpu(x.k_cache) and same and x.k_cache.size(3) % 16 == 0 and x.k_cache.size(3) <= MAX_HEAD
@@ -230,9 +280,23 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activ
     return FusedLayers(handle, layers[0].k_cache.dtype)
 
 
+def key_of(fused: FusedLayers) -> tuple:
+    """On a GPU: equal for layers of the same tensors."""
+    return gpu.fused[int(fused.handle)].key
+
+
+def tune(fused: FusedLayers, tokens: int) -> None:
+    """On a GPU: finds the fastest kernels for steps of so many tokens, where they are not known."""
+    if chosen["gpu"] == "auto":
+        gpu.tune(gpu.fused[int(fused.handle)], tokens)
+
+
 def accepts(fused: FusedLayers | None, x: Tensor) -> bool:
     """Whether run_fused computes x [B, S, C]."""
-    return fused is not None and x.dtype == fused.dtype and x.numel() > 0
+    if fused is None:
+        return False
+    same = x.dtype == (torch.float32 if x.is_cuda and fused.dtype == torch.float16 else fused.dtype)
+    return same and 0 < x.size(0) * x.size(1) <= fused.max_tokens
 
 
 def run_fused(fused: FusedLayers, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None,
@@ -242,6 +306,8 @@ def run_fused(fused: FusedLayers, x: Tensor, cos: Tensor, sin: Tensor, logn: Ten
     cos, sin fp32 [B, S, 1, D]; logn fp32 [B, S, 1, 1], factors of the queries; input_pos int64 [B, S] or [S]. Keys and
     values are written to the caches. Errors: RuntimeError, also for a copied handle, whose caches are the original's.
     """
+    if x.is_cuda:
+        return torch.ops.qwen_fast.run_layers(x, fused.handle, cos, sin, logn, input_pos)
     return torch.ops.qwen_fast.run_fused(x, fused.handle, cos, sin, logn, input_pos)
 
 
@@ -252,6 +318,8 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
 
     A query at position p sees slots <= p, with a window only those > p - window. On a CPU the cost follows p, not T.
     """
+    if on_gpu(q.device) and k_cache.dtype == q.dtype:
+        return torch.ops.qwen_fast.attend_gpu(q, k_cache, v_cache, input_pos, window)
     if q.device.type != "cpu":
         return attend_reference(q, k_cache, v_cache, input_pos, window)
     fits = k_cache.dtype == q.dtype and q.size(3) % 16 == 0 and q.size(3) <= MAX_HEAD

@@ -156,7 +156,7 @@ def steps(kind: str, dtype: torch.dtype):
         for drafted in (None, 4):
             probs = (zeros(4, n, of=fp32), zeros(4, n)) if drafted and n else (None, None)
             yield f"verify, {name}, {'model' if drafted else 'ngram'}", lambda: speculator.verify(
-                zeros(1, 5), zeros(1, 5), choice, *probs, zeros(4, of=fp32), zeros(1, n, of=fp32))
+                None, zeros(1, 5), zeros(1, 5), choice, *probs, zeros(4, of=fp32), zeros(1, n, of=fp32))
     model.setup_caches(3, 256)
     yield "batch", lambda: compile_step(decode_one_token, model)(model, None, V, zeros(3, 1), zeros(3, 1), choice,
                                                                  zeros(3, n, of=fp32))

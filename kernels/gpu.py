@@ -1,0 +1,541 @@
+"""GPU kernels in Triton for up to 16 tokens, one source for NVIDIA and AMD, each beside its plain PyTorch twin.
+
+A decoding step reads every weight once, so each kernel streams one matrix, with what comes before and after it folded
+in. A dense layer takes six launches:
+
+    norm, wqkv, bias | QK-norm, RoPE, cache write | attention | wo, residual | norm, w13, silu(gate) * up | w2, residual
+
+On Hopper a kernel begins to load its weights while the one before it ends (programmatic dependent launch): gdc_wait
+stands before the first load of what another kernel writes.
+
+Letters as in __init__.py; M tokens, of all rows together.
+"""
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+MAX_TOKENS = 16                      # of a narrow matrix product: a tensor core's tile
+FEWEST_KEYS = 64                     # of a thread block of the attention
+
+
+class Tile(NamedTuple):
+    """How a matrix is cut up: rows and columns of a thread block's tile, its warps, and tiles loaded ahead."""
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+LIBRARY = Tile(0, 0, 0, 0)           # no tile: PyTorch's operators
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+MAGIC = {8: 0x47000000, 4: 0x43000000}
+
+
+# ---- linears
+#
+# Quantized weights are read as words, and become floats without a conversion instruction, of which a multiprocessor does
+# 16 a cycle: their bits are put into the mantissa of a constant, 2^15 + q from a byte, 2^7 + q or 2^7 + q / 16 from a
+# nibble. The constant is an argument, because one instruction takes a mask and a register, but not two constants.
+
+@triton.jit
+def load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, t: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
+              GROUP: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tile t of some rows, in chunks of 16 bytes, with int4's scales and zeros."""
+    SPAN: tl.constexpr = 128 // BITS                               # columns of a chunk
+    WIDE: tl.constexpr = SPAN if BITS > 8 else 4                   # entries of a chunk
+    STRIDE: tl.constexpr = K // SPAN * WIDE                        # of a row, in entries
+    chunk = t * (COLUMNS // SPAN) + tl.arange(0, COLUMNS // SPAN)
+    mask = here[:, None]
+    if (t + 1) * COLUMNS > K:
+        mask = mask & (chunk * SPAN < K)[None, :]
+    w = tl.load(w_ptr + (rows[:, None] * STRIDE + chunk[None, :] * WIDE)[:, :, None] + tl.arange(0, WIDE),
+                mask=mask[:, :, None], other=0, eviction_policy="evict_first")
+    if BITS == 4:
+        at = rows[:, None] * (K // GROUP) + (chunk * SPAN // GROUP)[None, :]
+        scale = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32) * (scale / 16)
+    else:
+        scale, shift = 0.0, 0.0
+    return w, scale, shift
+
+
+@triton.jit
+def byte_floats(w, n: tl.constexpr, magic):
+    """Byte n of words, int8: 2^15 + 128 + q."""
+    if n == 0:
+        w = w << 8
+    elif n > 1:
+        w = w >> (8 * n - 8)
+    return ((w & 0xFF00) | magic).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def nibble_floats(w, n: tl.constexpr, magic):
+    """Nibble n of words: 2^7 + q, or 2^7 + q / 16 where n is 1, 3 or 5."""
+    if n == 0:
+        w = w << 16
+    elif n <= 2:
+        w = w << 8
+    elif n == 5 or n == 6:
+        w = w >> 8
+    elif n == 7:
+        w = w >> 12
+    return ((w & (0xF000 if n == 1 or n == 3 or n == 5 else 0xF0000)) | magic).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_in_four(x, CHUNKS: tl.constexpr):
+    """[CHUNKS, 4 m], four columns in turn: four tensors [CHUNKS, m]."""
+    even, odd = tl.split(tl.reshape(x, [CHUNKS, x.shape[1] // 2, 2]))
+    first, third = tl.split(tl.reshape(even, [CHUNKS, x.shape[1] // 4, 2]))
+    second, fourth = tl.split(tl.reshape(odd, [CHUNKS, x.shape[1] // 4, 2]))
+    return first, second, third, fourth
+
+
+@triton.jit
+def byte_dot(w, x, magic, CHUNKS: tl.constexpr):
+    """Words [ROWS, CHUNKS, 4] times x [CHUNKS, 16], summed over a chunk."""
+    w ^= -2139062144                                               # 0x80808080: from signed to 128 + q
+    x0, x1, x2, x3 = split_in_four(x, CHUNKS)
+    dot = byte_floats(w, 0, magic) * x0[None] + byte_floats(w, 1, magic) * x1[None]
+    dot += byte_floats(w, 2, magic) * x2[None]
+    dot += byte_floats(w, 3, magic) * x3[None]
+    return tl.sum(dot, axis=2) - 32896 * tl.sum(x, axis=1)[None]
+
+
+@triton.jit
+def nibble_dot(w, x, magic, CHUNKS: tl.constexpr):
+    """Words [ROWS, CHUNKS, 4] times x [CHUNKS, 32], summed over a chunk."""
+    even, odd = tl.split(tl.reshape(x, [CHUNKS, 16, 2]))
+    x0, x2, x4, x6 = split_in_four(even, CHUNKS)
+    x1, x3, x5, x7 = split_in_four(odd, CHUNKS)
+    offset = 128 * (x0 + x2 + x4 + x6 + x7) + 2048 * (x1 + x3 + x5)
+    dot = nibble_floats(w, 0, magic) * x0[None] + nibble_floats(w, 1, magic) * (16 * x1)[None]
+    dot += nibble_floats(w, 2, magic) * x2[None]
+    dot += nibble_floats(w, 3, magic) * (16 * x3)[None]
+    dot += nibble_floats(w, 4, magic) * x4[None]
+    dot += nibble_floats(w, 5, magic) * (16 * x5)[None]
+    dot += nibble_floats(w, 6, magic) * x6[None]
+    dot += nibble_floats(w, 7, magic) * x7[None]
+    return tl.sum(dot, axis=2) - tl.sum(offset, axis=1)[None]
+
+
+@triton.jit
+def one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K: tl.constexpr, BITS: tl.constexpr,
+              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
+    """Rows of W times x [K] (times the norm's weight), fp32 [ROWS], and the sum of x's squares."""
+    SPAN: tl.constexpr = 128 // BITS
+    CHUNKS: tl.constexpr = COLUMNS // SPAN
+    TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    acc = tl.zeros([ROWS, CHUNKS], tl.float32)
+    squares = tl.zeros([CHUNKS], tl.float32)
+    w, scale, shift = load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, 0, K, BITS, GROUP, COLUMNS)
+    w1, scale1, shift1 = w, scale, shift
+    if TILES > 1 and AHEAD > 1:
+        w1, scale1, shift1 = load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, 1, K, BITS, GROUP, COLUMNS)
+    w2, scale2, shift2 = w1, scale1, shift1
+    if PDL:
+        gdc_wait()
+    for t in tl.static_range(TILES):                               # unrolled: to move registers would await their loads
+        if t + AHEAD < TILES:
+            w2, scale2, shift2 = load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, t + AHEAD, K, BITS, GROUP, COLUMNS)
+        column = t * COLUMNS + tl.arange(0, CHUNKS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+        if (t + 1) * COLUMNS <= K:
+            x = tl.load(x_ptr + column).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+        if norm_ptr is not None:
+            squares += tl.sum(x * x, axis=1)
+            if (t + 1) * COLUMNS <= K:
+                x *= tl.load(norm_ptr + column).to(tl.float32)
+            else:
+                x *= tl.load(norm_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+        if BITS == 4:
+            acc += scale * nibble_dot(w, x, magic, CHUNKS) - shift * tl.sum(x, axis=1)[None]
+        elif BITS == 8:
+            acc += byte_dot(w, x, magic, CHUNKS)
+        else:
+            acc += tl.sum(w.to(tl.float32) * x[None], axis=2)
+        if AHEAD > 1:
+            w, scale, shift = w1, scale1, shift1
+            w1, scale1, shift1 = w2, scale2, shift2
+        else:
+            w, scale, shift = w2, scale2, shift2
+    return tl.sum(acc, axis=1), tl.sum(squares, axis=0)
+
+
+@triton.jit
+def join_four(a, b, c, d):
+    """The inverse of split_in_four, with a dimension of its own for the four."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], a.shape[1], 4])
+
+
+@triton.jit
+def few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K: tl.constexpr, BITS: tl.constexpr,
+               GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+               DTYPE: tl.constexpr, PDL: tl.constexpr):
+    """The same for up to 16 rows of x [M, K], by tensor cores: fp32 [ROWS, 16]."""
+    acc = tl.zeros([ROWS, 16], tl.float32)
+    token = tl.arange(0, 16)[None, :]
+    ENTRY: tl.constexpr = 1 if BITS > 8 else 32 // BITS            # columns of an entry
+    if PDL:
+        gdc_wait()
+    for first in tl.range(0, K, COLUMNS, num_stages=STAGES):
+        entry = first // ENTRY + tl.arange(0, COLUMNS // ENTRY)
+        w = tl.load(w_ptr + rows[:, None] * (K // ENTRY) + entry[None, :],
+                    mask=here[:, None] & (entry * ENTRY < K)[None, :], other=0, eviction_policy="evict_first")
+        if BITS == 8:
+            w ^= -2139062144
+            w = join_four(byte_floats(w, 0, magic), byte_floats(w, 1, magic), byte_floats(w, 2, magic),
+                          byte_floats(w, 3, magic)) - 32896
+        elif BITS == 4:
+            even = join_four(nibble_floats(w, 0, magic) - 128, nibble_floats(w, 2, magic) - 128,
+                             nibble_floats(w, 4, magic) - 128, nibble_floats(w, 6, magic) - 128)
+            odd = join_four(16 * nibble_floats(w, 1, magic) - 2048, 16 * nibble_floats(w, 3, magic) - 2048,
+                            16 * nibble_floats(w, 5, magic) - 2048, nibble_floats(w, 7, magic) - 128)
+            group = first // GROUP + tl.arange(0, COLUMNS // GROUP)
+            at, mask = rows[:, None] * (K // GROUP) + group[None, :], here[:, None] & (group * GROUP < K)[None, :]
+            scale = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)[:, :, None]
+            zero = tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32)[:, :, None] / 16
+            w = (tl.reshape(tl.join(even, odd), [ROWS, COLUMNS // GROUP, GROUP]) - zero) * scale
+        column = first + tl.arange(0, COLUMNS)
+        x = tl.load(x_ptr + token * K + column[:, None], mask=(column < K)[:, None] & (token < M), other=0.0)
+        acc = tl.dot(tl.reshape(w, [ROWS, COLUMNS]).to(DTYPE), x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, eps, magic, M, N, K: tl.constexpr,
+                  BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+                  COLUMNS: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, DTYPE: tl.constexpr,
+                  PDL: tl.constexpr):
+    """y [M, N] = norm(x) W^T + bias + residual; GATED: silu(gate) * up, of W's rows 0 .. N - 1 and N .. 2 N - 1."""
+    if PDL:
+        gdc_launch_dependents()
+    UNITS: tl.constexpr = ROWS // 2 if GATED else ROWS
+    i = tl.arange(0, ROWS)
+    unit, row = tl.program_id(0) * UNITS + tl.arange(0, UNITS), tl.program_id(0) * UNITS + i
+    if GATED:
+        row = tl.program_id(0) * UNITS + i // 2                    # gate and up of a unit beside each other
+    here = row < N
+    if GATED:
+        row += i % 2 * N
+    rows = row.to(tl.int64)
+    if ONE:
+        y, squares = one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS, GROUP, ROWS, COLUMNS,
+                               STAGES, PDL)
+        if norm_ptr is not None:
+            y *= tl.rsqrt(squares / K + eps)
+        y, token = y[:, None], tl.arange(0, 1)
+    else:
+        y = few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K, BITS, GROUP, ROWS, COLUMNS, STAGES, DTYPE,
+                       PDL)
+        token = tl.arange(0, 16)
+    if BITS == 8:
+        y *= tl.load(scales_ptr + rows, mask=here, other=0.0)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows, mask=here, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(y, [UNITS, 2, 1 if ONE else 16]), (0, 2, 1)))
+        y = gate * tl.sigmoid(gate) * up
+    at = token[None, :] * N + unit[:, None]
+    mask = (token < M)[None, :] & (unit < N)[:, None]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y, mask=mask)
+
+
+@triton.jit
+def norm_kernel(x_ptr, norm_ptr, y_ptr, eps, C, WIDTH: tl.constexpr, PDL: tl.constexpr):
+    """The RMS norm of a row of x [M, C]."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    i = tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + tl.program_id(0) * C + i, mask=i < C, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x) / C + eps) * tl.load(norm_ptr + i, mask=i < C, other=0.0).to(tl.float32)
+    tl.store(y_ptr + tl.program_id(0) * C + i, y, mask=i < C)
+
+
+class Weights(NamedTuple):
+    """A linear's tensors as the kernels take them: quantized weights as words int32 [N, K * bits / 32]."""
+    bits: int
+    weight: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> "Weights":
+        """tensors: as in LayerTensors, int4 in the stored form."""
+        weight, bits = tensors[0], {torch.uint8: 4, torch.int8: 8}.get(tensors[0].dtype, 8 * tensors[0].itemsize)
+        count = {4: 3, 8: 2}.get(bits, 1)
+        scales, zeros = (*tensors[1:count], None, None)[:2]
+        words = weight if bits > 8 else weight.view(torch.int32)
+        return cls(bits, words, scales, zeros, tensors[count] if len(tensors) > count else None)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.size(1) if self.bits > 8 else self.weight.size(1) * 32 // self.bits
+
+    @property
+    def groupsize(self) -> int:
+        return self.in_features // self.zeros.size(1) if self.zeros is not None else 0
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weights [N, K]."""
+        if self.scales is None:
+            return self.weight
+        if self.zeros is None:
+            return (self.weight.view(torch.int8) * self.scales[:, None]).to(dtype)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.weight.device)
+        q = (self.weight[:, :, None] >> shifts & 15).view(*self.zeros.shape, -1)
+        return ((q - self.zeros[:, :, None].float() / 16) * self.scales[:, :, None].float()).flatten(1).to(dtype)
+
+
+def fits(tensors: list[Tensor]) -> bool:
+    """Whether the kernels take a linear: rows of whole 16-byte chunks, groups of one size."""
+    weight = tensors[0]
+    if weight.dtype == torch.uint8 and (weight.dim() != 2 or weight.size(1) * 2 % tensors[2].size(1)
+                                        or weight.size(1) * 2 // tensors[2].size(1) % 32):
+        return False
+    return weight.is_contiguous() and weight.size(1) * weight.itemsize % 16 == 0
+
+
+def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
+           gated: bool = False, tile: Tile = LIBRARY) -> Tensor:
+    """x [M, K] through a linear, M up to 16, with all that norm (an RMS norm's weight), residual [M, N] and gated ask
+    for."""
+    (M, K), rows = x.shape, w.weight.size(0)
+    N, dtype = rows // 2 if gated else rows, norm.dtype if norm is not None else x.dtype
+    if tile == LIBRARY:
+        return linear_reference(x, w, norm, eps, residual, gated)
+    if norm is not None and M > 1:
+        x, norm = rms_norm(x, norm, eps), None
+    y = torch.empty(M, N, dtype=residual.dtype if residual is not None else dtype, device=x.device)
+    launch(linear_kernel, (triton.cdiv(rows, tile.rows),), x, norm, w.weight, w.scales, w.zeros, w.bias, residual, y,
+           eps, MAGIC.get(w.bits, 0), M, N, K, BITS=w.bits, GROUP=w.groupsize, GATED=gated, ROWS=tile.rows,
+           COLUMNS=tile.columns, STAGES=tile.stages, ONE=M == 1, DTYPE=TRITON_DTYPES[dtype], num_warps=tile.warps)
+    return y
+
+
+def linear_reference(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0,
+                     residual: Tensor | None = None, gated: bool = False) -> Tensor:
+    if norm is not None:
+        x = F.rms_norm(x.float(), x.shape[1:], norm.float(), eps).to(norm.dtype)
+    y = F.linear(x, w.dequantize(x.dtype), w.bias)
+    if gated:
+        gate, up = y.chunk(2, dim=1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+@triton.jit
+def dequantize_kernel(w_ptr, scales_ptr, zeros_ptr, y_ptr, K, BITS: tl.constexpr, GROUP: tl.constexpr,
+                      COLUMNS: tl.constexpr):
+    """A row's columns, for products of many tokens."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = column < K
+    if BITS == 8:
+        y = tl.load(w_ptr + row * K + column, mask=mask, other=0).to(tl.float32) * tl.load(scales_ptr + row)
+    else:
+        at = row * (K // GROUP) + column // GROUP
+        scale = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        zero = tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32) / 16
+        q = tl.load(w_ptr + row * (K // 2) + column // 2, mask=mask, other=0) >> (column % 2 * 4)
+        y = ((q & 15).to(tl.float32) - zero) * scale
+    tl.store(y_ptr + row * K + column, y, mask=mask)
+
+
+def dequantize(w: Weights, dtype: torch.dtype) -> Tensor:
+    """As Weights.dequantize, of quantized weights."""
+    N, K = w.weight.size(0), w.in_features
+    y = torch.empty(N, K, dtype=dtype, device=w.weight.device)
+    stored = w.weight.view(torch.int8 if w.bits == 8 else torch.uint8)
+    dequantize_kernel[N, triton.cdiv(K, 1024)](stored, w.scales, w.zeros, y, K, BITS=w.bits, GROUP=w.groupsize,
+                                               COLUMNS=1024)
+    return y
+
+
+def rms_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    y = torch.empty(x.shape, dtype=norm.dtype, device=x.device)
+    launch(norm_kernel, (len(x),), x, norm, y, eps, x.size(1), WIDTH=triton.next_power_of_2(x.size(1)), num_warps=8)
+    return y
+
+
+# ---- attention
+
+@triton.jit
+def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, pos_ptr, q_ptr, k_ptr, v_ptr, ready_ptr,
+                   eps, S, T, H, KV, D, HALF: tl.constexpr, PDL: tl.constexpr):
+    """One head of one token: norm and RoPE; queries go to q [M, H, D], keys and values to the cache."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    m, head = tl.program_id(0), tl.program_id(1)
+    i = tl.arange(0, HALF)
+    mask = i < D // 2
+    is_query, is_value = head < H, head >= H + KV
+    source = qkv_ptr + (m * (H + 2 * KV) + head) * D + i
+    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32)
+    if not is_value:
+        if q_norm_ptr is not None:
+            scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / D + eps)
+            of_q, of_k = mask & is_query, mask & (head >= H)
+            first *= scale * (tl.load(q_norm_ptr + i, mask=of_q, other=0.0).to(tl.float32)
+                              + tl.load(k_norm_ptr + i, mask=of_k, other=0.0).to(tl.float32))
+            second *= scale * (tl.load(q_norm_ptr + D // 2 + i, mask=of_q, other=0.0).to(tl.float32)
+                               + tl.load(k_norm_ptr + D // 2 + i, mask=of_k, other=0.0).to(tl.float32))
+        cos = tl.load(cos_ptr + m * D + i, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + m * D + i, mask=mask, other=0.0)
+        first, second = first * cos - second * sin, second * cos + first * sin
+    if is_query:
+        if logn_ptr is not None:
+            scale = tl.load(logn_ptr + m)
+            first *= scale
+            second *= scale
+        to = q_ptr + (m * H + head) * D + i
+        tl.store(to, first, mask=mask)
+        tl.store(to + D // 2, second, mask=mask)
+    else:
+        at = ((m // S).to(tl.int64) * KV + (head - H) % KV) * T * D + tl.load(pos_ptr + m) * D + i
+        tl.store(k_ptr + at, first, mask=mask & (head < H + KV))
+        tl.store(k_ptr + at + D // 2, second, mask=mask & (head < H + KV))
+        tl.store(v_ptr + at, first, mask=mask & is_value)
+        tl.store(v_ptr + at + D // 2, second, mask=mask & is_value)
+    if ready_ptr is not None:
+        if m % S == 0 and head < KV:
+            tl.store(ready_ptr + m // S * KV + head, 0)
+
+
+@triton.jit
+def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, scale, S, T, H, KV, D, window, splits, fewest,
+                  PER_HEAD: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+                  WIDTH: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr):
+    """TOKENS tokens of one row and the PER_HEAD query heads of one KV head, QUERIES in all, over a share of the cache.
+
+    The shares' results go to partial [B * KV, splits, (WIDTH + 2) * QUERIES]; whichever thread block is ready last adds
+    them up, in order."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    program, split = tl.program_id(0), tl.program_id(2)
+    b, kv = program // KV, program % KV
+    query, d = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    token = tl.program_id(1) * TOKENS + query // PER_HEAD
+    real = (query < TOKENS * PER_HEAD) & (token < S)
+    pos = tl.load(pos_ptr + b * S + token, mask=real, other=-1).to(tl.int32)
+    at = ((b * S + token) * H + kv * PER_HEAD + query % PER_HEAD)[:, None] * D + d[None, :]
+    inside = real[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    begin, end = 0, tl.max(pos, axis=0) + 1
+    if window > 0:
+        begin = tl.maximum(tl.min(tl.where(real, pos, 2147483647), axis=0) - window + 1, 0) // KEYS * KEYS
+    share = tl.maximum(tl.cdiv(tl.cdiv(end - begin, splits), KEYS) * KEYS, fewest)
+    active = tl.cdiv(end - begin, share)
+    if split < active:
+        first = begin + split * share
+        last = tl.minimum(first + share, end)
+        most = tl.full([QUERIES], -1e30, tl.float32)               # finite, where a query sees nothing of its share
+        total = tl.zeros([QUERIES], tl.float32)
+        acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+        base = (b.to(tl.int64) * KV + kv) * T * D
+        for start in range(first, last, KEYS):
+            slot = start + tl.arange(0, KEYS)
+            k = tl.load(k_ptr + base + slot[None, :] * D + d[:, None], mask=(slot < last)[None, :] & (d < D)[:, None],
+                        other=0.0)
+            v = tl.load(v_ptr + base + slot[:, None] * D + d[None, :], mask=(slot < last)[:, None] & (d < D)[None, :],
+                        other=0.0)
+            seen = (slot[None, :] <= pos[:, None]) & (slot < last)[None, :]
+            if window > 0:
+                seen = seen & (slot[None, :] > pos[:, None] - window)
+            score = tl.where(seen, tl.dot(q, k, input_precision="ieee") * scale, -float("inf"))
+            new = tl.maximum(most, tl.max(score, axis=1))
+            p, fade = tl.exp2(score - new[:, None]), tl.exp2(most - new)
+            total = total * fade + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+            most = new
+        if not SPLIT:
+            tl.store(y_ptr + at, acc / total[:, None], mask=inside)
+        elif active == 1:
+            tl.store(y_ptr + at, acc / total[:, None], mask=inside)
+        else:
+            SIZE: tl.constexpr = QUERIES * (WIDTH + 2)
+            to = partial_ptr + (program * splits + split) * SIZE
+            tl.store(to + query[:, None] * WIDTH + d[None, :], acc)
+            tl.store(to + QUERIES * WIDTH + query, most)
+            tl.store(to + QUERIES * (WIDTH + 1) + query, total)
+            tl.debug_barrier()
+            if tl.atomic_add(ready_ptr + program, 1, sem="acq_rel") == active - 1:
+                most = tl.full([QUERIES], -1e30, tl.float32)
+                total = tl.zeros([QUERIES], tl.float32)
+                acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+                for other in range(active):
+                    its = partial_ptr + (program * splits + other) * SIZE
+                    its_most = tl.load(its + QUERIES * WIDTH + query, cache_modifier=".cg")
+                    its_total = tl.load(its + QUERIES * (WIDTH + 1) + query, cache_modifier=".cg")
+                    its_acc = tl.load(its + query[:, None] * WIDTH + d[None, :], cache_modifier=".cg")
+                    new = tl.maximum(most, its_most)
+                    fade, its_fade = tl.exp2(most - new), tl.exp2(its_most - new)
+                    total = total * fade + its_total * its_fade
+                    acc = acc * fade[:, None] + its_acc * its_fade[:, None]
+                    most = new
+                tl.store(y_ptr + at, acc / total[:, None], mask=inside)
+
+
+def prepare(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, logn: Tensor | None,
+            input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, n_head: int, eps: float,
+            ready: Tensor | None = None) -> Tensor:
+    """Queries [B, S, H, D] of qkv [M, (H + 2 K) * D], normed and rotated; writes keys and values to the caches.
+
+    ready: int32 [B * K], which becomes 0 for attend."""
+    (B, S), (_, KV, T, D) = input_pos.shape, k_cache.shape
+    q = torch.empty(B, S, n_head, D, dtype=qkv.dtype, device=qkv.device)
+    launch(prepare_kernel, (B * S, n_head + 2 * KV), qkv, q_norm, k_norm, cos, sin, logn, input_pos, q, k_cache,
+           v_cache, ready, eps, S, T, n_head, KV, D, HALF=triton.next_power_of_2(D // 2), num_warps=1)
+    return q
+
+
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0,
+           ready: Tensor | None = None) -> Tensor:
+    """As kernels.attend, input_pos [B, S]. ready: int32 [B * K] of zeros, without which no head's cache is split."""
+    (B, S, H, D), (_, KV, T, _) = q.shape, k_cache.shape
+    per_head = H // KV
+    tokens = S if S * per_head <= 64 else max(1, 64 // per_head)
+    queries = max(16, triton.next_power_of_2(tokens * per_head))
+    blocks, width, keys = triton.cdiv(S, tokens), triton.next_power_of_2(D), 64 if D <= 128 else 32
+    splits = 1
+    if ready is not None and blocks == 1:
+        splits = max(1, min(2 * multiprocessors(q.device) // (B * KV), triton.cdiv(T, FEWEST_KEYS)))
+    y = torch.empty(B, S, H * D, dtype=q.dtype, device=q.device)
+    partial = torch.empty(B * KV * splits, queries * (width + 2), dtype=torch.float32, device=q.device)
+    launch(attend_kernel, (B * KV, blocks, splits), q, k_cache, v_cache, input_pos, y, partial, ready,
+           D ** -0.5 / math.log(2), S, T, H, KV, D, window, splits, FEWEST_KEYS, PER_HEAD=per_head, TOKENS=tokens, QUERIES=queries,
+           KEYS=keys, WIDTH=width, SPLIT=splits > 1, num_warps=4, num_stages=2)
+    return y
+
+
+# ---- launches
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
+    early = launches_early(x.device)
+    kernel[grid](x, *args, PDL=early, **options, **(dict(launch_pdl=True) if early else {}))

@@ -1,0 +1,264 @@
+"""All layers of a model as one operator on a GPU: which tiles its kernels use, and the operators of a compiled step.
+
+The kernels and their twins are in gpu.py."""
+import functools
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import gpu
+from .gpu import LIBRARY, MAX_TOKENS, Tile, Weights, attend, fits, prepare  # noqa: F401
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    version = torch.version.hip or torch.version.cuda
+    return f"{torch.cuda.get_device_name(device)}, {version}, triton {triton.__version__}"
+
+
+MAX_HEAD = 256                       # dimensions: more would not fit into a thread block's registers
+
+
+# ---- tiles
+
+# The fastest of many on an H200, each somewhere: for one token, and for several.
+ONE_TOKEN = {16: [(4, 512, 1, 2), (4, 512, 1, 1), (2, 512, 1, 2), (2, 1024, 2, 2), (4, 1024, 4, 1), (4, 2048, 8, 1)],
+             8: [(4, 512, 1, 1), (4, 512, 1, 2), (4, 1024, 1, 1), (4, 1024, 2, 1), (4, 2048, 4, 1)],
+             4: [(4, 1024, 1, 1), (4, 1024, 1, 2), (4, 2048, 2, 1), (4, 4096, 4, 1)],
+             32: [(4, 512, 2, 1)]}
+FEW_TOKENS = {16: [(16, 256, 2, 4), (32, 128, 1, 4), (64, 128, 4, 4), (64, 64, 4, 6), (16, 512, 2, 3)],
+              8: [(16, 256, 2, 3), (32, 128, 2, 4), (64, 128, 4, 4), (16, 512, 4, 3)],
+              4: [(16, 256, 2, 3), (32, 256, 2, 3), (64, 128, 4, 4), (16, 512, 4, 3)],
+              32: [(16, 64, 2, 3)]}
+MOST_TIMED = 40                      # weights of a kind: together far larger than the cache
+tiles: dict[str, dict[str, Tile]] = {}     # by device, what tune found
+
+
+def candidates(w: Weights, M: int) -> list[Tile]:
+    """Tiles no wider than the weight needs; the first is the one to take unmeasured."""
+    of = [Tile(*tile) for tile in (ONE_TOKEN if M == 1 else FEW_TOKENS)[w.bits]]
+    return [tile for tile in of if tile.columns < 2 * w.in_features and tile.columns >= w.groupsize] or of[:1]
+
+
+def kind_of(w: Weights, M: int, gated: bool, normed: bool) -> str:
+    """What the speed of a linear depends on."""
+    return (f"{'one token' if M == 1 else 'few tokens'}, {w.weight.size(0)} x {w.in_features}, {w.bits} bits, "
+            f"groups of {w.groupsize}, {'gated' if gated else 'plain'}, {'normed' if normed else 'bare'}")
+
+
+def tile_for(w: Weights, M: int, gated: bool, normed: bool, device: torch.device) -> Tile:
+    """What tune found, or the first candidate."""
+    known = tiles.get(device_name(device), {})
+    return known.get(kind_of(w, M, gated, normed)) or candidates(w, M)[0]
+
+
+def tune(layers: "Layers", M: int) -> None:
+    """Times every candidate for the layers' linears with M tokens, on these very weights, and PyTorch's operators; keeps
+    the fastest, in a file too, beside what it saw. Seconds, once for each shape, format and device."""
+    device = layers.layers[0].k_cache.device
+    file = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "qwen_fast") / "gpu_tiles.json"
+    found = read_tiles(file)
+    known = tiles.setdefault(device_name(device), {})
+    known |= {kind: Tile(*entry["tile"]) for kind, entry in found.get(device_name(device), {}).items()}
+    groups: dict[str, list[Callable[[Tile], object]]] = {}
+    offered: dict[str, list[Tile]] = {}
+    for (normed, gated), weights in layers.linears().items():
+        for w in weights:
+            kind = kind_of(w, M, gated, normed)
+            if kind not in known:
+                groups.setdefault(kind, []).append(layers.call(w, M, normed, gated))
+                offered[kind] = [*candidates(w, M), LIBRARY]
+    if not groups:
+        return
+    start = time.perf_counter()
+    print(f"timing the GPU kernels for this model's shapes with {M} tokens (once) ...", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor() as pool:                             # each tile is compiled first
+        jobs = [functools.partial(calls[0], tile) for kind, calls in groups.items() for tile in offered[kind]]
+        list(pool.map(lambda job: job(), jobs))
+    for kind, calls in groups.items():
+        us = {tile: 1e3 * milliseconds([functools.partial(call, tile) for call in calls[:MOST_TIMED]])
+              for tile in offered[kind]}
+        known[kind] = min(us, key=us.__getitem__)
+        found.setdefault(device_name(device), {})[kind] = dict(
+            tile=known[kind], us={"x".join(map(str, tile)): round(time, 2) for tile, time in us.items()})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(found, indent=1))
+    partial.replace(file)
+    print(f"timed in {time.perf_counter() - start:.0f} seconds: {file}", file=sys.stderr)
+
+
+def read_tiles(file: Path) -> dict[str, dict[str, Any]]:
+    """What tune wrote; nothing, if it is not there or not as it was written."""
+    try:
+        found = json.loads(file.read_text())
+        for entry in (entry for kinds in found.values() for entry in kinds.values()):
+            if not all(isinstance(n, int) and 0 <= n <= 1 << 16 for n in Tile(*entry["tile"])):
+                return {}
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def milliseconds(calls: list[Callable[[], object]]) -> float:
+    """For one of them: the median of a few replays of all, recorded as a CUDA graph."""
+    calls[0]()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times) / len(calls)
+
+
+# ---- whole layers
+
+class Layer(NamedTuple):
+    """LayerTensors as the kernels take them."""
+    attention_norm: Tensor
+    wqkv: Weights
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    wo: Weights
+    ffn_norm: Tensor
+    w13: Weights
+    w2: Weights
+    k_cache: Tensor
+    v_cache: Tensor
+    window: int
+
+
+class Layers:
+    """All layers of a model, and what run needs besides."""
+
+    def __init__(self, layers: list[Layer], n_head: int, eps: float):
+        self.layers, self.n_head, self.eps = layers, n_head, eps
+
+    @functools.cached_property
+    def key(self) -> tuple:
+        """What a recorded CUDA graph depends on: equal for equal tensors."""
+        tensors = (t for layer in self.layers for part in layer
+                   for t in (part if isinstance(part, Weights) else (part,)))
+        return self.eps, tuple((t.data_ptr(), t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tensors)
+
+    def linears(self) -> dict[tuple[bool, bool], list[Weights]]:
+        """Those of each kind: (normed, gated)."""
+        return {(True, False): [layer.wqkv for layer in self.layers],
+                (False, False): [w for layer in self.layers for w in (layer.wo, layer.w2)],
+                (True, True): [layer.w13 for layer in self.layers]}
+
+    def call(self, w: Weights, M: int, normed: bool, gated: bool) -> Callable[[Tile], object]:
+        """One of the linears, as run calls it."""
+        layer = self.layers[0]
+        x = torch.randn(M, w.in_features, dtype=layer.k_cache.dtype, device=layer.k_cache.device)
+        norm = layer.attention_norm if normed else None
+        residual = None if normed else x.new_zeros(M, w.weight.size(0))
+        return lambda tile: gpu.linear(x, w, norm, self.eps, residual, gated, tile)
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None,
+            input_pos: Tensor) -> Tensor:
+        """x [B, S, C] through all layers, as kernels.run_fused."""
+        (B, S, C), eps = x.shape, self.eps
+        cos, sin, input_pos = (t.contiguous() for t in (cos, sin, input_pos.expand(B, S)))
+        x = x.reshape(B * S, C)
+        for layer in self.layers:
+            ready = torch.empty(B * layer.k_cache.size(1), dtype=torch.int32, device=x.device)
+            qkv = linear(x, layer.wqkv, layer.attention_norm, eps)
+            q = prepare(qkv, layer.q_norm, layer.k_norm, cos, sin, logn, input_pos, layer.k_cache, layer.v_cache,
+                        self.n_head, eps, ready)
+            y = attend(q, layer.k_cache, layer.v_cache, input_pos, layer.window, ready)
+            x = linear(y.view(B * S, -1), layer.wo, residual=x)
+            hidden = linear(x, layer.w13, layer.ffn_norm, eps, gated=True)
+            x = linear(hidden, layer.w2, residual=x)
+        return x.view(B, S, C)
+
+
+def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
+           gated: bool = False) -> Tensor:
+    """gpu.linear by the tile for it."""
+    return gpu.linear(x, w, norm, eps, residual, gated, tile_for(w, len(x), gated, norm is not None, x.device))
+
+
+fused: weakref.WeakValueDictionary[int, Layers] = weakref.WeakValueDictionary()    # what handles stand for
+numbers = itertools.count()
+
+
+def fuse(layers: Sequence[Any], n_head: int, eps: float) -> Tensor | None:
+    """A tensor that stands for kernels.LayerTensors in operators, and keeps them alive; None where run cannot compute
+    them."""
+    ours = []
+    for layer in layers:
+        linears = layer.wqkv, layer.wo, layer.feed_forward.w13, layer.feed_forward.w2
+        if layer.feed_forward.n_expert or not all(map(fits, linears)) or layer.k_cache.size(3) > MAX_HEAD:
+            return None
+        wqkv, wo, w13, w2 = map(Weights.of, linears)
+        ours.append(Layer(layer.attention_norm, wqkv, layer.q_norm, layer.k_norm, wo, layer.ffn_norm, w13, w2,
+                          layer.k_cache, layer.v_cache, layer.window))
+    handle: Any = torch.tensor([next(numbers)])
+    fused[int(handle)] = handle.layers = Layers(ours, n_head, eps)
+    return handle
+
+
+@torch.library.custom_op("qwen_fast::run_layers", mutates_args=())
+def run_layers(x: Tensor, handle: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
+    """Opaque to the compiler, for which hundreds of launches are seconds of work; a CUDA graph records them."""
+    return fused[int(handle)].run(x, cos, sin, logn, input_pos)
+
+
+@torch.library.custom_op("qwen_fast::few_tokens_linear", mutates_args=())
+def few_tokens_linear(x: Tensor, tensors: list[Tensor]) -> Tensor:
+    """x [..., K] through a linear by itself."""
+    w = Weights.of(tensors)
+    return linear(x.reshape(-1, x.size(-1)), w).view(*x.shape[:-1], w.weight.size(0))
+
+
+@torch.library.custom_op("qwen_fast::attend_gpu", mutates_args=())
+def attend_op(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+    (B, S, _, _), KV = q.shape, k_cache.size(1)
+    ready = torch.zeros(B * KV, dtype=torch.int32, device=q.device) if S <= MAX_TOKENS else None
+    return attend(q.contiguous(), k_cache, v_cache, input_pos.expand(B, S).contiguous(), window, ready)
+
+
+@torch.library.custom_op("qwen_fast::dequantize", mutates_args=())
+def dequantize_op(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return gpu.dequantize(Weights.of(tensors), dtype)
+
+
+@run_layers.register_fake
+def _(x: Tensor, *others) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@few_tokens_linear.register_fake
+def _(x: Tensor, tensors: list[Tensor]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], tensors[0].size(0))
+
+
+@attend_op.register_fake
+def _(q: Tensor, *others) -> Tensor:
+    return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))
+
+
+@dequantize_op.register_fake
+def _(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    weight = tensors[0]
+    return weight.new_empty(weight.size(0), weight.size(1) * (2 if weight.dtype == torch.uint8 else 1), dtype=dtype)
