@@ -16,9 +16,9 @@ from .build import available, built_library, cpu_has_bf16, describe, unavailable
 from .memory import copy_to, huge_zeros, trim_memory  # noqa: F401
 
 if torch.version.cuda or torch.version.hip:
-    from . import gpu_layers as gpu
+    from . import gpu_layers
 else:
-    gpu = None
+    gpu_layers = None
 
 GPU_KERNELS = ("auto", "triton", "plain")
 chosen = {"gpu": "auto"}          # of GPU_KERNELS: auto times candidates, triton takes the first, plain is PyTorch
@@ -31,13 +31,13 @@ def on_cpu(x: Tensor) -> bool:
 
 def on_gpu(device: torch.device) -> bool:
     """Whether the Triton kernels are to run there."""
-    return device.type == "cuda" and gpu is not None and chosen["gpu"] != "plain"
+    return device.type == "cuda" and gpu_layers is not None and chosen["gpu"] != "plain"
 
 
 def few_on_gpu(x: Tensor, tensors: list[Tensor]) -> bool:
     """Whether a Triton kernel computes a linear of x: in a compiled step, because a launch by itself is slow."""
     return (torch.compiler.is_compiling() and 0 < x.numel() <= MAX_TOKENS * x.size(-1) and on_gpu(x.device)
-            and gpu.fits(tensors))
+            and gpu_layers.fits(tensors))
 
 
 # ---- linears
@@ -95,7 +95,7 @@ def stored_int4_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor)
     tensors = [weight, scales, zeros]
     if few_on_gpu(x, tensors):
         return torch.ops.qwen_fast.few_tokens_linear(x, tensors)
-    if on_gpu(x.device) and gpu.fits(tensors):
+    if on_gpu(x.device) and gpu_layers.fits(tensors):
         return F.linear(x, torch.ops.qwen_fast.dequantize(tensors, x.dtype))
     return F.linear(x, dequantize_int4(weight, scales, zeros, x.size(-1), x.dtype))
 
@@ -266,7 +266,7 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activ
     eps: of the RMS norms. quantize_activations: as in int8_linear and int4_linear. Errors: RuntimeError (shapes).
     """
     if layers and on_gpu(layers[0].k_cache.device):
-        dtype, handle = layers[0].k_cache.dtype, gpu.fuse(layers, n_head, eps)
+        dtype, handle = layers[0].k_cache.dtype, gpu_layers.fuse(layers, n_head, eps)
         return None if handle is None else FusedLayers(handle, dtype, MAX_TOKENS)
 
     def supported(x: LayerTensors) -> bool:
@@ -282,13 +282,13 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activ
 
 def key_of(fused: FusedLayers) -> tuple:
     """On a GPU: equal for layers of the same tensors."""
-    return gpu.fused[int(fused.handle)].key
+    return gpu_layers.fused[int(fused.handle)].key
 
 
 def tune(fused: FusedLayers, tokens: int) -> None:
     """On a GPU: finds the fastest kernels for steps of so many tokens, where they are not known."""
     if chosen["gpu"] == "auto":
-        gpu.tune(gpu.fused[int(fused.handle)], tokens)
+        gpu_layers.tune(gpu_layers.fused[int(fused.handle)], tokens)
 
 
 def accepts(fused: FusedLayers | None, x: Tensor) -> bool:

@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 
 LIBRARY = Tile(0, 0, 0, 0)           # no tile: PyTorch's operators
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-MAGIC = {8: 0x47000000, 4: 0x43000000}
+MAGIC = {8: 0x47008000, 4: 0x43000000}      # the former flips a byte's sign, too
 
 
 # ---- linears
@@ -47,22 +47,24 @@ MAGIC = {8: 0x47000000, 4: 0x43000000}
 @triton.jit
 def load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, t: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
               GROUP: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tile t of some rows, in chunks of 16 bytes, with int4's scales and zeros."""
+    """Tile t of some rows, [chunks of 16 bytes, rows, entries], with int4's scales and zeros [chunks, rows].
+
+    Triton gives the threads of a warp to the first dimension first: so each has chunks of all rows, and x for them."""
     SPAN: tl.constexpr = 128 // BITS                               # columns of a chunk
-    WIDE: tl.constexpr = SPAN if BITS > 8 else 4                   # entries of a chunk
+    WIDE: tl.constexpr = SPAN if BITS > 8 else 4                   # entries of a chunk: columns or words
     STRIDE: tl.constexpr = K // SPAN * WIDE                        # of a row, in entries
     chunk = t * (COLUMNS // SPAN) + tl.arange(0, COLUMNS // SPAN)
-    mask = here[:, None]
+    mask = here[None, :]
     if (t + 1) * COLUMNS > K:
-        mask = mask & (chunk * SPAN < K)[None, :]
-    w = tl.load(w_ptr + (rows[:, None] * STRIDE + chunk[None, :] * WIDE)[:, :, None] + tl.arange(0, WIDE),
+        mask = mask & (chunk * SPAN < K)[:, None]
+    offset = (rows[None, :] * STRIDE + chunk[:, None] * WIDE)[:, :, None] + tl.arange(0, WIDE)
+    w = tl.load(w_ptr + tl.max_contiguous(offset, [2, 1, WIDE]),
                 mask=mask[:, :, None], other=0, eviction_policy="evict_first")
+    scale, shift = 0.0, 0.0
     if BITS == 4:
-        at = rows[:, None] * (K // GROUP) + (chunk * SPAN // GROUP)[None, :]
+        at = rows[None, :] * (K // GROUP) + (chunk * SPAN // GROUP)[:, None]
         scale = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
         shift = tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32) * (scale / 16)
-    else:
-        scale, shift = 0.0, 0.0
     return w, scale, shift
 
 
@@ -73,7 +75,7 @@ def byte_floats(w, n: tl.constexpr, magic):
         w = w << 8
     elif n > 1:
         w = w >> (8 * n - 8)
-    return ((w & 0xFF00) | magic).to(tl.float32, bitcast=True)
+    return ((w & 0xFF00) ^ magic).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -91,50 +93,30 @@ def nibble_floats(w, n: tl.constexpr, magic):
 
 
 @triton.jit
-def split_in_four(x, CHUNKS: tl.constexpr):
-    """[CHUNKS, 4 m], four columns in turn: four tensors [CHUNKS, m]."""
-    even, odd = tl.split(tl.reshape(x, [CHUNKS, x.shape[1] // 2, 2]))
-    first, third = tl.split(tl.reshape(even, [CHUNKS, x.shape[1] // 4, 2]))
-    second, fourth = tl.split(tl.reshape(odd, [CHUNKS, x.shape[1] // 4, 2]))
-    return first, second, third, fourth
-
-
-@triton.jit
-def byte_dot(w, x, magic, CHUNKS: tl.constexpr):
-    """Words [ROWS, CHUNKS, 4] times x [CHUNKS, 16], summed over a chunk."""
-    w ^= -2139062144                                               # 0x80808080: from signed to 128 + q
-    x0, x1, x2, x3 = split_in_four(x, CHUNKS)
-    dot = byte_floats(w, 0, magic) * x0[None] + byte_floats(w, 1, magic) * x1[None]
-    dot += byte_floats(w, 2, magic) * x2[None]
-    dot += byte_floats(w, 3, magic) * x3[None]
-    return tl.sum(dot, axis=2) - 32896 * tl.sum(x, axis=1)[None]
-
-
-@triton.jit
-def nibble_dot(w, x, magic, CHUNKS: tl.constexpr):
-    """Words [ROWS, CHUNKS, 4] times x [CHUNKS, 32], summed over a chunk."""
-    even, odd = tl.split(tl.reshape(x, [CHUNKS, 16, 2]))
-    x0, x2, x4, x6 = split_in_four(even, CHUNKS)
-    x1, x3, x5, x7 = split_in_four(odd, CHUNKS)
-    offset = 128 * (x0 + x2 + x4 + x6 + x7) + 2048 * (x1 + x3 + x5)
-    dot = nibble_floats(w, 0, magic) * x0[None] + nibble_floats(w, 1, magic) * (16 * x1)[None]
-    dot += nibble_floats(w, 2, magic) * x2[None]
-    dot += nibble_floats(w, 3, magic) * (16 * x3)[None]
-    dot += nibble_floats(w, 4, magic) * x4[None]
-    dot += nibble_floats(w, 5, magic) * (16 * x5)[None]
-    dot += nibble_floats(w, 6, magic) * x6[None]
-    dot += nibble_floats(w, 7, magic) * x7[None]
-    return tl.sum(dot, axis=2) - tl.sum(offset, axis=1)[None]
+def load_x(x_ptr, norm_ptr, column, inside, WHOLE: tl.constexpr, squares):
+    """x at [chunks, columns] times the norm's weight, fp32, and the sums of squares so far."""
+    if WHOLE:
+        x = tl.load(x_ptr + column).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if norm_ptr is not None:
+        squares += tl.sum(x * x, axis=1)
+        if WHOLE:
+            x *= tl.load(norm_ptr + column).to(tl.float32)
+        else:
+            x *= tl.load(norm_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return x, squares
 
 
 @triton.jit
 def one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K: tl.constexpr, BITS: tl.constexpr,
-              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """Rows of W times x [K] (times the norm's weight), fp32 [ROWS], and the sum of x's squares."""
+              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+              residual_ptr, at, wanted):
+    """Rows of W times x [K] (times the norm's weight), fp32 [ROWS], the sum of x's squares, and the residual."""
+    TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     SPAN: tl.constexpr = 128 // BITS
     CHUNKS: tl.constexpr = COLUMNS // SPAN
-    TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    acc = tl.zeros([ROWS, CHUNKS], tl.float32)
+    acc = tl.zeros([CHUNKS, ROWS], tl.float32)
     squares = tl.zeros([CHUNKS], tl.float32)
     w, scale, shift = load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, 0, K, BITS, GROUP, COLUMNS)
     w1, scale1, shift1 = w, scale, shift
@@ -143,37 +125,48 @@ def one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, 
     w2, scale2, shift2 = w1, scale1, shift1
     if PDL:
         gdc_wait()
+    residual = 0.0
+    if residual_ptr is not None:                                   # early, to have it in time
+        residual = tl.load(residual_ptr + at, mask=wanted, other=0.0).to(tl.float32)
     for t in tl.static_range(TILES):                               # unrolled: to move registers would await their loads
         if t + AHEAD < TILES:
             w2, scale2, shift2 = load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, t + AHEAD, K, BITS, GROUP, COLUMNS)
-        column = t * COLUMNS + tl.arange(0, CHUNKS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
-        if (t + 1) * COLUMNS <= K:
-            x = tl.load(x_ptr + column).to(tl.float32)
+        WHOLE = (t + 1) * COLUMNS <= K
+        chunk = t * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+        if BITS > 8:
+            column = chunk * SPAN + tl.arange(0, SPAN)[None, :]
+            x, squares = load_x(x_ptr, norm_ptr, column, column < K, WHOLE, squares)
+            acc += tl.sum(w.to(tl.float32) * x[:, None], axis=2)
         else:
-            x = tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
-        if norm_ptr is not None:
-            squares += tl.sum(x * x, axis=1)
-            if (t + 1) * COLUMNS <= K:
-                x *= tl.load(norm_ptr + column).to(tl.float32)
+            dot = tl.zeros([CHUNKS, ROWS, 4], tl.float32)
+            offset, total = tl.zeros([CHUNKS, 4], tl.float32), tl.zeros([CHUNKS, 4], tl.float32)
+            for n in tl.static_range(32 // BITS):
+                at = n * (K * BITS // 32) + chunk * 4 + tl.arange(0, 4)[None, :]           # see in_planes
+                x, squares = load_x(x_ptr, norm_ptr, at, chunk * SPAN < K, WHOLE, squares)
+                total += x
+                if BITS == 8:
+                    dot += byte_floats(w, n, magic) * x[:, None]
+                else:
+                    if n == 1 or n == 3 or n == 5:
+                        x *= 16
+                    offset += x
+                    dot += nibble_floats(w, n, magic) * x[:, None]
+            if BITS == 8:
+                acc += tl.sum(dot, axis=2) - 32896 * tl.sum(total, axis=1)[:, None]
             else:
-                x *= tl.load(norm_ptr + column, mask=column < K, other=0.0).to(tl.float32)
-        if BITS == 4:
-            acc += scale * nibble_dot(w, x, magic, CHUNKS) - shift * tl.sum(x, axis=1)[None]
-        elif BITS == 8:
-            acc += byte_dot(w, x, magic, CHUNKS)
-        else:
-            acc += tl.sum(w.to(tl.float32) * x[None], axis=2)
+                dot = tl.sum(dot, axis=2) - 128 * tl.sum(offset, axis=1)[:, None]
+                acc += scale * dot - shift * tl.sum(total, axis=1)[:, None]
         if AHEAD > 1:
             w, scale, shift = w1, scale1, shift1
             w1, scale1, shift1 = w2, scale2, shift2
         else:
             w, scale, shift = w2, scale2, shift2
-    return tl.sum(acc, axis=1), tl.sum(squares, axis=0)
+    return tl.sum(acc, axis=0), tl.sum(squares, axis=0), residual
 
 
 @triton.jit
 def join_four(a, b, c, d):
-    """The inverse of split_in_four, with a dimension of its own for the four."""
+    """[R, C] four times -> [R, C, 4]."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], a.shape[1], 4])
 
 
@@ -192,7 +185,6 @@ def few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K: tl.
         w = tl.load(w_ptr + rows[:, None] * (K // ENTRY) + entry[None, :],
                     mask=here[:, None] & (entry * ENTRY < K)[None, :], other=0, eviction_policy="evict_first")
         if BITS == 8:
-            w ^= -2139062144
             w = join_four(byte_floats(w, 0, magic), byte_floats(w, 1, magic), byte_floats(w, 2, magic),
                           byte_floats(w, 3, magic)) - 32896
         elif BITS == 4:
@@ -215,7 +207,7 @@ def few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K: tl.
 def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, eps, magic, M, N, K: tl.constexpr,
                   BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
                   COLUMNS: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, DTYPE: tl.constexpr,
-                  PDL: tl.constexpr):
+                  PLANES: tl.constexpr, PDL: tl.constexpr):
     """y [M, N] = norm(x) W^T + bias + residual; GATED: silu(gate) * up, of W's rows 0 .. N - 1 and N .. 2 N - 1."""
     if PDL:
         gdc_launch_dependents()
@@ -228,9 +220,10 @@ def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, resid
     if GATED:
         row += i % 2 * N
     rows = row.to(tl.int64)
+    place = unit if PLANES == 1 else unit % PLANES * (N // PLANES) + unit // PLANES        # see in_planes
     if ONE:
-        y, squares = one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS, GROUP, ROWS, COLUMNS,
-                               STAGES, PDL)
+        y, squares, residual = one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS,
+                                         GROUP, ROWS, COLUMNS, STAGES, PDL, residual_ptr, place, unit < N)
         if norm_ptr is not None:
             y *= tl.rsqrt(squares / K + eps)
         y, token = y[:, None], tl.arange(0, 1)
@@ -245,10 +238,13 @@ def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, resid
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(y, [UNITS, 2, 1 if ONE else 16]), (0, 2, 1)))
         y = gate * tl.sigmoid(gate) * up
-    at = token[None, :] * N + unit[:, None]
+    at = token[None, :] * N + place[:, None]
     mask = (token < M)[None, :] & (unit < N)[:, None]
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if ONE:
+            y += residual[:, None]
+        else:
+            y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y, mask=mask)
 
 
@@ -282,6 +278,11 @@ class Weights(NamedTuple):
         return cls(bits, words, scales, zeros, tensors[count] if len(tensors) > count else None)
 
     @property
+    def fields(self) -> int:
+        """Weights of a word; 1 if there are no words."""
+        return 32 // self.bits if self.bits <= 8 else 1
+
+    @property
     def in_features(self) -> int:
         return self.weight.size(1) if self.bits > 8 else self.weight.size(1) * 32 // self.bits
 
@@ -310,31 +311,46 @@ def fits(tensors: list[Tensor]) -> bool:
 
 
 def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-           gated: bool = False, tile: Tile = LIBRARY) -> Tensor:
+           gated: bool = False, tile: Tile = LIBRARY, planes: tuple[int, int] = (1, 1)) -> Tensor:
     """x [M, K] through a linear, M up to 16, with all that norm (an RMS norm's weight), residual [M, N] and gated ask
-    for."""
+    for. planes: the order of x and norm, and of y and residual: see in_planes; more than 1 only for one token."""
     (M, K), rows = x.shape, w.weight.size(0)
     N, dtype = rows // 2 if gated else rows, norm.dtype if norm is not None else x.dtype
     if tile == LIBRARY:
-        return linear_reference(x, w, norm, eps, residual, gated)
+        return linear_reference(x, w, norm, eps, residual, gated, planes)
+    if M == 1 and planes[0] == 1 < w.fields:
+        x, norm = in_planes(x, w.fields), None if norm is None else in_planes(norm[None], w.fields)
     if norm is not None and M > 1:
         x, norm = rms_norm(x, norm, eps), None
     y = torch.empty(M, N, dtype=residual.dtype if residual is not None else dtype, device=x.device)
     launch(linear_kernel, (triton.cdiv(rows, tile.rows),), x, norm, w.weight, w.scales, w.zeros, w.bias, residual, y,
            eps, MAGIC.get(w.bits, 0), M, N, K, BITS=w.bits, GROUP=w.groupsize, GATED=gated, ROWS=tile.rows,
-           COLUMNS=tile.columns, STAGES=tile.stages, ONE=M == 1, DTYPE=TRITON_DTYPES[dtype], num_warps=tile.warps)
+           COLUMNS=tile.columns, STAGES=tile.stages, ONE=M == 1, DTYPE=TRITON_DTYPES[dtype], PLANES=planes[1],
+           num_warps=tile.warps)
     return y
 
 
 def linear_reference(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0,
-                     residual: Tensor | None = None, gated: bool = False) -> Tensor:
+                     residual: Tensor | None = None, gated: bool = False, planes: tuple[int, int] = (1, 1)) -> Tensor:
+    x, norm, residual = (None if t is None else out_of_planes(t.view(-1, t.size(-1)), n)
+                         for t, n in ((x, planes[0]), (norm, planes[0]), (residual, planes[1])))
     if norm is not None:
-        x = F.rms_norm(x.float(), x.shape[1:], norm.float(), eps).to(norm.dtype)
+        x = F.rms_norm(x.float(), x.shape[1:], norm.float().view(-1), eps).to(norm.dtype)
     y = F.linear(x, w.dequantize(x.dtype), w.bias)
     if gated:
         gate, up = y.chunk(2, dim=1)
         y = F.silu(gate) * up
-    return y if residual is None else residual + y
+    return in_planes(y if residual is None else residual + y, planes[1])
+
+
+def in_planes(x: Tensor, planes: int) -> Tensor:
+    """x [M, K] in the order that quantized weights want: first what meets field 0 of the words, then field 1 ..."""
+    return x if planes == 1 else x.view(len(x), -1, planes).transpose(1, 2).reshape(x.shape)
+
+
+def out_of_planes(x: Tensor, planes: int) -> Tensor:
+    """The inverse."""
+    return x if planes == 1 else x.view(len(x), planes, -1).transpose(1, 2).reshape(x.shape)
 
 
 @triton.jit
@@ -376,13 +392,16 @@ def rms_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, pos_ptr, q_ptr, k_ptr, v_ptr, ready_ptr,
                    eps, S, T, H, KV, D, HALF: tl.constexpr, PDL: tl.constexpr):
     """One head of one token: norm and RoPE; queries go to q [M, H, D], keys and values to the cache."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     m, head = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, HALF)
     mask = i < D // 2
     is_query, is_value = head < H, head >= H + KV
+    cos = tl.load(cos_ptr + m * D + i, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + m * D + i, mask=mask, other=0.0)
+    slot = tl.load(pos_ptr + m)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     source = qkv_ptr + (m * (H + 2 * KV) + head) * D + i
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32)
@@ -394,8 +413,6 @@ def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, 
                               + tl.load(k_norm_ptr + i, mask=of_k, other=0.0).to(tl.float32))
             second *= scale * (tl.load(q_norm_ptr + D // 2 + i, mask=of_q, other=0.0).to(tl.float32)
                                + tl.load(k_norm_ptr + D // 2 + i, mask=of_k, other=0.0).to(tl.float32))
-        cos = tl.load(cos_ptr + m * D + i, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + m * D + i, mask=mask, other=0.0)
         first, second = first * cos - second * sin, second * cos + first * sin
     if is_query:
         if logn_ptr is not None:
@@ -406,7 +423,7 @@ def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, 
         tl.store(to, first, mask=mask)
         tl.store(to + D // 2, second, mask=mask)
     else:
-        at = ((m // S).to(tl.int64) * KV + (head - H) % KV) * T * D + tl.load(pos_ptr + m) * D + i
+        at = ((m // S).to(tl.int64) * KV + (head - H) % KV) * T * D + slot * D + i
         tl.store(k_ptr + at, first, mask=mask & (head < H + KV))
         tl.store(k_ptr + at + D // 2, second, mask=mask & (head < H + KV))
         tl.store(v_ptr + at, first, mask=mask & is_value)
@@ -419,14 +436,13 @@ def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, 
 @triton.jit
 def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, scale, S, T, H, KV, D, window, splits, fewest,
                   PER_HEAD: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-                  WIDTH: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr):
+                  WIDTH: tl.constexpr, SPLIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr):
     """TOKENS tokens of one row and the PER_HEAD query heads of one KV head, QUERIES in all, over a share of the cache.
 
     The shares' results go to partial [B * KV, splits, (WIDTH + 2) * QUERIES]; whichever thread block is ready last adds
     them up, in order."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     program, split = tl.program_id(0), tl.program_id(2)
     b, kv = program // KV, program % KV
     query, d = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
@@ -435,13 +451,17 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
     pos = tl.load(pos_ptr + b * S + token, mask=real, other=-1).to(tl.int32)
     at = ((b * S + token) * H + kv * PER_HEAD + query % PER_HEAD)[:, None] * D + d[None, :]
     inside = real[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    column = (kv * PER_HEAD + query % PER_HEAD)[:, None] * D + d[None, :]
+    out = (b * S + token)[:, None] * H * D + column % PLANES * (H * D // PLANES) + column // PLANES
     begin, end = 0, tl.max(pos, axis=0) + 1
     if window > 0:
         begin = tl.maximum(tl.min(tl.where(real, pos, 2147483647), axis=0) - window + 1, 0) // KEYS * KEYS
     share = tl.maximum(tl.cdiv(tl.cdiv(end - begin, splits), KEYS) * KEYS, fewest)
     active = tl.cdiv(end - begin, share)
+    if PDL:
+        gdc_wait()                                                 # positions were there before the first kernel
     if split < active:
+        q = tl.load(q_ptr + at, mask=inside, other=0.0)
         first = begin + split * share
         last = tl.minimum(first + share, end)
         most = tl.full([QUERIES], -1e30, tl.float32)               # finite, where a query sees nothing of its share
@@ -464,9 +484,9 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             most = new
         if not SPLIT:
-            tl.store(y_ptr + at, acc / total[:, None], mask=inside)
+            tl.store(y_ptr + out, acc / total[:, None], mask=inside)
         elif active == 1:
-            tl.store(y_ptr + at, acc / total[:, None], mask=inside)
+            tl.store(y_ptr + out, acc / total[:, None], mask=inside)
         else:
             SIZE: tl.constexpr = QUERIES * (WIDTH + 2)
             to = partial_ptr + (program * splits + split) * SIZE
@@ -488,7 +508,7 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
                     total = total * fade + its_total * its_fade
                     acc = acc * fade[:, None] + its_acc * its_fade[:, None]
                     most = new
-                tl.store(y_ptr + at, acc / total[:, None], mask=inside)
+                tl.store(y_ptr + out, acc / total[:, None], mask=inside)
 
 
 def prepare(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, logn: Tensor | None,
@@ -505,8 +525,9 @@ def prepare(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tens
 
 
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0,
-           ready: Tensor | None = None) -> Tensor:
-    """As kernels.attend, input_pos [B, S]. ready: int32 [B * K] of zeros, without which no head's cache is split."""
+           ready: Tensor | None = None, planes: int = 1) -> Tensor:
+    """As kernels.attend, input_pos [B, S]. ready: int32 [B * K] of zeros, without which no head's cache is split.
+    planes: the order of the result, see in_planes."""
     (B, S, H, D), (_, KV, T, _) = q.shape, k_cache.shape
     per_head = H // KV
     tokens = S if S * per_head <= 64 else max(1, 64 // per_head)
@@ -519,7 +540,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
     partial = torch.empty(B * KV * splits, queries * (width + 2), dtype=torch.float32, device=q.device)
     launch(attend_kernel, (B * KV, blocks, splits), q, k_cache, v_cache, input_pos, y, partial, ready,
            D ** -0.5 / math.log(2), S, T, H, KV, D, window, splits, FEWEST_KEYS, PER_HEAD=per_head, TOKENS=tokens, QUERIES=queries,
-           KEYS=keys, WIDTH=width, SPLIT=splits > 1, num_warps=4, num_stages=2)
+           KEYS=keys, WIDTH=width, SPLIT=splits > 1, PLANES=planes, num_warps=4, num_stages=2)
     return y
 
 

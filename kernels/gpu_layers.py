@@ -35,9 +35,12 @@ MAX_HEAD = 256                       # dimensions: more would not fit into a thr
 # ---- tiles
 
 # The fastest of many on an H200, each somewhere: for one token, and for several.
-ONE_TOKEN = {16: [(4, 512, 1, 2), (4, 512, 1, 1), (2, 512, 1, 2), (2, 1024, 2, 2), (4, 1024, 4, 1), (4, 2048, 8, 1)],
-             8: [(4, 512, 1, 1), (4, 512, 1, 2), (4, 1024, 1, 1), (4, 1024, 2, 1), (4, 2048, 4, 1)],
-             4: [(4, 1024, 1, 1), (4, 1024, 1, 2), (4, 2048, 2, 1), (4, 4096, 4, 1)],
+ONE_TOKEN = {16: [(4, 512, 1, 2), (4, 512, 1, 1), (4, 256, 1, 2), (2, 512, 1, 2), (2, 1024, 2, 2), (4, 1024, 4, 1),
+                  (4, 2048, 8, 1), (8, 2048, 8, 1), (4, 4096, 8, 1)],
+             8: [(4, 512, 1, 1), (8, 512, 1, 1), (4, 512, 1, 2), (2, 512, 1, 2), (4, 1024, 2, 1), (8, 1024, 2, 1),
+                 (4, 2048, 4, 1), (4, 1024, 1, 1), (8, 1024, 1, 1), (2, 1024, 1, 2)],
+             4: [(4, 1024, 1, 1), (8, 1024, 1, 1), (4, 1024, 1, 2), (4, 2048, 2, 1), (8, 2048, 2, 1), (4, 4096, 4, 1),
+                 (8, 4096, 4, 1), (2, 1024, 1, 2)],
              32: [(4, 512, 2, 1)]}
 FEW_TOKENS = {16: [(16, 256, 2, 4), (32, 128, 1, 4), (64, 128, 4, 4), (64, 64, 4, 6), (16, 512, 2, 3)],
               8: [(16, 256, 2, 3), (32, 128, 2, 4), (64, 128, 4, 4), (16, 512, 4, 3)],
@@ -86,7 +89,7 @@ def tune(layers: "Layers", M: int) -> None:
     start = time.perf_counter()
     print(f"timing the GPU kernels for this model's shapes with {M} tokens (once) ...", file=sys.stderr, flush=True)
     with ThreadPoolExecutor() as pool:                             # each tile is compiled first
-        jobs = [functools.partial(calls[0], tile) for kind, calls in groups.items() for tile in offered[kind]]
+        jobs = [functools.partial(calls[0], tile) for kind, calls in groups.items() for tile in offered[kind][:-1]]
         list(pool.map(lambda job: job(), jobs))
     for kind, calls in groups.items():
         us = {tile: 1e3 * milliseconds([functools.partial(call, tile) for call in calls[:MOST_TIMED]])
@@ -152,6 +155,10 @@ class Layers:
 
     def __init__(self, layers: list[Layer], n_head: int, eps: float):
         self.layers, self.n_head, self.eps = layers, n_head, eps
+        fields = {w.fields for layer in layers for w in (layer.wqkv, layer.wo, layer.w13, layer.w2)}
+        self.planes = fields.pop() if len(fields) == 1 else 1     # the order of activations where there is one token
+        self.norms = [[norm_in_planes(norm, self.planes) for norm in (layer.attention_norm, layer.ffn_norm)]
+                      for layer in layers]
 
     @functools.cached_property
     def key(self) -> tuple:
@@ -170,32 +177,43 @@ class Layers:
         """One of the linears, as run calls it."""
         layer = self.layers[0]
         x = torch.randn(M, w.in_features, dtype=layer.k_cache.dtype, device=layer.k_cache.device)
-        norm = layer.attention_norm if normed else None
+        norm, planes = layer.attention_norm if normed else None, self.planes if M == 1 else 1
         residual = None if normed else x.new_zeros(M, w.weight.size(0))
-        return lambda tile: gpu.linear(x, w, norm, self.eps, residual, gated, tile)
+        return lambda tile: gpu.linear(x, w, norm, self.eps, residual, gated, tile, (planes, planes))
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None,
             input_pos: Tensor) -> Tensor:
         """x [B, S, C] through all layers, as kernels.run_fused."""
         (B, S, C), eps = x.shape, self.eps
         cos, sin, input_pos = (t.contiguous() for t in (cos, sin, input_pos.expand(B, S)))
-        x = x.reshape(B * S, C)
-        for layer in self.layers:
+        x, planes = x.reshape(B * S, C), self.planes if B * S == 1 else 1
+        x = gpu.in_planes(x, planes)
+        for layer, norms in zip(self.layers, self.norms, strict=True):
+            attention_norm, ffn_norm = norms if planes > 1 else (layer.attention_norm, layer.ffn_norm)
             ready = torch.empty(B * layer.k_cache.size(1), dtype=torch.int32, device=x.device)
-            qkv = linear(x, layer.wqkv, layer.attention_norm, eps)
+            qkv = linear(x, layer.wqkv, attention_norm, eps, planes=(planes, 1))
             q = prepare(qkv, layer.q_norm, layer.k_norm, cos, sin, logn, input_pos, layer.k_cache, layer.v_cache,
                         self.n_head, eps, ready)
-            y = attend(q, layer.k_cache, layer.v_cache, input_pos, layer.window, ready)
-            x = linear(y.view(B * S, -1), layer.wo, residual=x)
-            hidden = linear(x, layer.w13, layer.ffn_norm, eps, gated=True)
-            x = linear(hidden, layer.w2, residual=x)
-        return x.view(B, S, C)
+            y = attend(q, layer.k_cache, layer.v_cache, input_pos, layer.window, ready, planes)
+            x = linear(y.view(B * S, -1), layer.wo, residual=x, planes=(planes, planes))
+            hidden = linear(x, layer.w13, ffn_norm, eps, gated=True, planes=(planes, planes))
+            x = linear(hidden, layer.w2, residual=x, planes=(planes, planes))
+        return gpu.out_of_planes(x, planes).view(B, S, C)
+
+
+def norm_in_planes(norm: Any, planes: int) -> Tensor:
+    """Kept with the norm's weight, at one address, and always copied anew: the weight may have changed."""
+    if planes == 1:
+        return norm
+    if getattr(norm, "in_planes", None) is None:
+        norm.in_planes = torch.empty_like(norm)
+    return norm.in_planes.copy_(gpu.in_planes(norm[None], planes)[0])
 
 
 def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-           gated: bool = False) -> Tensor:
+           gated: bool = False, planes: tuple[int, int] = (1, 1)) -> Tensor:
     """gpu.linear by the tile for it."""
-    return gpu.linear(x, w, norm, eps, residual, gated, tile_for(w, len(x), gated, norm is not None, x.device))
+    return gpu.linear(x, w, norm, eps, residual, gated, tile_for(w, len(x), gated, norm is not None, x.device), planes)
 
 
 fused: weakref.WeakValueDictionary[int, Layers] = weakref.WeakValueDictionary()    # what handles stand for
