@@ -205,10 +205,11 @@ class Int4Linear(QuantizedLinear):
 
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         assert self.layout == "stored"
-        if device.type == "cpu" and (self.experts > 1 or kernels.available()):
+        if device.type == "cpu" and kernels.available():
             packed = kernels.pack_int4(self.weight.cpu(), self.scales.cpu(), self.zeros.cpu(), self.groupsize)
             self.weight, self.scales, self.zeros = (tensor.to(device) for tensor in packed)
             self.layout = "packed"
+
     def multiply(self, x: Tensor) -> Tensor:
         if self.layout == "packed":
             return kernels.int4_linear(x, self.weight, self.scales, self.zeros, self.out_features,
@@ -218,15 +219,17 @@ class Int4Linear(QuantizedLinear):
         return F.linear(x, self.dequantize(x.dtype))
 
     def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
-        fits = (self.layout == "packed" or self.weight.is_cuda) and type(self) in (Int4Linear, GPTQLinear) and is_unmodified(self, type(self))
-        return present(self.weight, self.scales, self.zeros, self.bias) if fits else None
+        whole = self.in_features % min(self.groupsize, self.in_features) == 0          # groups, which the GPU needs
+        fits = self.layout == "packed" or (self.weight.is_cuda and whole)
+        ours = type(self) in (Int4Linear, GPTQLinear) and is_unmodified(self, type(self))
+        return present(self.weight, self.scales, self.zeros, self.bias) if fits and ours else None
 
 
 class GPTQLinear(Int4Linear):
     """A published GPTQ or AWQ linear, as convert.PublishedQuantization decodes it: 4 or 8 bits, scales fp16.
 
-    Models in bf16 round the scales to bf16, as they do all weights, and run 4 bits like Int4Linear. 8 bits, and all
-    else, become plain weights.
+    GPUs run 4 bits as they are. On CPUs, models in bf16 round the scales to bf16, as they do all weights, and run 4
+    bits like Int4Linear. 8 bits, and all else, become plain weights.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 128, bits: int = 4,

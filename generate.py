@@ -36,7 +36,7 @@ from sampling import Choice, Sampling, compile_step, exponential_noise, sample
 from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
 
-PREFILL_CHUNK = 1024             # tokens of the prompt per pass: bounds the memory that activations take
+PREFILL_CHUNK = {"cpu": 1024, "cuda": 4096}      # tokens of a pass: bounds the memory that activations take
 MAX_BATCH = 1 << 16              # of the command: what fits into memory is checked when there is a model
 MAX_SYNTHETIC = 1 << 24          # tokens: a config.json may claim a context of any length
 MIN_CAPACITY = 256               # of a KV cache; up from there powers of 2, because a compiled step knows the size
@@ -129,15 +129,15 @@ class Engine:
         self.cached, self.cached_alpha = self.cached[:start], ntk_alpha(self.model.args, longest)
         self.model.set_prompt_lengths(lengths.tolist())
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-        logits: Any = None
-        for begin in range(start, longest, PREFILL_CHUNK):
-            idx = padded[:, begin:begin + PREFILL_CHUNK].to(device)
+        logits, chunk = cast(Any, None), PREFILL_CHUNK[device.type]
+        for begin in range(start, longest, chunk):
+            idx = padded[:, begin:begin + chunk].to(device)
             last = (lengths - 1 - begin)[:, None]                      # each row's last token: is it in this chunk?
             inside = (last >= 0) & (last < idx.size(1))
             input_pos = torch.arange(begin, begin + idx.size(1), device=device)
             new = self.forward_chunk(idx, input_pos, last.clamp(0, idx.size(1) - 1).to(device))
             logits = new if logits is None else torch.where(inside[:, :, None].to(device), new, logits)
-            if progress and longest > PREFILL_CHUNK:
+            if progress and longest > chunk:
                 progress(begin + idx.size(1), longest)
         self.cached = list(rows[0])
         return logits

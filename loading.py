@@ -42,6 +42,8 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     verify: whether to compare the file's checksums first, which reads all of it. Errors: UserError.
     """
     device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)       # where Triton starts its kernels, and CUDA graphs are recorded
     if ranks and ranks.local_rank:
         ranks.gather(None)                  # each machine's first rank downloads, converts and builds for the others
     path = resolve_checkpoint(checkpoint_path, download=True)

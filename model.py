@@ -91,6 +91,12 @@ class Transformer(nn.Module):
             return None
         return kernels.fuse(layers, self.local.n_head, self.args.norm_eps, self.quantize_activations)
 
+    def around_layers(self) -> list[Tensor]:
+        """All tensors that forward takes from elsewhere than the layers."""
+        modules = [module for module in (self.tok_embeddings, self.norm, self.output) if module is not None]
+        return present(self.inv_freq, *(t for module in modules
+                                        for t in (*module._parameters.values(), *module._buffers.values())))
+
     def forward(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor | None = None,
                 fused: kernels.FusedLayers | None = None) -> Tensor:
         """Logits [B, P, V] for tokens idx [B, S] at positions input_pos ([S], or [B, S] where rows differ).

@@ -93,24 +93,25 @@ def compile_step(step: Callable, model: Transformer, dynamic: bool | None = Fals
     prefill_too: whether the process compiles prefill as well, whose code needs the compiler's vector instructions."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if model.device.type == "cuda":
-        return RecordedStep(step)
+        return RecordedStep(step, model)
     if runs_fused(model) and not prefill_too:
         skip_vector_instructions()
     return torch.compile(step, fullgraph=True, dynamic=dynamic)
 
 
 class RecordedStep:
-    """A compiled step on a GPU. With fused layers it is recorded as a CUDA graph, one for each kind of call: a replay
-    takes the host some 20 us. Without, the compiler keeps graphs of its own, whose guards see any change of the model.
+    """A compiled step on a GPU. With fused layers it is recorded as a CUDA graph, one for each kind of call, so that
+    the host is done long before the device. Without, the compiler keeps graphs of its own, whose guards see any change.
 
     What it returns is overwritten by the next call."""
 
-    def __init__(self, step: Callable):
+    def __init__(self, step: Callable, model: Transformer):
         # The tuning turns a product with one token into a fused multiply and sum, which reads weights faster.
         options: dict[str, Any] = {"coordinate_descent_tuning": True}
         self.by_compiler = torch.compile(step, fullgraph=True, dynamic=False,
                                          options=options | {"triton.cudagraphs": True})
         self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        self.model = model
         self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -121,12 +122,14 @@ class RecordedStep:
             return self.by_compiler(*args)
         flat, spec = tree_flatten([arg for arg in args if not isinstance(arg, kernels.FusedLayers)])
         inputs = [arg for arg in flat if isinstance(arg, Tensor) and arg.numel()]
-        key = (kernels.key_of(fused), spec, *((arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg
-                                              for arg in flat))
-        if key not in self.recorded:
+        around = [t.data_ptr() for t in self.model.around_layers()]
+        key = (kernels.key_of(fused), *around, spec, *((arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg
+                                                       for arg in flat))
+        if key not in self.recorded:                 # those of tensors that are gone will not come back
+            self.recorded = {known: step for known, step in self.recorded.items() if known[0] == key[0]}
             self.recorded[key] = self.record(fused, args, inputs)
         graph, static, outputs = self.recorded[key]
-        torch._foreach_copy_(static, inputs)
+        torch._foreach_copy_(static, inputs)         # pyright: ignore[reportPrivateImportUsage]
         graph.replay()
         return outputs
 

@@ -5,8 +5,10 @@ B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C mo
 weight, in groups of G. For up to 16 tokens reading the weights takes the time, and the C++ does it at the memory's
 speed; products for more tokens are PyTorch's.
 """
+import importlib
+import importlib.util
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,9 @@ from torch import Tensor
 from .build import available, built_library, cpu_has_bf16, describe, unavailable_reason  # noqa: F401 (re-exported)
 from .memory import copy_to, huge_zeros, trim_memory  # noqa: F401
 
-if torch.version.cuda or torch.version.hip:
-    from . import gpu_layers
-else:
-    gpu_layers = None
+gpu_layers: Any = None
+if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):
+    gpu_layers = importlib.import_module(".gpu_layers", __name__)
 
 GPU_KERNELS = ("auto", "triton", "plain")
 chosen = {"gpu": "auto"}          # of GPU_KERNELS: auto times candidates, triton takes the first, plain is PyTorch
@@ -92,10 +93,10 @@ def int4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tens
 
 def stored_int4_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """The same from the stored form, which GPUs use."""
-    tensors = [weight, scales, zeros]
-    if few_on_gpu(x, tensors):
+    tensors, whole = [weight, scales, zeros], x.size(-1) % groupsize_of(x.size(-1), zeros.size(1)) == 0
+    if whole and few_on_gpu(x, tensors):
         return torch.ops.qwen_fast.few_tokens_linear(x, tensors)
-    if on_gpu(x.device) and gpu_layers.fits(tensors):
+    if whole and on_gpu(x.device) and gpu_layers.fits(tensors):
         return F.linear(x, torch.ops.qwen_fast.dequantize(tensors, x.dtype))
     return F.linear(x, dequantize_int4(weight, scales, zeros, x.size(-1), x.dtype))
 
@@ -128,9 +129,15 @@ def unpack_nibbles(weight: Tensor, in_features: int | None = None) -> Tensor:
 
 def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """The weights [N, in_features] that the stored form stands for."""
-    q = unpack_nibbles(weight)
-    groups = F.pad(q, (0, -q.size(1) % zeros.size(1))).view(*zeros.shape, -1)
-    return ((groups - zeros[:, :, None].float() / 16) * scales[:, :, None].float()).flatten(1)[:, :in_features].to(dtype)
+    padding = zeros.size(1) * groupsize_of(in_features, zeros.size(1)) - in_features
+    q = F.pad(unpack_nibbles(weight, in_features), (0, padding)).view(*zeros.shape, -1)
+    w = (q - zeros[:, :, None].float() / 16) * scales[:, :, None].float()
+    return w.flatten(1)[:, :in_features].to(dtype)
+
+
+def groupsize_of(in_features: int, groups: int) -> int:
+    """Of the stored form. Sizes are powers of 2, of which only one makes several groups of so many columns."""
+    return in_features if groups == 1 else 1 << (-(-in_features // groups) - 1).bit_length()
 
 
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,7 +193,7 @@ def experts_gathered(x: Tensor, chosen: Tensor, weights: Tensor, w13: list[Tenso
     return (y.float() * weights[:, :, None]).sum(1).to(x.dtype)
 
 
-@torch.library.custom_op("qwen_fast::experts_one_by_one", mutates_args=())
+@torch.library.custom_op("qwen_fast::experts_one_by_one", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def experts_one_by_one(x: Tensor, chosen: Tensor, weights: Tensor, w13: list[Tensor], w2: list[Tensor], n_expert: int,
                        size: int) -> Tensor:
     """The same expert by expert, each over its tokens. Opaque to the compiler: the loop follows the choice's values."""
@@ -257,7 +264,7 @@ class FusedLayers(NamedTuple):
     """Layers whose tensors are kept behind a single one: torch.compile would take seconds over hundreds."""
     handle: Tensor
     dtype: torch.dtype
-    max_tokens: int = 1 << 62
+    max_tokens: int = 1 << 62          # of all rows together
 
 
 def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activations: bool) -> FusedLayers | None:
@@ -267,7 +274,8 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activ
     """
     if layers and on_gpu(layers[0].k_cache.device):
         dtype, handle = layers[0].k_cache.dtype, gpu_layers.fuse(layers, n_head, eps)
-        return None if handle is None else FusedLayers(handle, dtype, MAX_TOKENS)
+        has_experts = any(layer.feed_forward.n_expert for layer in layers)     # which are not fused for many tokens
+        return None if handle is None else FusedLayers(handle, dtype, MAX_TOKENS if has_experts else 1 << 62)
 
     def supported(x: LayerTensors) -> bool:
         same = x.k_cache.dtype == x.v_cache.dtype == x.attention_norm.dtype == x.ffn_norm.dtype
@@ -280,14 +288,14 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activ
     return FusedLayers(handle, layers[0].k_cache.dtype)
 
 
-def key_of(fused: FusedLayers) -> tuple:
+def key_of(fused: FusedLayers) -> int:
     """On a GPU: equal for layers of the same tensors."""
     return gpu_layers.fused[int(fused.handle)].key
 
 
 def tune(fused: FusedLayers, tokens: int) -> None:
     """On a GPU: finds the fastest kernels for steps of so many tokens, where they are not known."""
-    if chosen["gpu"] == "auto":
+    if chosen["gpu"] == "auto" and tokens <= MAX_TOKENS:
         gpu_layers.tune(gpu_layers.fused[int(fused.handle)], tokens)
 
 
@@ -295,8 +303,8 @@ def accepts(fused: FusedLayers | None, x: Tensor) -> bool:
     """Whether run_fused computes x [B, S, C]."""
     if fused is None:
         return False
-    same = x.dtype == (torch.float32 if x.is_cuda and fused.dtype == torch.float16 else fused.dtype)
-    return same and 0 < x.size(0) * x.size(1) <= fused.max_tokens
+    dtype = torch.float32 if x.is_cuda and fused.dtype == torch.float16 else fused.dtype
+    return x.dtype == dtype and 0 < x.size(0) * x.size(1) <= fused.max_tokens
 
 
 def run_fused(fused: FusedLayers, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None,

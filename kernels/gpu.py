@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
 
 MAX_TOKENS = 16                      # of a narrow matrix product: a tensor core's tile
 FEWEST_KEYS = 64                     # of a thread block of the attention
@@ -40,9 +40,9 @@ MAGIC = {8: 0x47008000, 4: 0x43000000}      # the former flips a byte's sign, to
 
 # ---- linears
 #
-# Quantized weights are read as words, and become floats without a conversion instruction, of which a multiprocessor does
-# 16 a cycle: their bits are put into the mantissa of a constant, 2^15 + q from a byte, 2^7 + q or 2^7 + q / 16 from a
-# nibble. The constant is an argument, because one instruction takes a mask and a register, but not two constants.
+# Quantized weights are read as words, and become floats without a conversion instruction, of which a multiprocessor
+# does 16 a cycle: their bits are put into the mantissa of a constant, 2^15 + q from a byte, 2^7 + q or 2^7 + q / 16
+# from a nibble. The constant is an argument, because one instruction takes a mask and a register, not two constants.
 
 @triton.jit
 def load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, t: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
@@ -204,11 +204,13 @@ def few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K: tl.
 
 
 @triton.jit
-def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, eps, magic, M, N, K: tl.constexpr,
-                  BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
-                  COLUMNS: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, DTYPE: tl.constexpr,
-                  PLANES: tl.constexpr, PDL: tl.constexpr):
-    """y [M, N] = norm(x) W^T + bias + residual; GATED: silu(gate) * up, of W's rows 0 .. N - 1 and N .. 2 N - 1."""
+def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, chosen_ptr, y_ptr, eps, magic,
+                  M, N, per_token, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr,
+                  DTYPE: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr):
+    """y [M, N] = norm(x) W^T + bias + residual; GATED: silu(gate) * up, of W's rows 0 .. N - 1 and N .. 2 N - 1.
+
+    With chosen [pairs], W holds experts one after another, and y [pairs, N] is of per_token experts for each x."""
     if PDL:
         gdc_launch_dependents()
     UNITS: tl.constexpr = ROWS // 2 if GATED else ROWS
@@ -220,16 +222,23 @@ def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, resid
     if GATED:
         row += i % 2 * N
     rows = row.to(tl.int64)
+    if chosen_ptr is not None:
+        if PDL:
+            gdc_wait()
+        pair = tl.program_id(1)
+        rows += tl.load(chosen_ptr + pair) * (2 * N if GATED else N)
+        x_ptr += pair // per_token * K
+        y_ptr += pair * N
     place = unit if PLANES == 1 else unit % PLANES * (N // PLANES) + unit // PLANES        # see in_planes
     if ONE:
         y, squares, residual = one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS,
                                          GROUP, ROWS, COLUMNS, STAGES, PDL, residual_ptr, place, unit < N)
         if norm_ptr is not None:
             y *= tl.rsqrt(squares / K + eps)
-        y, token = y[:, None], tl.arange(0, 1)
+        y, token = tl.reshape(y, [ROWS, 1]), tl.arange(0, 1)
     else:
-        y = few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K, BITS, GROUP, ROWS, COLUMNS, STAGES, DTYPE,
-                       PDL)
+        y = few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K, BITS, GROUP, ROWS, COLUMNS, STAGES,
+                       DTYPE, PDL)
         token = tl.arange(0, 16)
     if BITS == 8:
         y *= tl.load(scales_ptr + rows, mask=here, other=0.0)[:, None]
@@ -242,10 +251,34 @@ def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, resid
     mask = (token < M)[None, :] & (unit < N)[:, None]
     if residual_ptr is not None:
         if ONE:
-            y += residual[:, None]
+            y += tl.reshape(residual, [UNITS, 1])
         else:
             y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y, mask=mask)
+
+
+@triton.jit
+def experts_down_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, chosen_ptr, weights_ptr, residual_ptr, y_ptr, magic, N,
+                        K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHOSEN: tl.constexpr,
+                        ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PLANES: tl.constexpr,
+                        PDL: tl.constexpr):
+    """y [M, N] = residual + the weighted sum of what each token's CHOSEN experts make of their x [M * CHOSEN, K]."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    m, unit = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = unit < N
+    place = unit if PLANES == 1 else unit % PLANES * (N // PLANES) + unit // PLANES
+    total = tl.load(residual_ptr + m * N + place, mask=here, other=0.0).to(tl.float32)
+    for j in range(CHOSEN):
+        pair = m * CHOSEN + j
+        rows = tl.load(chosen_ptr + pair) * N + unit
+        y, squares, residual = one_token(x_ptr + pair * K, None, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K,
+                                         BITS, GROUP, ROWS, COLUMNS, STAGES, False, None, unit, here)
+        if BITS == 8:
+            y *= tl.load(scales_ptr + rows, mask=here, other=0.0)
+        total += y * tl.load(weights_ptr + pair)
+    tl.store(y_ptr + m * N + place, total, mask=here)
 
 
 @triton.jit
@@ -304,9 +337,13 @@ class Weights(NamedTuple):
 def fits(tensors: list[Tensor]) -> bool:
     """Whether the kernels take a linear: rows of whole 16-byte chunks, groups of one size."""
     weight = tensors[0]
-    if weight.dtype == torch.uint8 and (weight.dim() != 2 or weight.size(1) * 2 % tensors[2].size(1)
-                                        or weight.size(1) * 2 // tensors[2].size(1) % 32):
-        return False
+    if weight.dtype == torch.uint8:
+        if weight.dim() != 2:
+            return False
+        columns, groups = 2 * weight.size(1), tensors[2].size(1)
+        size = columns // groups
+        if columns % groups or size % 32 or (groups > 1 and size & (size - 1)):      # the last one may be shorter
+            return False
     return weight.is_contiguous() and weight.size(1) * weight.itemsize % 16 == 0
 
 
@@ -323,8 +360,8 @@ def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, 
     if norm is not None and M > 1:
         x, norm = rms_norm(x, norm, eps), None
     y = torch.empty(M, N, dtype=residual.dtype if residual is not None else dtype, device=x.device)
-    launch(linear_kernel, (triton.cdiv(rows, tile.rows),), x, norm, w.weight, w.scales, w.zeros, w.bias, residual, y,
-           eps, MAGIC.get(w.bits, 0), M, N, K, BITS=w.bits, GROUP=w.groupsize, GATED=gated, ROWS=tile.rows,
+    launch(linear_kernel, (triton.cdiv(rows, tile.rows),), x, norm, w.weight, w.scales, w.zeros, w.bias, residual, None,
+           y, eps, MAGIC.get(w.bits, 0), M, N, 0, K, BITS=w.bits, GROUP=w.groupsize, GATED=gated, ROWS=tile.rows,
            COLUMNS=tile.columns, STAGES=tile.stages, ONE=M == 1, DTYPE=TRITON_DTYPES[dtype], PLANES=planes[1],
            num_warps=tile.warps)
     return y
@@ -332,8 +369,9 @@ def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, 
 
 def linear_reference(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0,
                      residual: Tensor | None = None, gated: bool = False, planes: tuple[int, int] = (1, 1)) -> Tensor:
-    x, norm, residual = (None if t is None else out_of_planes(t.view(-1, t.size(-1)), n)
-                         for t, n in ((x, planes[0]), (norm, planes[0]), (residual, planes[1])))
+    def natural(t: Any, n: int) -> Any:
+        return None if t is None else out_of_planes(t.view(-1, t.size(-1)), n)
+    x, norm, residual = natural(x, planes[0]), natural(norm, planes[0]), natural(residual, planes[1])
     if norm is not None:
         x = F.rms_norm(x.float(), x.shape[1:], norm.float().view(-1), eps).to(norm.dtype)
     y = F.linear(x, w.dequantize(x.dtype), w.bias)
@@ -341,6 +379,38 @@ def linear_reference(x: Tensor, w: Weights, norm: Tensor | None = None, eps: flo
         gate, up = y.chunk(2, dim=1)
         y = F.silu(gate) * up
     return in_planes(y if residual is None else residual + y, planes[1])
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weights, w2: Weights, norm: Tensor, eps: float,
+            residual: Tensor, tiles: tuple[Tile, Tile], planes: int = 1) -> Tensor:
+    """residual [M, C] and the weighted sum of what experts make of norm(x) [M, C], M up to 16: in two launches.
+
+    chosen: int64 [M, k]; weights: fp32 [M, k]. planes: the order of x, norm and residual. w13, w2: of all experts."""
+    (M, C), k, size = x.shape, chosen.size(1), w2.in_features
+    dtype = norm.dtype
+    hidden, y = torch.empty(M * k, size, dtype=dtype, device=x.device), torch.empty_like(residual)
+    up, down = tiles
+    if planes != w13.fields:
+        x, norm = (in_planes(out_of_planes(t, planes), w13.fields) for t in (x, norm[None]))
+    launch(linear_kernel, (triton.cdiv(2 * size, up.rows), M * k), x, norm, w13.weight, w13.scales, w13.zeros, None,
+           None, chosen, hidden, eps, MAGIC.get(w13.bits, 0), 1, size, k, C, BITS=w13.bits, GROUP=w13.groupsize,
+           GATED=True, ROWS=up.rows, COLUMNS=up.columns, STAGES=up.stages, ONE=True, DTYPE=TRITON_DTYPES[dtype],
+           PLANES=w2.fields, num_warps=up.warps)
+    launch(experts_down_kernel, (triton.cdiv(C, down.rows), M), hidden, w2.weight, w2.scales, w2.zeros, chosen, weights,
+           residual, y, MAGIC.get(w2.bits, 0), C, size, BITS=w2.bits, GROUP=w2.groupsize, CHOSEN=k, ROWS=down.rows,
+           COLUMNS=down.columns, STAGES=down.stages, PLANES=planes, num_warps=down.warps)
+    return y
+
+
+def experts_reference(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weights, w2: Weights, norm: Tensor, eps: float,
+                      residual: Tensor) -> Tensor:
+    """In natural order."""
+    C, size = x.size(1), w2.in_features
+    normed = F.rms_norm(x.float(), (C,), norm.float(), eps).to(norm.dtype)
+    up, down = w13.dequantize(norm.dtype).view(-1, 2 * size, C), w2.dequantize(norm.dtype).view(-1, C, size)
+    gate, up = torch.einsum("mkfc,mc->mkf", up[chosen], normed).chunk(2, dim=-1)
+    y = torch.einsum("mkcf,mkf->mkc", down[chosen], F.silu(gate) * up)
+    return residual + (y.float() * weights[:, :, None]).sum(1).to(residual.dtype)
 
 
 def in_planes(x: Tensor, planes: int) -> Tensor:
@@ -375,8 +445,8 @@ def dequantize(w: Weights, dtype: torch.dtype) -> Tensor:
     N, K = w.weight.size(0), w.in_features
     y = torch.empty(N, K, dtype=dtype, device=w.weight.device)
     stored = w.weight.view(torch.int8 if w.bits == 8 else torch.uint8)
-    dequantize_kernel[N, triton.cdiv(K, 1024)](stored, w.scales, w.zeros, y, K, BITS=w.bits, GROUP=w.groupsize,
-                                               COLUMNS=1024)
+    kernel: Any = dequantize_kernel
+    kernel[N, triton.cdiv(K, 1024)](stored, w.scales, w.zeros, y, K, BITS=w.bits, GROUP=w.groupsize, COLUMNS=1024)
     return y
 
 
@@ -434,8 +504,8 @@ def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, 
 
 
 @triton.jit
-def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, scale, S, T, H, KV, D, window, splits, fewest,
-                  PER_HEAD: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, scale, S, T, H, KV, D, window, splits,
+                  fewest, PER_HEAD: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
                   WIDTH: tl.constexpr, SPLIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr):
     """TOKENS tokens of one row and the PER_HEAD query heads of one KV head, QUERIES in all, over a share of the cache.
 
@@ -530,17 +600,18 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
     planes: the order of the result, see in_planes."""
     (B, S, H, D), (_, KV, T, _) = q.shape, k_cache.shape
     per_head = H // KV
-    tokens = S if S * per_head <= 64 else max(1, 64 // per_head)
+    most, keys = (64, 64 if D <= 128 else 32) if has_tensor_cores(q.device) else (16, 16)
+    tokens = S if S * per_head <= most else max(1, most // per_head)
     queries = max(16, triton.next_power_of_2(tokens * per_head))
-    blocks, width, keys = triton.cdiv(S, tokens), triton.next_power_of_2(D), 64 if D <= 128 else 32
+    blocks, width = triton.cdiv(S, tokens), triton.next_power_of_2(D)
     splits = 1
     if ready is not None and blocks == 1:
         splits = max(1, min(2 * multiprocessors(q.device) // (B * KV), triton.cdiv(T, FEWEST_KEYS)))
     y = torch.empty(B, S, H * D, dtype=q.dtype, device=q.device)
     partial = torch.empty(B * KV * splits, queries * (width + 2), dtype=torch.float32, device=q.device)
     launch(attend_kernel, (B * KV, blocks, splits), q, k_cache, v_cache, input_pos, y, partial, ready,
-           D ** -0.5 / math.log(2), S, T, H, KV, D, window, splits, FEWEST_KEYS, PER_HEAD=per_head, TOKENS=tokens, QUERIES=queries,
-           KEYS=keys, WIDTH=width, SPLIT=splits > 1, PLANES=planes, num_warps=4, num_stages=2)
+           D ** -0.5 / math.log(2), S, T, H, KV, D, window, splits, FEWEST_KEYS, PER_HEAD=per_head, TOKENS=tokens,
+           QUERIES=queries, KEYS=keys, WIDTH=width, SPLIT=splits > 1, PLANES=planes, num_warps=4, num_stages=2)
     return y
 
 
@@ -549,6 +620,12 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton has a matrix product for them: without, before sm_80, large tiles do not fit into registers."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

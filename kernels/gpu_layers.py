@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
+import torch.nn.functional as F
+import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import gpu
 from .gpu import LIBRARY, MAX_TOKENS, Tile, Weights, attend, fits, prepare  # noqa: F401
+
 
 @functools.cache
 def device_name(device: torch.device) -> str:
@@ -35,12 +38,9 @@ MAX_HEAD = 256                       # dimensions: more would not fit into a thr
 # ---- tiles
 
 # The fastest of many on an H200, each somewhere: for one token, and for several.
-ONE_TOKEN = {16: [(4, 512, 1, 2), (4, 512, 1, 1), (4, 256, 1, 2), (2, 512, 1, 2), (2, 1024, 2, 2), (4, 1024, 4, 1),
-                  (4, 2048, 8, 1), (8, 2048, 8, 1), (4, 4096, 8, 1)],
-             8: [(4, 512, 1, 1), (8, 512, 1, 1), (4, 512, 1, 2), (2, 512, 1, 2), (4, 1024, 2, 1), (8, 1024, 2, 1),
-                 (4, 2048, 4, 1), (4, 1024, 1, 1), (8, 1024, 1, 1), (2, 1024, 1, 2)],
-             4: [(4, 1024, 1, 1), (8, 1024, 1, 1), (4, 1024, 1, 2), (4, 2048, 2, 1), (8, 2048, 2, 1), (4, 4096, 4, 1),
-                 (8, 4096, 4, 1), (2, 1024, 1, 2)],
+ONE_TOKEN = {16: [(4, 512, 1, 2), (2, 512, 1, 2), (2, 1024, 2, 2), (4, 1024, 4, 1), (4, 2048, 8, 1), (8, 2048, 8, 1)],
+             8: [(4, 1024, 1, 1), (2, 512, 1, 2), (4, 512, 1, 2), (8, 1024, 2, 1), (4, 2048, 4, 1)],
+             4: [(4, 1024, 1, 1), (2, 1024, 1, 2), (4, 2048, 2, 1), (4, 4096, 4, 1), (8, 4096, 4, 1)],
              32: [(4, 512, 2, 1)]}
 FEW_TOKENS = {16: [(16, 256, 2, 4), (32, 128, 1, 4), (64, 128, 4, 4), (64, 64, 4, 6), (16, 512, 2, 3)],
               8: [(16, 256, 2, 3), (32, 128, 2, 4), (64, 128, 4, 4), (16, 512, 4, 3)],
@@ -52,6 +52,8 @@ tiles: dict[str, dict[str, Tile]] = {}     # by device, what tune found
 
 def candidates(w: Weights, M: int) -> list[Tile]:
     """Tiles no wider than the weight needs; the first is the one to take unmeasured."""
+    if M > 1 and not gpu.has_tensor_cores(w.weight.device):
+        return [LIBRARY]
     of = [Tile(*tile) for tile in (ONE_TOKEN if M == 1 else FEW_TOKENS)[w.bits]]
     return [tile for tile in of if tile.columns < 2 * w.in_features and tile.columns >= w.groupsize] or of[:1]
 
@@ -69,8 +71,8 @@ def tile_for(w: Weights, M: int, gated: bool, normed: bool, device: torch.device
 
 
 def tune(layers: "Layers", M: int) -> None:
-    """Times every candidate for the layers' linears with M tokens, on these very weights, and PyTorch's operators; keeps
-    the fastest, in a file too, beside what it saw. Seconds, once for each shape, format and device."""
+    """Times every candidate for the layers' linears with M tokens, on these very weights, and PyTorch's operators;
+    keeps the fastest, in a file too, beside what it saw. Takes seconds, once for each shape, format and device."""
     device = layers.layers[0].k_cache.device
     file = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "qwen_fast") / "gpu_tiles.json"
     found = read_tiles(file)
@@ -135,6 +137,16 @@ def milliseconds(calls: list[Callable[[], object]]) -> float:
 
 # ---- whole layers
 
+class Experts(NamedTuple):
+    """What a mixture of experts has besides w13 and w2, which hold all of them."""
+    router: Weights
+    n_chosen: int
+    normalize: bool
+    shared_gate: Weights | None = None
+    shared_w13: Weights | None = None
+    shared_w2: Weights | None = None
+
+
 class Layer(NamedTuple):
     """LayerTensors as the kernels take them."""
     attention_norm: Tensor
@@ -145,9 +157,13 @@ class Layer(NamedTuple):
     ffn_norm: Tensor
     w13: Weights
     w2: Weights
+    experts: Experts | None
     k_cache: Tensor
     v_cache: Tensor
     window: int
+
+
+keys: dict[tuple, int] = {}          # a number for each set of tensors, because comparing hundreds takes long
 
 
 class Layers:
@@ -155,23 +171,27 @@ class Layers:
 
     def __init__(self, layers: list[Layer], n_head: int, eps: float):
         self.layers, self.n_head, self.eps = layers, n_head, eps
-        fields = {w.fields for layer in layers for w in (layer.wqkv, layer.wo, layer.w13, layer.w2)}
+        fields = {w.fields for weights in self.linears().values() for w in weights}
+        fields |= {layer.w13.fields for layer in layers}
         self.planes = fields.pop() if len(fields) == 1 else 1     # the order of activations where there is one token
         self.norms = [[norm_in_planes(norm, self.planes) for norm in (layer.attention_norm, layer.ffn_norm)]
                       for layer in layers]
 
     @functools.cached_property
-    def key(self) -> tuple:
+    def key(self) -> int:
         """What a recorded CUDA graph depends on: equal for equal tensors."""
-        tensors = (t for layer in self.layers for part in layer
-                   for t in (part if isinstance(part, Weights) else (part,)))
-        return self.eps, tuple((t.data_ptr(), t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tensors)
+        leaves = tree_leaves((self.layers, self.norms, self.n_head, self.eps))
+        return keys.setdefault(tuple((leaf.data_ptr(), leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+                                     for leaf in leaves), len(keys))
 
     def linears(self) -> dict[tuple[bool, bool], list[Weights]]:
-        """Those of each kind: (normed, gated)."""
+        """Those of each kind: (normed, gated). Experts are not among them, nor what chooses them."""
+        dense = [(layer.w13, layer.w2) for layer in self.layers if layer.experts is None]
+        dense += [(layer.experts.shared_w13, layer.experts.shared_w2) for layer in self.layers
+                  if layer.experts and layer.experts.shared_w13 and layer.experts.shared_w2]
         return {(True, False): [layer.wqkv for layer in self.layers],
-                (False, False): [w for layer in self.layers for w in (layer.wo, layer.w2)],
-                (True, True): [layer.w13 for layer in self.layers]}
+                (False, False): [layer.wo for layer in self.layers] + [w2 for _, w2 in dense],
+                (True, True): [w13 for w13, _ in dense]}
 
     def call(self, w: Weights, M: int, normed: bool, gated: bool) -> Callable[[Tile], object]:
         """One of the linears, as run calls it."""
@@ -196,9 +216,27 @@ class Layers:
                         self.n_head, eps, ready)
             y = attend(q, layer.k_cache, layer.v_cache, input_pos, layer.window, ready, planes)
             x = linear(y.view(B * S, -1), layer.wo, residual=x, planes=(planes, planes))
-            hidden = linear(x, layer.w13, ffn_norm, eps, gated=True, planes=(planes, planes))
-            x = linear(hidden, layer.w2, residual=x, planes=(planes, planes))
+            if layer.experts:
+                x = self.run_experts(x, layer, layer.experts, ffn_norm, planes)
+            else:
+                hidden = linear(x, layer.w13, ffn_norm, eps, gated=True, planes=(planes, planes))
+                x = linear(hidden, layer.w2, residual=x, planes=(planes, planes))
         return gpu.out_of_planes(x, planes).view(B, S, C)
+
+
+    def run_experts(self, x: Tensor, layer: Layer, experts: Experts, ffn_norm: Tensor, planes: int) -> Tensor:
+        """As model.MoE. ffn_norm: in the order of x; the router, which is not quantized, takes natural order."""
+        natural, eps, y = gpu.out_of_planes(x, planes), self.eps, x
+        logits = linear(natural, experts.router, layer.ffn_norm, eps)
+        weights, chosen = logits.float().softmax(-1).topk(experts.n_chosen, dim=-1)
+        if experts.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if experts.shared_gate and experts.shared_w13 and experts.shared_w2:
+            gate = linear(natural, experts.shared_gate, layer.ffn_norm, eps).sigmoid()
+            hidden = linear(x, experts.shared_w13, ffn_norm, eps, gated=True, planes=(planes, planes))
+            y = x + gate * linear(hidden, experts.shared_w2, planes=(planes, planes))
+        tiles = candidates(layer.w13, 1)[0], candidates(layer.w2, 1)[0]
+        return gpu.experts(x, chosen, weights, layer.w13, layer.w2, ffn_norm, eps, y, tiles, planes)
 
 
 def norm_in_planes(norm: Any, planes: int) -> Tensor:
@@ -212,8 +250,24 @@ def norm_in_planes(norm: Any, planes: int) -> Tensor:
 
 def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
            gated: bool = False, planes: tuple[int, int] = (1, 1)) -> Tensor:
-    """gpu.linear by the tile for it."""
+    """gpu.linear by the tile for it; products of more tokens are PyTorch's."""
+    if len(x) > MAX_TOKENS:
+        return many_tokens_linear(x, w, norm, eps, residual, gated)
     return gpu.linear(x, w, norm, eps, residual, gated, tile_for(w, len(x), gated, norm is not None, x.device), planes)
+
+
+def many_tokens_linear(x: Tensor, w: Weights, norm: Tensor | None, eps: float, residual: Tensor | None,
+                       gated: bool) -> Tensor:
+    if norm is not None:
+        x = gpu.rms_norm(x, norm, eps)
+    weight = w.weight if w.scales is None else gpu.dequantize(w, x.dtype)
+    if residual is not None and residual.dtype == x.dtype and w.bias is None:
+        return torch.addmm(residual, x, weight.t())
+    y = F.linear(x, weight, w.bias)
+    if gated:
+        gate, up = y.chunk(2, dim=1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
 
 
 fused: weakref.WeakValueDictionary[int, Layers] = weakref.WeakValueDictionary()    # what handles stand for
@@ -225,11 +279,15 @@ def fuse(layers: Sequence[Any], n_head: int, eps: float) -> Tensor | None:
     them."""
     ours = []
     for layer in layers:
-        linears = layer.wqkv, layer.wo, layer.feed_forward.w13, layer.feed_forward.w2
-        if layer.feed_forward.n_expert or not all(map(fits, linears)) or layer.k_cache.size(3) > MAX_HEAD:
+        part = layer.feed_forward
+        linears = layer.wqkv, layer.wo, part.w13, part.w2
+        others = [tensors for tensors in (part.router, part.shared_gate, part.shared_w13, part.shared_w2) if tensors]
+        if not all(map(fits, (*linears, *others))) or layer.k_cache.size(3) > MAX_HEAD:
             return None
         wqkv, wo, w13, w2 = map(Weights.of, linears)
-        ours.append(Layer(layer.attention_norm, wqkv, layer.q_norm, layer.k_norm, wo, layer.ffn_norm, w13, w2,
+        router, *shared = map(Weights.of, others) if others else (None,)
+        experts = Experts(router, part.n_chosen, part.normalize, *shared) if router else None
+        ours.append(Layer(layer.attention_norm, wqkv, layer.q_norm, layer.k_norm, wo, layer.ffn_norm, w13, w2, experts,
                           layer.k_cache, layer.v_cache, layer.window))
     handle: Any = torch.tensor([next(numbers)])
     fused[int(handle)] = handle.layers = Layers(ours, n_head, eps)

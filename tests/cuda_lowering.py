@@ -120,19 +120,20 @@ def pretend_there_is_a_gpu() -> None:
 
 
 def steps(kind: str, dtype: torch.dtype):
-    """(name, call) for every step of a Qwen3-0.6B of two layers, quantized to `kind`."""
+    """(name, call) for every step of a Qwen3-0.6B of two layers, quantized to `kind`; or of a model with experts."""
     import formats
     from config import ModelArgs
     from generate import Engine, decode_one_token
     from model import Transformer
     from sampling import Sampling, compile_step
 
-    args = dataclasses.replace(ModelArgs.from_name("Qwen3-0.6B"), n_layer=2, windows=())
+    name = "Qwen1.5-MoE-A2.7B" if kind == "experts" else "Qwen3-0.6B"
+    args = dataclasses.replace(ModelArgs.from_name(name), n_layer=2, windows=())
     torch.set_default_dtype(dtype)
     with CUDA:
         model = Transformer(args)
     torch.set_default_dtype(torch.float32)
-    if kind != "none":
+    if kind not in ("none", "experts"):
         head = "none" if kind.endswith("-fp16") else "int8"
         for _, linear in formats.replace_linears(model, formats.Quantization(kind, 128, head)):
             for name, buffer in linear.named_buffers():
@@ -140,7 +141,7 @@ def steps(kind: str, dtype: torch.dtype):
         formats.pack_for(model, CUDA)
     model.setup_caches(1, 256)
     engine, V = Engine(model, compile=True, draft="ngram", speculate_k=4), args.vocab_size
-    speculator = engine.speculator
+    speculator, fused = engine.speculator, model.fuse()
 
     def zeros(*shape: int, of: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(*shape, dtype=of, device=CUDA)
@@ -153,6 +154,11 @@ def steps(kind: str, dtype: torch.dtype):
                                                            zeros(1, n, of=fp32))
         if name not in ("greedy", "top_k"):
             continue
+        if fused and n:                    # compiled without CUDA graphs: RecordedStep makes one, of real memory
+            yield "decode, fused", lambda: engine.run_decode.step(model, fused, V, zeros(1, 1), zeros(1, 1), choice,
+                                                                  zeros(1, n, of=fp32))
+            yield "verify, fused", lambda: speculator.verify.step(
+                fused, zeros(1, 5), zeros(1, 5), choice, None, None, zeros(4, of=fp32), zeros(1, n, of=fp32))
         for drafted in (None, 4):
             probs = (zeros(4, n, of=fp32), zeros(4, n)) if drafted and n else (None, None)
             yield f"verify, {name}, {'model' if drafted else 'ngram'}", lambda: speculator.verify(

@@ -143,7 +143,7 @@ def test_few_new_tokens(loaded, n):
 def test_prefill_in_chunks_equals_one_pass(loaded, monkeypatch):
     engine, prompts = Engine(*loaded), [list(range(100)), list(range(40, 70))]
     expected = list(engine.generate(prompts, 8, GREEDY, stop_ids=frozenset()))
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", {"cpu": 16})
     assert list(engine.generate(prompts, 8, GREEDY, stop_ids=frozenset())) == expected
 
 
@@ -173,7 +173,7 @@ def test_an_answer_broken_off_leaves_a_usable_cache(loaded):
 @pytest.mark.parametrize("chunk", [0, 1, 2])
 def test_ctrl_c_during_prefill_or_a_step_leaves_a_usable_cache(loaded, monkeypatch, chunk):
     """Interrupted in a chunk of the prompt (0, 1) or in a step after it: only what was computed counts as cached."""
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", {"cpu": 16})
     engine, prompt, calls = Engine(*loaded), list(range(1, 33)), []
     tokens(engine, [7] * 40, 3, max_seq_length=128)
     plain = engine.model.forward
@@ -516,7 +516,7 @@ def test_rows_of_a_batch_on_a_terminal(capsys, monkeypatch):
 
 
 def test_prefill_progress(folder, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", {"cpu": 16})
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     main(["--model", str(folder), "-p", "40", "-n", "2", "--num_samples", "1", "--device", "cpu"])
     assert "prefill: 16 of 40 tokens\rprefill: 32 of 40 tokens\r\033[2K" in capsys.readouterr().err

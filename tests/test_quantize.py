@@ -1,6 +1,7 @@
 """Number formats, quantized models and the files that hold them, on tiny checkpoints."""
 import errno
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import cli
 import formats
@@ -21,7 +23,7 @@ import tiny
 from cli import UserError
 from config import ModelArgs
 from conftest import ROOT
-from formats import Int4Linear, Int8Linear, QuantizedLinear
+from formats import GPTQLinear, Int4Linear, Int8Linear, QuantizedLinear
 from generate import Engine
 from loading import load_model
 from model import Linear, Transformer
@@ -187,39 +189,40 @@ def test_int8_does_not_overflow_in_fp16():
     assert y.dtype == torch.float16 and (y - 40.96).abs().max() < 0.1
 
 
-def test_layout_for_the_cuda_kernel(monkeypatch):
-    """What PyTorch's CUDA int4 operators are handed, checked by a plain formula of what they compute; the operators
-    themselves need a GPU."""
-    calls = []
+@pytest.mark.parametrize("N,K,groupsize", [(48, 256, 128), (16, 96, 128), (4, 192, 128), (3, 300, 128), (5, 33, 32)])
+def test_linear_from_the_stored_form(N, K, groupsize):
+    """As GPUs compute it, by PyTorch's operators: the last group may be short."""
+    linear, w = linear_of("int4", N, K, groupsize)
+    stored, x = (linear.weight, linear.scales, linear.zeros), torch.randn(2, 3, K)
+    assert torch.equal(kernels.dequantize_int4(*stored, K, torch.float32), w)
+    assert torch.equal(kernels.stored_int4_linear(x, *stored), torch.nn.functional.linear(x, w))
 
-    def convert(weight, tiles):
-        calls.append(tiles)
-        return weight.clone()
 
-    def matmul(x, weight, groupsize, scales_and_zeros):
-        assert x.dim() == 2 and x.dtype == scales_and_zeros.dtype == torch.bfloat16 and scales_and_zeros.is_contiguous()
-        q = torch.stack((weight >> 4, weight & 15), dim=-1).flatten(1).float() - 8
-        scales, offsets = (t.float().T.repeat_interleave(groupsize, dim=1) for t in scales_and_zeros.unbind(-1))
-        return (x.float() @ (q * scales + offsets).T).bfloat16()
-    monkeypatch.setattr(formats, "convert_int4pack", convert)
-    monkeypatch.setattr(formats, "int4pack_mm", matmul)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+@pytest.mark.parametrize("K,groupsize", [(256, 128), (96, 64), (64, 64)])
+def test_experts_from_the_stored_form(K, groupsize):
+    linear, w = linear_of("int4", 3 * 16, K, groupsize)
+    stored, which = [linear.weight, linear.scales, linear.zeros], torch.tensor([2, 0])
+    packed = list(kernels.pack_int4(*stored, groupsize))
+    for tensors in (stored, packed):
+        found = kernels.expert_weights(tensors, which, 3, 16, K, torch.float32)
+        assert torch.equal(found, w.unflatten(0, (3, 16))[which])
+
+
+def test_int4_stays_as_stored_on_a_gpu(monkeypatch):
+    """Own and published; the fused layers take it where all groups are of one size. Fake tensors stand for a GPU's."""
+    monkeypatch.setattr(kernels, "gpu_layers", object())
     cuda = torch.device("cuda")
-    for K, tiles in ((256, 8), (192, 4), (96, 2)):
-        linear, w = linear_of("int4", 16, K)
-        linear.pack_for(cuda, torch.bfloat16)
-        assert linear.layout == "cuda" and calls[-1] == tiles and linear.zeros is None
-        x = torch.randn(2, 3, K).bfloat16()
-        y, expected = linear(x) - linear.bias, x.float() @ w.T
-        assert y.shape == (2, 3, 16) and (y - expected).abs().max() < 0.02 * expected.abs().max()
-    for N, K, dtype in ((12, 256, torch.bfloat16), (16, 80, torch.bfloat16), (16, 256, torch.float16)):
-        linear, w = linear_of("int4", N, K)
-        linear.pack_for(cuda, dtype)
-        assert linear.layout == "stored"                         # it cannot run there: to be dequantized
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    linear, w = linear_of("int4", 16, 256)
-    linear.pack_for(cuda, torch.bfloat16)
-    assert linear.layout == "stored"
+    with FakeTensorMode(), cuda:
+        for kind, K, bias in itertools.product((Int4Linear, GPTQLinear), (256, 96, 192, 300), (True, False)):
+            linear = kind(K, 16, bias, 128)
+            stored = [linear.weight, linear.scales, linear.zeros, *([linear.bias] if bias else [])]
+            linear.pack_for(cuda, torch.bfloat16)
+            found = linear.kernel_args(torch.bfloat16)
+            assert linear.layout == "stored" and (found is not None) == (K in (256, 96))
+            assert found is None or (len(found) == len(stored) and all(a is b for a, b in zip(found, stored)))
+        reordered = GPTQLinear(256, 16, reordered=True)
+        reordered.pack_for(cuda, torch.bfloat16)
+        assert reordered.layout == "stored" and reordered.kernel_args(torch.bfloat16) is None
 
 
 # ---- models and files
