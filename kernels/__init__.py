@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .build import available, built_library, cpu_has_bf16, describe, unavailable_reason  # noqa: F401 (re-exported)
+from . import build
+from .build import available, built_library, cpu_has_bf16, unavailable_reason  # noqa: F401 (re-exported)
 from .memory import copy_to, huge_zeros, trim_memory  # noqa: F401
 
 gpu_layers: Any = None
@@ -33,6 +34,11 @@ def on_cpu(x: Tensor) -> bool:
 def on_gpu(device: torch.device) -> bool:
     """Whether the Triton kernels are to run there."""
     return device.type == "cuda" and gpu_layers is not None and chosen["gpu"] != "plain"
+
+
+def describe(device: torch.device | str = "cpu") -> str:
+    """Which kernels run on a device, in one line for the user."""
+    return "Triton kernels" if on_gpu(torch.device(device)) else build.describe(device)
 
 
 def few_on_gpu(x: Tensor, tensors: list[Tensor]) -> bool:
