@@ -83,7 +83,7 @@ class Transformer(nn.Module):
                 self.inv_freq = frequencies.to(self.device)
 
     def fuse(self) -> kernels.FusedLayers | None:
-        """All layers as one CPU operator, for `fused` of forward. None where it cannot stand in for the modules.
+        """All layers as one operator, for `fused` of forward. None where it cannot stand in for the modules.
 
         It holds the tensors that the layers have now, so make it anew after any change to a weight, module or cache."""
         layers = [layer.kernel_args() for layer in self.layers]
@@ -96,6 +96,11 @@ class Transformer(nn.Module):
         modules = [module for module in (self.tok_embeddings, self.norm, self.output) if module is not None]
         return present(self.inv_freq, *(t for module in modules
                                         for t in (*module._parameters.values(), *module._buffers.values())))
+
+    def is_unmodified_around_layers(self) -> bool:
+        """Whether the modules elsewhere than the layers compute what their classes say."""
+        modules = self, self.tok_embeddings, self.norm, self.output, self.gather
+        return all(is_unmodified(module, type(module)) for module in modules if module is not None)
 
     def forward(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor | None = None,
                 fused: kernels.FusedLayers | None = None) -> Tensor:

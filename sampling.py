@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import kernels
 from cli import UserError
@@ -117,9 +117,10 @@ class RecordedStep:
     def __call__(self, *args: Any) -> Any:
         """args: of the step, fused layers and the model among them."""
         fused = next((arg for arg in args if isinstance(arg, kernels.FusedLayers)), None)
-        if fused is None:
+        tokens = next(t.numel() for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_cuda)     # idx comes first
+        if fused is None or tokens > fused.max_tokens or not self.model.is_unmodified_around_layers():
             torch.compiler.cudagraph_mark_step_begin()
-            return self.by_compiler(*args)
+            return self.by_compiler(*(None if isinstance(arg, kernels.FusedLayers) else arg for arg in args))
         flat, spec = tree_flatten([arg for arg in args if not isinstance(arg, kernels.FusedLayers)])
         inputs = [arg for arg in flat if isinstance(arg, Tensor) and arg.numel()]
         around = [t.data_ptr() for t in self.model.around_layers()]
@@ -127,14 +128,14 @@ class RecordedStep:
                                                        for arg in flat))
         if key not in self.recorded:                 # those of tensors that are gone will not come back
             self.recorded = {known: step for known, step in self.recorded.items() if known[0] == key[0]}
-            self.recorded[key] = self.record(fused, args, inputs)
+            self.recorded[key] = self.record(fused, args, inputs, tokens)
         graph, static, outputs = self.recorded[key]
         torch._foreach_copy_(static, inputs)         # pyright: ignore[reportPrivateImportUsage]
         graph.replay()
         return outputs
 
-    def record(self, fused: kernels.FusedLayers, args: tuple, inputs: list[Tensor]) -> tuple:
-        kernels.tune(fused, next(t.numel() for t in inputs if t.dtype == torch.int64))
+    def record(self, fused: kernels.FusedLayers, args: tuple, inputs: list[Tensor], tokens: int) -> tuple:
+        kernels.tune(fused, tokens)
         static = {id(t): t.clone() for t in inputs}
         args = tree_map(lambda arg: static[id(arg)] if isinstance(arg, Tensor) and id(arg) in static else arg, args)
         stream = torch.cuda.Stream()

@@ -199,7 +199,7 @@ def experts_gathered(x: Tensor, chosen: Tensor, weights: Tensor, w13: list[Tenso
     return (y.float() * weights[:, :, None]).sum(1).to(x.dtype)
 
 
-@torch.library.custom_op("qwen_fast::experts_one_by_one", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("qwen_fast::experts_one_by_one", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def experts_one_by_one(x: Tensor, chosen: Tensor, weights: Tensor, w13: list[Tensor], w2: list[Tensor], n_expert: int,
                        size: int) -> Tensor:
     """The same expert by expert, each over its tokens. Opaque to the compiler: the loop follows the choice's values."""
@@ -332,7 +332,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
 
     A query at position p sees slots <= p, with a window only those > p - window. On a CPU the cost follows p, not T.
     """
-    if on_gpu(q.device) and k_cache.dtype == q.dtype:
+    if on_gpu(q.device) and k_cache.dtype == q.dtype and q.size(3) <= gpu_layers.MAX_HEAD:
         return torch.ops.qwen_fast.attend_gpu(q, k_cache, v_cache, input_pos, window)
     if q.device.type != "cpu":
         return attend_reference(q, k_cache, v_cache, input_pos, window)

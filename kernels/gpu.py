@@ -287,10 +287,10 @@ def norm_kernel(x_ptr, norm_ptr, y_ptr, eps, C, WIDTH: tl.constexpr, PDL: tl.con
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    i = tl.arange(0, WIDTH)
-    x = tl.load(x_ptr + tl.program_id(0) * C + i, mask=i < C, other=0.0).to(tl.float32)
+    i, row = tl.arange(0, WIDTH), tl.program_id(0).to(tl.int64) * C
+    x = tl.load(x_ptr + row + i, mask=i < C, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x) / C + eps) * tl.load(norm_ptr + i, mask=i < C, other=0.0).to(tl.float32)
-    tl.store(y_ptr + tl.program_id(0) * C + i, y, mask=i < C)
+    tl.store(y_ptr + row + i, y, mask=i < C)
 
 
 class Weights(NamedTuple):
@@ -342,7 +342,7 @@ def fits(tensors: list[Tensor]) -> bool:
             return False
         columns, groups = 2 * weight.size(1), tensors[2].size(1)
         size = columns // groups
-        if columns % groups or size % 32 or (groups > 1 and size & (size - 1)):      # the last one may be shorter
+        if columns % groups or size % 32 or size & (size - 1):       # the last one may be shorter
             return False
     return weight.is_contiguous() and weight.size(1) * weight.itemsize % 16 == 0
 
@@ -354,6 +354,8 @@ def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, 
     (M, K), rows = x.shape, w.weight.size(0)
     N, dtype = rows // 2 if gated else rows, norm.dtype if norm is not None else x.dtype
     if tile == LIBRARY:
+        if w.scales is not None:
+            w = Weights(16, dequantize(w, dtype), bias=w.bias)
         return linear_reference(x, w, norm, eps, residual, gated, planes)
     if M == 1 and planes[0] == 1 < w.fields:
         x, norm = in_planes(x, w.fields), None if norm is None else in_planes(norm[None], w.fields)
@@ -462,7 +464,7 @@ def rms_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, pos_ptr, q_ptr, k_ptr, v_ptr, ready_ptr,
                    eps, S, T, H, KV, D, HALF: tl.constexpr, PDL: tl.constexpr):
     """One head of one token: norm and RoPE; queries go to q [M, H, D], keys and values to the cache."""
-    m, head = tl.program_id(0), tl.program_id(1)
+    m, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, HALF)
     mask = i < D // 2
     is_query, is_value = head < H, head >= H + KV
@@ -513,8 +515,10 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
     them up, in order."""
     if PDL:
         gdc_launch_dependents()
+        if not SPLIT:
+            gdc_wait()
     program, split = tl.program_id(0), tl.program_id(2)
-    b, kv = program // KV, program % KV
+    b, kv = (program // KV).to(tl.int64), program % KV
     query, d = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     token = tl.program_id(1) * TOKENS + query // PER_HEAD
     real = (query < TOKENS * PER_HEAD) & (token < S)
@@ -529,7 +533,7 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
     share = tl.maximum(tl.cdiv(tl.cdiv(end - begin, splits), KEYS) * KEYS, fewest)
     active = tl.cdiv(end - begin, share)
     if PDL:
-        gdc_wait()                                                 # positions were there before the first kernel
+        gdc_wait()                                                 # a step's positions were there before its kernels
     if split < active:
         q = tl.load(q_ptr + at, mask=inside, other=0.0)
         first = begin + split * share
@@ -537,7 +541,7 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
         most = tl.full([QUERIES], -1e30, tl.float32)               # finite, where a query sees nothing of its share
         total = tl.zeros([QUERIES], tl.float32)
         acc = tl.zeros([QUERIES, WIDTH], tl.float32)
-        base = (b.to(tl.int64) * KV + kv) * T * D
+        base = (b * KV + kv) * T * D
         for start in range(first, last, KEYS):
             slot = start + tl.arange(0, KEYS)
             k = tl.load(k_ptr + base + slot[None, :] * D + d[:, None], mask=(slot < last)[None, :] & (d < D)[:, None],
@@ -600,7 +604,13 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
     planes: the order of the result, see in_planes."""
     (B, S, H, D), (_, KV, T, _) = q.shape, k_cache.shape
     per_head = H // KV
-    most, keys = (64, 64 if D <= 128 else 32) if has_tensor_cores(q.device) else (16, 16)
+    most, keys = 64, 64                                            # less, where shared memory or registers are short
+    if not has_tensor_cores(q.device):
+        most, keys = 16, 16
+    elif q.dtype == torch.float32:
+        most, keys = 64 if D <= 128 else 32, 16
+    elif D > 128:
+        keys = 32
     tokens = S if S * per_head <= most else max(1, most // per_head)
     queries = max(16, triton.next_power_of_2(tokens * per_head))
     blocks, width = triton.cdiv(S, tokens), triton.next_power_of_2(D)

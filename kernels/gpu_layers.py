@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from triton.runtime.errors import OutOfResources  # pyright: ignore[reportMissingImports]
 
 from . import gpu
 from .gpu import LIBRARY, MAX_TOKENS, Tile, Weights, attend, fits, prepare  # noqa: F401
@@ -90,20 +91,28 @@ def tune(layers: "Layers", M: int) -> None:
         return
     start = time.perf_counter()
     print(f"timing the GPU kernels for this model's shapes with {M} tokens (once) ...", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor() as pool:                             # each tile is compiled first
-        jobs = [functools.partial(calls[0], tile) for kind, calls in groups.items() for tile in offered[kind][:-1]]
-        list(pool.map(lambda job: job(), jobs))
+    with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)) as pool:      # which compile
+        jobs = [(kind, tile, pool.submit(calls[0], tile)) for kind, calls in groups.items()
+                for tile in offered[kind][:-1]]
+        for kind, tile, job in jobs:
+            if isinstance(job.exception(), OutOfResources):        # of a smaller GPU
+                offered[kind].remove(tile)
+            else:
+                job.result()
     for kind, calls in groups.items():
         us = {tile: 1e3 * milliseconds([functools.partial(call, tile) for call in calls[:MOST_TIMED]])
               for tile in offered[kind]}
         known[kind] = min(us, key=us.__getitem__)
         found.setdefault(device_name(device), {})[kind] = dict(
             tile=known[kind], us={"x".join(map(str, tile)): round(time, 2) for tile, time in us.items()})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(found, indent=1))
-    partial.replace(file)
-    print(f"timed in {time.perf_counter() - start:.0f} seconds: {file}", file=sys.stderr)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(found, indent=1))
+        partial.replace(file)
+        print(f"timed in {time.perf_counter() - start:.0f} seconds: {file}", file=sys.stderr)
+    except OSError as error:
+        print(f"{file}: {error.strerror}: they will be timed again", file=sys.stderr)
 
 
 def read_tiles(file: Path) -> dict[str, dict[str, Any]]:
@@ -223,7 +232,6 @@ class Layers:
                 x = linear(hidden, layer.w2, residual=x, planes=(planes, planes))
         return gpu.out_of_planes(x, planes).view(B, S, C)
 
-
     def run_experts(self, x: Tensor, layer: Layer, experts: Experts, ffn_norm: Tensor, planes: int) -> Tensor:
         """As model.MoE. ffn_norm: in the order of x; the router, which is not quantized, takes natural order."""
         natural, eps, y = gpu.out_of_planes(x, planes), self.eps, x
@@ -239,6 +247,7 @@ class Layers:
         return gpu.experts(x, chosen, weights, layer.w13, layer.w2, ffn_norm, eps, y, tiles, planes)
 
 
+@torch.inference_mode()
 def norm_in_planes(norm: Any, planes: int) -> Tensor:
     """Kept with the norm's weight, at one address, and always copied anew: the weight may have changed."""
     if planes == 1:
@@ -282,7 +291,8 @@ def fuse(layers: Sequence[Any], n_head: int, eps: float) -> Tensor | None:
         part = layer.feed_forward
         linears = layer.wqkv, layer.wo, part.w13, part.w2
         others = [tensors for tensors in (part.router, part.shared_gate, part.shared_w13, part.shared_w2) if tensors]
-        if not all(map(fits, (*linears, *others))) or layer.k_cache.size(3) > MAX_HEAD:
+        same = layer.k_cache.dtype == layer.v_cache.dtype == layer.attention_norm.dtype == layer.ffn_norm.dtype
+        if not same or not all(map(fits, (*linears, *others))) or layer.k_cache.size(3) > MAX_HEAD:
             return None
         wqkv, wo, w13, w2 = map(Weights.of, linears)
         router, *shared = map(Weights.of, others) if others else (None,)
@@ -304,14 +314,15 @@ def run_layers(x: Tensor, handle: Tensor, cos: Tensor, sin: Tensor, logn: Tensor
 def few_tokens_linear(x: Tensor, tensors: list[Tensor]) -> Tensor:
     """x [..., K] through a linear by itself."""
     w = Weights.of(tensors)
-    return linear(x.reshape(-1, x.size(-1)), w).view(*x.shape[:-1], w.weight.size(0))
+    return linear(x.reshape(-1, x.size(-1)).contiguous(), w).view(*x.shape[:-1], w.weight.size(0))
 
 
 @torch.library.custom_op("qwen_fast::attend_gpu", mutates_args=())
 def attend_op(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
     (B, S, _, _), KV = q.shape, k_cache.size(1)
+    q, input_pos = q.contiguous(), input_pos.expand(B, S).contiguous()
     ready = torch.zeros(B * KV, dtype=torch.int32, device=q.device) if S <= MAX_TOKENS else None
-    return attend(q.contiguous(), k_cache, v_cache, input_pos.expand(B, S).contiguous(), window, ready)
+    return attend(q, k_cache, v_cache, input_pos, window, ready)
 
 
 @torch.library.custom_op("qwen_fast::dequantize", mutates_args=())

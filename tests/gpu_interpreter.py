@@ -185,6 +185,21 @@ def layers(mode: str) -> float:
     return most
 
 
+def experts(bits: int) -> float:
+    """Three of six experts, for one token and four, in natural order and in planes."""
+    most, E, C, size, k = 0.0, 6, 96, 64, 3
+    w13, w2 = (gpu.Weights.of(stored(N, K, bits, 32, FP32)) for N, K in ((E * 2 * size, C), (E * C, size)))
+    for M, planes in ((1, w13.fields), (4, 1)):
+        x, residual, norm, weights = torch.randn(M, C), torch.randn(M, C), torch.rand(C) + 0.5, torch.rand(M, k)
+        chosen = torch.stack([torch.randperm(E)[:k] for _ in range(M)])
+        expected = gpu.experts_reference(x, chosen, weights, w13, w2, norm, EPS, residual)
+        x, residual = gpu.in_planes(x, planes), gpu.in_planes(residual, planes)
+        norm = gpu.in_planes(norm[None], planes)[0]
+        y = gpu.experts(x, chosen, weights, w13, w2, norm, EPS, residual, (gpu.Tile(8, 128, 1, 1),) * 2, planes)
+        most = max(most, error(gpu.out_of_planes(y, planes), expected))
+    return most
+
+
 def layers_of_experts(mode: str) -> float:
     """A layer of 4 experts, 2 of them chosen, and a shared one, against the modules: one token, then three."""
     args = ModelArgs("qwen2_moe", dim=64, n_layer=1, n_head=4, n_local_heads=2, head_dim=16, intermediate_size=64,
@@ -240,7 +255,8 @@ def cases() -> Iterator[tuple]:
         yield f"prepare, {name}", prepare, dtype
         yield f"attend, whole, {name}", attend, dtype, False
         yield f"attend, split, {name}", attend, dtype, True
-    for mode in ("none", "int8", "int4"):
+    for mode, bits in (("none", 32), ("int8", 8), ("int4", 4)):
+        yield f"experts, {mode}", experts, bits
         yield f"layers, {mode}", layers, mode
         yield f"layers of experts, {mode}", layers_of_experts, mode
 
