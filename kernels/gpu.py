@@ -506,6 +506,25 @@ def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, 
 
 
 @triton.jit
+def add_up_shares(partial_ptr, active, query, d, QUERIES: tl.constexpr, WIDTH: tl.constexpr):
+    """The sums of all active shares, each scaled to the highest score of all: fp32 [QUERIES, WIDTH], [QUERIES]."""
+    most = tl.full([QUERIES], -1e30, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+    for share in range(active):                                    # not from the L1 cache: other blocks wrote them
+        its = partial_ptr + share * QUERIES * (WIDTH + 2)
+        its_most = tl.load(its + QUERIES * WIDTH + query, cache_modifier=".cg")
+        its_total = tl.load(its + QUERIES * (WIDTH + 1) + query, cache_modifier=".cg")
+        its_acc = tl.load(its + query[:, None] * WIDTH + d[None, :], cache_modifier=".cg")
+        new = tl.maximum(most, its_most)
+        fade, its_fade = tl.exp2(most - new), tl.exp2(its_most - new)
+        total = total * fade + its_total * its_fade
+        acc = acc * fade[:, None] + its_acc * its_fade[:, None]
+        most = new
+    return acc, total
+
+
+@triton.jit
 def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, scale, S, T, H, KV, D, window, splits,
                   fewest, PER_HEAD: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
                   WIDTH: tl.constexpr, SPLIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr):
@@ -569,19 +588,7 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
             tl.store(to + QUERIES * (WIDTH + 1) + query, total)
             tl.debug_barrier()
             if tl.atomic_add(ready_ptr + program, 1, sem="acq_rel") == active - 1:
-                most = tl.full([QUERIES], -1e30, tl.float32)
-                total = tl.zeros([QUERIES], tl.float32)
-                acc = tl.zeros([QUERIES, WIDTH], tl.float32)
-                for other in range(active):
-                    its = partial_ptr + (program * splits + other) * SIZE
-                    its_most = tl.load(its + QUERIES * WIDTH + query, cache_modifier=".cg")
-                    its_total = tl.load(its + QUERIES * (WIDTH + 1) + query, cache_modifier=".cg")
-                    its_acc = tl.load(its + query[:, None] * WIDTH + d[None, :], cache_modifier=".cg")
-                    new = tl.maximum(most, its_most)
-                    fade, its_fade = tl.exp2(most - new), tl.exp2(its_most - new)
-                    total = total * fade + its_total * its_fade
-                    acc = acc * fade[:, None] + its_acc * its_fade[:, None]
-                    most = new
+                acc, total = add_up_shares(partial_ptr + program * splits * SIZE, active, query, d, QUERIES, WIDTH)
                 tl.store(y_ptr + out, acc / total[:, None], mask=inside)
 
 

@@ -24,6 +24,8 @@ from triton.runtime.errors import OutOfResources  # pyright: ignore[reportMissin
 from . import gpu
 from .gpu import LIBRARY, MAX_TOKENS, Tile, Weights, attend, fits, prepare  # noqa: F401
 
+MAX_HEAD = 256                       # dimensions: more would not fit into a thread block's registers
+
 
 @functools.cache
 def device_name(device: torch.device) -> str:
@@ -31,9 +33,6 @@ def device_name(device: torch.device) -> str:
         return str(device)
     version = torch.version.hip or torch.version.cuda
     return f"{torch.cuda.get_device_name(device)}, {version}, triton {triton.__version__}"
-
-
-MAX_HEAD = 256                       # dimensions: more would not fit into a thread block's registers
 
 
 # ---- tiles
