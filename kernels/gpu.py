@@ -51,7 +51,7 @@ def load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, t: tl.constexpr, K: tl.c
 
     Triton gives the threads of a warp to the first dimension first: so each has chunks of all rows, and x for them."""
     SPAN: tl.constexpr = 128 // BITS                               # columns of a chunk
-    WIDE: tl.constexpr = SPAN if BITS > 8 else 4                   # entries of a chunk: columns or words
+    WIDE: tl.constexpr = SPAN if BITS > 8 else 4  # pyright: ignore    entries of a chunk: columns or words
     STRIDE: tl.constexpr = K // SPAN * WIDE                        # of a row, in entries
     chunk = t * (COLUMNS // SPAN) + tl.arange(0, COLUMNS // SPAN)
     mask = here[None, :]
@@ -231,8 +231,9 @@ def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, resid
         y_ptr += pair * N
     place = unit if PLANES == 1 else unit % PLANES * (N // PLANES) + unit // PLANES        # see in_planes
     if ONE:
-        y, squares, residual = one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS,
-                                         GROUP, ROWS, COLUMNS, STAGES, PDL, residual_ptr, place, unit < N)
+        y, squares, residual = one_token(  # pyright: ignore
+            x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS, GROUP, ROWS, COLUMNS, STAGES,
+            PDL, residual_ptr, place, unit < N)
         if norm_ptr is not None:
             y *= tl.rsqrt(squares / K + eps)
         y, token = tl.reshape(y, [ROWS, 1]), tl.arange(0, 1)
@@ -273,8 +274,9 @@ def experts_down_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, chosen_ptr, weights
     for j in range(CHOSEN):
         pair = m * CHOSEN + j
         rows = tl.load(chosen_ptr + pair) * N + unit
-        y, squares, residual = one_token(x_ptr + pair * K, None, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K,
-                                         BITS, GROUP, ROWS, COLUMNS, STAGES, False, None, unit, here)
+        y, squares, residual = one_token(  # pyright: ignore
+            x_ptr + pair * K, None, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS, GROUP, ROWS, COLUMNS,
+            STAGES, False, None, unit, here)
         if BITS == 8:
             y *= tl.load(scales_ptr + rows, mask=here, other=0.0)
         total += y * tl.load(weights_ptr + pair)
@@ -362,7 +364,7 @@ def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, 
     if norm is not None and M > 1:
         x, norm = rms_norm(x, norm, eps), None
     y = torch.empty(M, N, dtype=residual.dtype if residual is not None else dtype, device=x.device)
-    launch(linear_kernel, (triton.cdiv(rows, tile.rows),), x, norm, w.weight, w.scales, w.zeros, w.bias, residual, None,
+    launch(linear_kernel, (cdiv(rows, tile.rows),), x, norm, w.weight, w.scales, w.zeros, w.bias, residual, None,
            y, eps, MAGIC.get(w.bits, 0), M, N, 0, K, BITS=w.bits, GROUP=w.groupsize, GATED=gated, ROWS=tile.rows,
            COLUMNS=tile.columns, STAGES=tile.stages, ONE=M == 1, DTYPE=TRITON_DTYPES[dtype], PLANES=planes[1],
            num_warps=tile.warps)
@@ -394,11 +396,11 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weights, w2: Weight
     up, down = tiles
     if planes != w13.fields:
         x, norm = (in_planes(out_of_planes(t, planes), w13.fields) for t in (x, norm[None]))
-    launch(linear_kernel, (triton.cdiv(2 * size, up.rows), M * k), x, norm, w13.weight, w13.scales, w13.zeros, None,
+    launch(linear_kernel, (cdiv(2 * size, up.rows), M * k), x, norm, w13.weight, w13.scales, w13.zeros, None,
            None, chosen, hidden, eps, MAGIC.get(w13.bits, 0), 1, size, k, C, BITS=w13.bits, GROUP=w13.groupsize,
            GATED=True, ROWS=up.rows, COLUMNS=up.columns, STAGES=up.stages, ONE=True, DTYPE=TRITON_DTYPES[dtype],
            PLANES=w2.fields, num_warps=up.warps)
-    launch(experts_down_kernel, (triton.cdiv(C, down.rows), M), hidden, w2.weight, w2.scales, w2.zeros, chosen, weights,
+    launch(experts_down_kernel, (cdiv(C, down.rows), M), hidden, w2.weight, w2.scales, w2.zeros, chosen, weights,
            residual, y, MAGIC.get(w2.bits, 0), C, size, BITS=w2.bits, GROUP=w2.groupsize, CHOSEN=k, ROWS=down.rows,
            COLUMNS=down.columns, STAGES=down.stages, PLANES=planes, num_warps=down.warps)
     return y
@@ -448,13 +450,13 @@ def dequantize(w: Weights, dtype: torch.dtype) -> Tensor:
     y = torch.empty(N, K, dtype=dtype, device=w.weight.device)
     stored = w.weight.view(torch.int8 if w.bits == 8 else torch.uint8)
     kernel: Any = dequantize_kernel
-    kernel[N, triton.cdiv(K, 1024)](stored, w.scales, w.zeros, y, K, BITS=w.bits, GROUP=w.groupsize, COLUMNS=1024)
+    kernel[N, cdiv(K, 1024)](stored, w.scales, w.zeros, y, K, BITS=w.bits, GROUP=w.groupsize, COLUMNS=1024)
     return y
 
 
 def rms_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=norm.dtype, device=x.device)
-    launch(norm_kernel, (len(x),), x, norm, y, eps, x.size(1), WIDTH=triton.next_power_of_2(x.size(1)), num_warps=8)
+    launch(norm_kernel, (len(x),), x, norm, y, eps, x.size(1), WIDTH=next_power_of_2(x.size(1)), num_warps=8)
     return y
 
 
@@ -601,7 +603,7 @@ def prepare(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tens
     (B, S), (_, KV, T, D) = input_pos.shape, k_cache.shape
     q = torch.empty(B, S, n_head, D, dtype=qkv.dtype, device=qkv.device)
     launch(prepare_kernel, (B * S, n_head + 2 * KV), qkv, q_norm, k_norm, cos, sin, logn, input_pos, q, k_cache,
-           v_cache, ready, eps, S, T, n_head, KV, D, HALF=triton.next_power_of_2(D // 2), num_warps=1)
+           v_cache, ready, eps, S, T, n_head, KV, D, HALF=next_power_of_2(D // 2), num_warps=1)
     return q
 
 
@@ -619,11 +621,11 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
     elif D > 128:
         keys = 32
     tokens = S if S * per_head <= most else max(1, most // per_head)
-    queries = max(16, triton.next_power_of_2(tokens * per_head))
-    blocks, width = triton.cdiv(S, tokens), triton.next_power_of_2(D)
+    queries = max(16, next_power_of_2(tokens * per_head))
+    blocks, width = cdiv(S, tokens), next_power_of_2(D)
     splits = 1
     if ready is not None and blocks == 1:
-        splits = max(1, min(2 * multiprocessors(q.device) // (B * KV), triton.cdiv(T, FEWEST_KEYS)))
+        splits = max(1, min(2 * multiprocessors(q.device) // (B * KV), cdiv(T, FEWEST_KEYS)))
     y = torch.empty(B, S, H * D, dtype=q.dtype, device=q.device)
     partial = torch.empty(B * KV * splits, queries * (width + 2), dtype=torch.float32, device=q.device)
     launch(attend_kernel, (B * KV, blocks, splits), q, k_cache, v_cache, input_pos, y, partial, ready,
@@ -633,6 +635,14 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
 
 
 # ---- launches
+
+def cdiv(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
