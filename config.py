@@ -1,4 +1,4 @@
-"""A checkpoint's configuration: ModelArgs from its config.json, RoPE's frequencies, the shapes of published models.
+"""A checkpoint's configuration: ModelArgs from its config.json, and RoPE's frequencies.
 
 Every key that is read has its type, range and default here, the default that transformers has; what is out of range, or
 what the models here do not carry, is refused by name, never ignored.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cli import UserError
 from schema import Checked, checked
+from shapes import PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,17 @@ class ModelArgs:
     shared_expert_size: int = 0          # of the expert that every token passes through, 0 for none
     normalize_experts: bool = False      # whether the chosen experts' weights are scaled to sum up to 1
     dense_layers: tuple[int, ...] = ()   # layers with a plain feed-forward all the same
+    # Hybrids of attention and Gated DeltaNet; 0 and () elsewhere
+    delta_layers: tuple[int, ...] = ()   # layers with a Gated DeltaNet in the place of attention
+    delta_key_heads: int = 0
+    delta_value_heads: int = 0
+    delta_key_dim: int = 0               # of a head
+    delta_value_dim: int = 0
+    conv_size: int = 0                   # positions that the DeltaNet's convolution spans
+    rotary_dim: int = 0                  # how much of a head RoPE turns, from its first dimension on; 0 for all
+    output_gate: bool = False            # attention times the sigmoid of a gate
+    norm_offset: float = 0.0             # what RMS norms add to their weights
+    n_mtp_layer: int = 0                 # multi-token prediction: blocks of the checkpoint's own draft head
     windows: tuple[int, ...] = ()        # per layer: how many positions attention looks back, 0 = all
     seq_length: int = 0                  # Qwen v1: the training length, from which logn and dynamic NTK count
     logn: bool = False
@@ -64,9 +76,17 @@ class ModelArgs:
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 0 and layer not in self.dense_layers
 
+    @property
+    def delta_channels(self) -> int:
+        """Of a DeltaNet's convolution: queries, keys and values."""
+        return 2 * self.delta_key_heads * self.delta_key_dim + self.delta_value_heads * self.delta_value_dim
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelArgs":
         """From the contents of a Hugging Face config.json. Errors: UserError, for a value that is not supported."""
+        if isinstance(text := config.get("text_config"), dict):          # a language model with a vision tower
+            tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+            config = {**text, "tie_word_embeddings": tied}
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UserError(f"config.json: model_type {model_type!r:.80} is not supported (supported: "
@@ -94,6 +114,12 @@ class ModelArgs:
             raise UserError(f"config.json: {heads} are no multiple of num_key_value_heads {self.n_local_heads}")
         if self.intermediate_size < 1:
             raise UserError("config.json: intermediate_size leaves nothing to gate and up")
+        if self.delta_layers and self.delta_value_heads % self.delta_key_heads:
+            raise UserError(f"config.json: linear_num_value_heads {self.delta_value_heads} are no multiple of "
+                            f"linear_num_key_heads {self.delta_key_heads}")
+        if self.delta_channels > 1 << 20 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise UserError(f"config.json: {self.delta_channels} channels of linear attention are too many, or RoPE "
+                            f"cannot turn {self.rotary_dim} of {self.head_dim} dimensions")
         if self.n_expert_per_token > self.n_expert:
             raise UserError(f"config.json: num_experts_per_tok {self.n_expert_per_token} of {self.n_expert} experts")
 
@@ -104,6 +130,7 @@ Size = Annotated[int, Field(ge=1, le=1 << 20)]           # so that no product of
 Factor = Annotated[float, Field(ge=1e-6, le=1e6)]
 Experts = Annotated[int, Field(ge=1, le=1 << 12)]        # each has tensors of its own
 One = Annotated[float, Field(ge=1, le=1)]                # another value is not supported
+Rotated = Annotated[float, Field(gt=0, le=1)]            # the part of a head that RoPE turns
 
 
 class QwenV1Config(Checked):
@@ -163,8 +190,11 @@ class LlamaConfig(Checked):
         """Per layer, see ModelArgs."""
         return (0,) * self.num_hidden_layers
 
+    def rope(self) -> "RopeConfig":
+        return checked(RopeConfig, self.rope_scaling or self.rope_parameters or {}, "config.json: RoPE parameters")
+
     def model_args(self) -> ModelArgs:
-        rope = checked(RopeConfig, self.rope_scaling or self.rope_parameters or {}, "config.json: RoPE parameters")
+        rope = self.rope()
         rope_base, max_position = rope.rope_theta or self.rope_theta, self.max_position_embeddings
         scaling = rope.scaling(self.original_max_position_embeddings or rope.original_max_position_embeddings
                                or max_position, max_position)
@@ -270,12 +300,74 @@ class MixtralConfig(MoEConfig):
         return replace(super().model_args(), expert_size=self.intermediate_size)
 
 
+class HybridConfig(LlamaConfig):
+    """What the families with Gated DeltaNet layers share."""
+    head_dim: Size = 256
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    sliding_window: None = None
+    use_sliding_window: Literal[False] = False
+    layer_types: list[Literal["full_attention", "linear_attention"]] | None = None
+    full_attention_interval: Size = 4
+    linear_num_key_heads: Size = 16
+    linear_num_value_heads: Size = 32
+    linear_key_head_dim: Annotated[int, Field(ge=1, le=1 << 10)] = 128
+    linear_value_head_dim: Annotated[int, Field(ge=1, le=1 << 10)] = 128
+    linear_conv_kernel_dim: Annotated[int, Field(ge=2, le=64)] = 4
+    partial_rotary_factor: Rotated | None = None
+    attn_output_gate: Literal[True] = True
+    output_gate_type: Literal["swish", "silu"] = "silu"
+    mtp_num_hidden_layers: Annotated[int, Field(ge=0, le=1)] = 0
+    mtp_use_dedicated_embeddings: Literal[False] = False
+
+    def rope(self) -> "RopeConfig":
+        return checked(PartialRopeConfig, self.rope_scaling or self.rope_parameters or {},
+                       "config.json: RoPE parameters")
+
+    def model_args(self) -> ModelArgs:
+        layers, kinds = range(self.num_hidden_layers), self.layer_types
+        if kinds is None:
+            kinds = ["linear_attention" if (layer + 1) % self.full_attention_interval else "full_attention"
+                     for layer in layers]
+        if len(kinds) != len(layers) or "full_attention" not in kinds:
+            raise UserError(f"config.json: layer_types has {kinds.count('full_attention')} full_attention in "
+                            f"{len(kinds)} entries, and there are {len(layers)} layers")
+        factor = self.rope().partial_rotary_factor or self.partial_rotary_factor or 0.25
+        return replace(
+            super().model_args(), delta_layers=tuple(i for i in layers if kinds[i] == "linear_attention"),
+            delta_key_heads=self.linear_num_key_heads, delta_value_heads=self.linear_num_value_heads,
+            delta_key_dim=self.linear_key_head_dim, delta_value_dim=self.linear_value_head_dim,
+            conv_size=self.linear_conv_kernel_dim, rotary_dim=int(self.head_dim * factor), output_gate=True,
+            norm_offset=1.0, qk_norm=True, n_mtp_layer=self.mtp_num_hidden_layers)
+
+
+class Qwen35Config(HybridConfig):
+    num_key_value_heads: Size | None = 4
+
+
+class Qwen3NextConfig(HybridConfig, Qwen3MoeConfig):
+    num_key_value_heads: Size | None = 2
+    attention_bias: Literal[False] = False
+    norm_topk_prob: bool = True
+    shared_expert_intermediate_size: Size
+
+    def model_args(self) -> ModelArgs:
+        return replace(super().model_args(), shared_expert_size=self.shared_expert_intermediate_size)
+
+
+class Qwen35MoeConfig(Qwen3NextConfig):
+    intermediate_size: Size = 1                          # no layer has a plain feed-forward
+    norm_topk_prob: Literal[True] = True
+    mlp_only_layers: None = None
+    decoder_sparse_step: Literal[1] = 1
+
+
 class RopeConfig(Checked):
     """rope_scaling or rope_parameters."""
     rope_type: Literal["default", "linear", "llama3", "yarn"] = Field(
         "default", validation_alias=AliasChoices("rope_type", "type"))
     rope_theta: float | None = Field(None, gt=1, le=1e12)
-    partial_rotary_factor: One = 1.0
+    partial_rotary_factor: One | None = None
     factor: float | None = Field(None, ge=1, le=1e6)
     original_max_position_embeddings: int | None = Field(None, ge=1, le=1 << 31)
     low_freq_factor: Factor | None = None
@@ -316,9 +408,15 @@ class RopeConfig(Checked):
         return mscale(1.0)
 
 
+class PartialRopeConfig(RopeConfig):
+    partial_rotary_factor: Rotated | None = None
+
+
 FAMILIES: dict[str, type[QwenV1Config] | type[LlamaConfig]] = {
     "qwen": QwenV1Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig,
-    "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig, "mixtral": MixtralConfig}
+    "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig, "mixtral": MixtralConfig, "qwen3_next": Qwen3NextConfig,
+    "qwen3_5": Qwen35Config, "qwen3_5_text": Qwen35Config, "qwen3_5_moe": Qwen35MoeConfig,
+    "qwen3_5_moe_text": Qwen35MoeConfig}
 
 
 # ---- RoPE
@@ -332,10 +430,11 @@ def ntk_alpha(args: ModelArgs, prompt_length: int) -> int:
 
 
 def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
-    """Angle per position of each rotated pair, fp32 [D/2]: base^(-2i/D), scaled as the checkpoint says.
+    """Angle per position of each rotated pair, fp32 [D/2]: base^(-2i/D), scaled as the checkpoint says. D: how many
+    dimensions of a head are rotated.
 
     prompt_length: see ntk_alpha."""
-    D, base, rope = args.head_dim, args.rope_base, args.rope
+    D, base, rope = args.rotary_dim or args.head_dim, args.rope_base, args.rope
     if (alpha := ntk_alpha(args, prompt_length)) > 1:
         base *= alpha ** (D / (D - 2))
     freqs = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
@@ -357,81 +456,3 @@ def rope_frequencies(args: ModelArgs, prompt_length: int = 0) -> Tensor:
     low, high = max(low, 0), min(high, D - 1)
     ramp = ((torch.arange(D // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
     return freqs * (1 - ramp) + freqs / rope.factor * ramp
-
-
-# ---- published shapes, as their config.json has them
-
-def _shape(model_type: str, layers: int, dim: int, heads: int, kv: int, head_dim: int, ffn: int, vocab: int,
-           theta: float, context: int, **more) -> dict:
-    return dict(model_type=model_type, num_hidden_layers=layers, hidden_size=dim, num_attention_heads=heads,
-                num_key_value_heads=kv, head_dim=head_dim, intermediate_size=ffn, vocab_size=vocab, rope_theta=theta,
-                max_position_embeddings=context, **more)
-
-
-def _qwen_v1(layers: int, dim: int, heads: int, ffn: int, vocab: int, theta: float = 10000.0, context: int = 8192,
-             extended: bool = True) -> dict:
-    return dict(model_type="qwen", num_hidden_layers=layers, hidden_size=dim, num_attention_heads=heads,
-                intermediate_size=2 * ffn, vocab_size=vocab, rotary_emb_base=theta, seq_length=context,
-                max_position_embeddings=context, use_logn_attn=extended, use_dynamic_ntk=extended)
-
-
-def _experts(number: int, per_token: int, size: int, **more) -> dict:
-    return dict(num_experts=number, num_experts_per_tok=per_token, moe_intermediate_size=size, **more)
-
-
-_LLAMA3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-_LLAMA31 = dict(rope_scaling=dict(factor=8.0, **_LLAMA3))
-_LLAMA32 = dict(rope_scaling=dict(factor=32.0, **_LLAMA3), tie_word_embeddings=True)
-_TIED = dict(tie_word_embeddings=True)
-PUBLISHED = {
-    "Qwen-1.8B": _qwen_v1(24, 2048, 16, 5504, 151936),
-    "Qwen-7B": _qwen_v1(32, 4096, 32, 11008, 151936),
-    "Qwen-14B": _qwen_v1(40, 5120, 40, 13696, 152064),
-    "Qwen-72B": _qwen_v1(80, 8192, 64, 24576, 152064, 1e6, 32768, extended=False),
-    "Qwen1.5-0.5B": _shape("qwen2", 24, 1024, 16, 16, 64, 2816, 151936, 1e6, 32768, **_TIED),
-    "Qwen1.5-1.8B": _shape("qwen2", 24, 2048, 16, 16, 128, 5504, 151936, 1e6, 32768),
-    "Qwen1.5-4B": _shape("qwen2", 40, 2560, 20, 20, 128, 6912, 151936, 5e6, 32768),
-    "Qwen1.5-7B": _shape("qwen2", 32, 4096, 32, 32, 128, 11008, 151936, 1e6, 32768),
-    "Qwen1.5-14B": _shape("qwen2", 40, 5120, 40, 40, 128, 13696, 152064, 1e6, 32768),
-    "Qwen1.5-32B": _shape("qwen2", 64, 5120, 40, 8, 128, 27392, 152064, 1e6, 32768),
-    "Qwen1.5-72B": _shape("qwen2", 80, 8192, 64, 64, 128, 24576, 152064, 1e6, 32768),
-    "Qwen2-0.5B": _shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, 1e6, 131072, **_TIED),
-    "Qwen2-1.5B": _shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 1e6, 131072, **_TIED),
-    "Qwen2-7B": _shape("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, 1e6, 131072),
-    "Qwen2-72B": _shape("qwen2", 80, 8192, 64, 8, 128, 29568, 152064, 1e6, 131072),
-    "Qwen2.5-0.5B": _shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, 1e6, 32768, **_TIED),
-    "Qwen2.5-1.5B": _shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 1e6, 131072, **_TIED),
-    "Qwen2.5-3B": _shape("qwen2", 36, 2048, 16, 2, 128, 11008, 151936, 1e6, 32768, **_TIED),
-    "Qwen2.5-7B": _shape("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, 1e6, 131072),
-    "Qwen2.5-14B": _shape("qwen2", 48, 5120, 40, 8, 128, 13824, 152064, 1e6, 131072),
-    "Qwen2.5-32B": _shape("qwen2", 64, 5120, 40, 8, 128, 27648, 152064, 1e6, 131072),
-    "Qwen2.5-72B": _shape("qwen2", 80, 8192, 64, 8, 128, 29568, 152064, 1e6, 131072),
-    "Qwen3-0.6B": _shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 1e6, 40960, **_TIED),
-    "Qwen3-1.7B": _shape("qwen3", 28, 2048, 16, 8, 128, 6144, 151936, 1e6, 40960, **_TIED),
-    "Qwen3-4B": _shape("qwen3", 36, 2560, 32, 8, 128, 9728, 151936, 1e6, 40960, **_TIED),
-    "Qwen3-8B": _shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 1e6, 40960),
-    "Qwen3-14B": _shape("qwen3", 40, 5120, 40, 8, 128, 17408, 151936, 1e6, 40960),
-    "Qwen3-32B": _shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 1e6, 40960),
-    "Qwen1.5-MoE-A2.7B": _shape("qwen2_moe", 24, 2048, 16, 16, 128, 5632, 151936, 1e6, 8192,
-                                **_experts(60, 4, 1408, shared_expert_intermediate_size=5632)),
-    "Qwen2-57B-A14B": _shape("qwen2_moe", 28, 3584, 28, 4, 128, 18944, 151936, 1e6, 131072,
-                             **_experts(64, 8, 2560, shared_expert_intermediate_size=20480)),
-    "Qwen3-30B-A3B": _shape("qwen3_moe", 48, 2048, 32, 4, 128, 6144, 151936, 1e6, 40960,
-                            **_experts(128, 8, 768, norm_topk_prob=True)),
-    "Qwen3-Coder-30B-A3B": _shape("qwen3_moe", 48, 2048, 32, 4, 128, 6144, 151936, 1e7, 262144,
-                                  **_experts(128, 8, 768, norm_topk_prob=True)),
-    "Qwen3-235B-A22B": _shape("qwen3_moe", 94, 4096, 64, 4, 128, 12288, 151936, 1e6, 40960,
-                              **_experts(128, 8, 1536, norm_topk_prob=True)),
-    "Qwen3-Coder-480B-A35B": _shape("qwen3_moe", 62, 6144, 96, 8, 128, 8192, 151936, 1e7, 262144,
-                                    **_experts(160, 8, 2560, norm_topk_prob=True)),
-    "Llama-2-7B": _shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e4, 4096, rms_norm_eps=1e-5),
-    "Llama-2-13B": _shape("llama", 40, 5120, 40, 40, 128, 13824, 32000, 1e4, 4096, rms_norm_eps=1e-5),
-    "Llama-2-70B": _shape("llama", 80, 8192, 64, 8, 128, 28672, 32000, 1e4, 4096, rms_norm_eps=1e-5),
-    "Llama-3.1-8B": _shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA31),
-    "Llama-3.2-1B": _shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA32),
-    "Llama-3.2-3B": _shape("llama", 28, 3072, 24, 8, 128, 8192, 128256, 5e5, 131072, rms_norm_eps=1e-5, **_LLAMA32),
-    "Mixtral-8x7B": _shape("mixtral", 32, 4096, 32, 8, 128, 14336, 32000, 1e6, 32768, rms_norm_eps=1e-5,
-                           num_local_experts=8, num_experts_per_tok=2),
-    "CodeLlama-7B-Python": _shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e6, 16384, rms_norm_eps=1e-5),
-    "CodeLlama-34B": _shape("llama", 48, 8192, 64, 8, 128, 22016, 32000, 1e6, 16384, rms_norm_eps=1e-5),
-}

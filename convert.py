@@ -60,8 +60,22 @@ LLAMA_NAMES = {                          # Llama, Mistral, Qwen1.5 to Qwen3
     "layers.{}.mlp.shared_expert.up_proj": "layers.{}.feed_forward.shared.w13/up",
     "layers.{}.mlp.shared_expert.down_proj": "layers.{}.feed_forward.shared.w2",
     "layers.{}.mlp.shared_expert_gate": "layers.{}.feed_forward.shared_gate",
+    "layers.{}.linear_attn.in_proj_qkv": "layers.{}.attention.wqkv/qkv",
+    "layers.{}.linear_attn.in_proj_z": "layers.{}.attention.wqkv/z",
+    "layers.{}.linear_attn.in_proj_b": "layers.{}.attention.wba/b",
+    "layers.{}.linear_attn.in_proj_a": "layers.{}.attention.wba/a",
+    "layers.{}.linear_attn.conv1d.weight": "layers.{}.attention.conv",
+    "layers.{}.linear_attn.A_log": "layers.{}.attention.A_log",
+    "layers.{}.linear_attn.dt_bias": "layers.{}.attention.dt_bias",
+    "layers.{}.linear_attn.norm": "layers.{}.attention.norm",
+    "layers.{}.linear_attn.out_proj": "layers.{}.attention.wo",
     "norm": "norm",
     "lm_head": "output",
+}
+QWEN3_NEXT_NAMES = {
+    **{source: target for source, target in LLAMA_NAMES.items() if ".in_proj_" not in source},
+    "layers.{}.linear_attn.in_proj_qkvz": "layers.{}.attention.wqkv/qkvz",
+    "layers.{}.linear_attn.in_proj_ba": "layers.{}.attention.wba/ba",
 }
 MIXTRAL_NAMES = {
     **{source: target for source, target in LLAMA_NAMES.items() if ".mlp." not in source},
@@ -82,18 +96,21 @@ QWEN_V1_NAMES = {
     "ln_f": "norm",
     "lm_head": "output",
 }
-PREFIX = re.compile(r"^(model|transformer)\.")
+PREFIX = re.compile(r"^(model\.language_model|model|transformer)\.")
+VISION = re.compile(r"^(model\.)?visual\.")             # towers, which are left out
 OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$")
 PACKED, INTEGERS = (".qweight", ".qzeros", ".g_idx"), (torch.int32,)     # of quantized checkpoints
 
 
 @dataclass(frozen=True)
 class TargetSlice:
-    """Where a source tensor of a shape goes: to target tensor `key` from row `row` on. Of a three-dimensional one, all
-    experts together, the first two dimensions are rows."""
+    """Where a source tensor of a shape goes: to target tensor `key` from row `row` on, or run by run: some rows of the
+    source to a row of the target and those after it, the next rows to another. Of a three-dimensional one, all experts
+    together, the first two dimensions are rows."""
     key: str
     row: int
     shape: torch.Size
+    runs: tuple[tuple[int, int], ...] = ()               # rows, first row in the target
 
     @property
     def rows(self) -> int:
@@ -102,6 +119,13 @@ class TargetSlice:
     @property
     def columns(self) -> torch.Size:
         return self.shape[max(1, len(self.shape) - 1):]
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """Runs of rows: first in the source, how many, first in the target."""
+        begin = 0
+        for rows, row in self.runs or ((self.rows, self.row),):
+            yield begin, rows, row
+            begin += rows
 
 
 @dataclass(frozen=True)
@@ -128,24 +152,26 @@ def target_slices(args: ModelArgs, names: Collection[str]) -> Slices:
     names: of the checkpoint's tensors, which say whether all experts' weights are in one tensor or in one each."""
     with torch.device("meta"):
         targets = {key: value.shape for key, value in Transformer(args).state_dict().items()}
-    q, kv = args.n_head * args.head_dim, args.n_local_heads * args.head_dim
-    heads = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}                   # first row, rows
-    family = {"qwen": QWEN_V1_NAMES, "mixtral": MIXTRAL_NAMES}.get(args.model_type, LLAMA_NAMES)
+    family = {"qwen": QWEN_V1_NAMES, "mixtral": MIXTRAL_NAMES, "qwen3_next": QWEN3_NEXT_NAMES}.get(
+        args.model_type, LLAMA_NAMES)
     slices = {}
 
-    def add(source: str, key: str, row: int, shape: tuple[int, ...]) -> None:
-        slices[source] = TargetSlice(key, row, torch.Size(shape))
-    for (source, target), layer, kind in itertools.product(family.items(), range(args.n_layer), ("weight", "bias")):
+    def add(source: str, key: str, row: int, shape: tuple[int, ...], runs: tuple[tuple[int, int], ...] = ()) -> None:
+        slices[source] = TargetSlice(key, row, torch.Size(shape), runs)
+    kinds = ".weight", ".bias", ""
+    for (source, target), layer, kind in itertools.product(family.items(), range(args.n_layer), kinds):
         module, _, projection = target.partition("/")
-        key, of_expert = f"{module.format(layer)}.{kind}", source.count("{}") == 2
+        key, of_expert = f"{module.format(layer)}{kind}", source.count("{}") == 2
         other_kind = "feed_forward.w" in key and of_expert != args.has_experts(layer)
+        of_delta = ".linear_attn." in source
+        other_kind |= ".attention." in key and of_delta != (layer in args.delta_layers)
         if key not in targets or ("{}" not in source and layer) or other_kind:
             continue
         all_rows, *columns = targets[key]
         if not of_expert:
-            halves = {"gate": (0, all_rows // 2), "up": (all_rows // 2, all_rows // 2)}
-            row, rows = heads.get(projection) or halves.get(projection) or (0, all_rows)
-            add(f"{source.format(layer)}.{kind}", key, row, (rows, *columns))
+            runs = projection_runs(args, projection, all_rows)
+            rows, columns = sum(n for n, _ in runs), [1, *columns] if ".conv" in key else columns
+            add(f"{source.format(layer)}{kind}", key, runs[0][1], (rows, *columns), runs if len(runs) > 1 else ())
             continue
         joined = f"layers.{layer}.mlp.experts.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
         E, rows = args.n_expert, all_rows // args.n_expert               # rows of an expert
@@ -155,8 +181,25 @@ def target_slices(args: ModelArgs, names: Collection[str]) -> Slices:
         for expert in range(E):
             of_source = rows if projection == "down" else rows // 2
             row = expert * rows + (of_source if projection == "up" else 0)
-            add(f"{source.format(layer, expert)}.{kind}", key, row, (of_source, *columns))
+            add(f"{source.format(layer, expert)}{kind}", key, row, (of_source, *columns))
     return slices
+
+
+def projection_runs(args: ModelArgs, projection: str, all_rows: int) -> tuple[tuple[int, int], ...]:
+    """Which of a fused tensor's rows a projection's are, see TargetSlice."""
+    D, q, kv = args.head_dim, args.n_head * args.head_dim, args.n_local_heads * args.head_dim
+    if projection == "q" and args.output_gate:                   # each head's gate follows its query
+        return tuple((D, row) for head in range(0, q, D) for row in (head, q + 2 * kv + head))
+    Hk, Hv, N = args.delta_key_heads, args.delta_value_heads, args.delta_channels
+    if projection in ("qkvz", "ba"):                             # all that belongs to a key head together
+        K, V, r = args.delta_key_dim, args.delta_value_dim, Hv // Hk
+        sizes = (K, K, r * V, r * V) if projection == "qkvz" else (r, r)
+        firsts = (0, Hk * K, 2 * Hk * K, N) if projection == "qkvz" else (0, Hv)
+        return tuple((n, first + head * n) for head in range(Hk) for n, first in zip(sizes, firsts))
+    half = all_rows // 2
+    first, rows = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv), "qkv": (0, N), "z": (N, all_rows - N), "b": (0, Hv),
+                   "a": (Hv, Hv), "gate": (0, half), "up": (half, half)}.get(projection, (0, all_rows))
+    return ((rows, first),)
 
 
 # ---- reading the checkpoint's files
@@ -225,7 +268,7 @@ def index_tensors(folder: Path) -> Tensors:
     tensors: Tensors = {}
     for path, names in find_shards(folder).items():
         for name, tensor in open_shard(path).items():
-            if (names is not None and name not in names) or OLD_BUFFERS.search(name):
+            if (names is not None and name not in names) or OLD_BUFFERS.search(name) or VISION.match(name):
                 continue
             short = PREFIX.sub("", name)
             if short in tensors:
@@ -286,7 +329,7 @@ def layout_of(tensors: Iterable[tuple[TargetSlice, Tensor]]) -> Layout:
     layout: Layout = {}
     for place, tensor in tensors:
         shape, dtype = layout.get(place.key, (torch.Size((0,)), tensor.dtype))
-        rows = max(place.row + place.rows, shape[0])
+        rows = max(shape[0], *(row + rows for _, rows, row in place.pieces()))
         layout[place.key] = torch.Size((rows, *place.columns)), torch.promote_types(dtype, tensor.dtype)
     return layout
 
@@ -300,8 +343,10 @@ def copy_weights(path: Path, layout: Layout, offsets: dict[str, int], tensors: I
         for place, tensor in tensors:
             check_finite(place.key, tensor)
             dtype = layout[place.key][1]
-            file.seek(offsets[place.key] + place.row * place.columns.numel() * dtype.itemsize)
-            file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
+            data = tensor.to(dtype).contiguous().view(torch.uint8).view(place.rows, -1)
+            for begin, rows, row in place.pieces():
+                file.seek(offsets[place.key] + row * data.size(1))
+                file.write(data[begin:begin + rows].numpy().data)
             bar.update(tensor.nbytes)
         file.flush()
         os.fsync(file.fileno())          # a full disk may show only here, and must show before the file gets its name
@@ -442,7 +487,8 @@ class PackedLinears:
         for _, place, buffers in self.skeleton if empty else self.decode():
             for kind, tensor in buffers.items():
                 key = place.key.removesuffix("weight") + kind
-                yield TargetSlice(key, 0 if kind == "order" else place.row, tensor.shape), tensor
+                yield (TargetSlice(key, 0, tensor.shape) if kind == "order" else
+                       TargetSlice(key, place.row, tensor.shape, place.runs)), tensor
 
     def quantization(self) -> dict[str, Any]:
         """The fields of formats.Quantization."""

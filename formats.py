@@ -340,7 +340,7 @@ def linear_names(model: Transformer) -> list[str]:
     """All that can be quantized, which a router and its like are too small for. The head counts even where it is tied
     to the embedding."""
     names = (name for name, module in model.named_modules() if isinstance(module, Linear) and name != "output")
-    return [*(name for name in names if not name.endswith((".router", ".shared_gate"))), "output"]
+    return [*(name for name in names if not name.endswith((".router", ".shared_gate", ".wba"))), "output"]
 
 
 def skipped_names(model: Transformer, patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -29,21 +29,31 @@ import kernels
 import tp
 from chat import RowPrinter, chat, show_prefill
 from cli import UserError
-from config import PUBLISHED, ModelArgs, ntk_alpha
+from config import ModelArgs, ntk_alpha
 from loading import DEMO, check_memory, free_memory, load_model, parse_device, parse_dtype
 from model import MoE, Transformer
 from sampling import Choice, Sampling, compile_step, exponential_noise, sample
+from shapes import PUBLISHED
 from speculate import Speculator, Statistics, common_prefix, summary
 from tokenizer import StreamDecoder, Tokenizer
 
 PREFILL_CHUNK = {"cpu": 1024, "cuda": 4096}      # tokens of a pass: bounds the memory that activations take
 MAX_BATCH = 1 << 16              # of the command: what fits into memory is checked when there is a model
 MAX_SYNTHETIC = 1 << 24          # tokens: a config.json may claim a context of any length
+MAX_SNAPSHOTS = 2                # each as large as the memory of all DeltaNets: 20 MB for 0.8B parameters, 150 for 27B
 MIN_CAPACITY = 256               # of a KV cache; up from there powers of 2, because a compiled step knows the size
 Progress = Callable[[int, int], None]
 
 
 # ---- prefill and decode
+
+class Snapshot(NamedTuple):
+    """What the DeltaNets of a hybrid model remembered at the end of a prompt, so that a chat can go on from there: its
+    template may drop the thoughts of the answer that followed."""
+    first: int                       # positions that the next token may have
+    last: int
+    states: list[list[Tensor]]
+
 
 class Engine:
     """A model, its compiled functions, and what its KV cache holds.
@@ -57,6 +67,7 @@ class Engine:
         self.model, self.tokenizer = model, cast(Tokenizer, tokenizer)     # None serves who passes and takes ids only
         self.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size) if tokenizer else model.args.vocab_size
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
+        self.snapshots: list[Snapshot] = []            # in the order of the text
         self.cached: list[int] = []                    # the tokens that the KV cache holds, where the batch is 1,
         self.cached_alpha = 1                          # the ntk_alpha that these tokens' keys were rotated with
         self.cache_owner = object()                    # what model.cache_owner is while they are in its KV cache
@@ -103,7 +114,15 @@ class Engine:
         self.reserve(len(rows), max(max(lengths) + max_new_tokens, max_seq_length))
         rng = torch.Generator(self.model.device).manual_seed(self.fresh_seed() if seed is None else seed)
         choice = sampling.choice(self.vocab_size, self.model.device)
+        try:
+            yield from self.run(rows, lengths, max_new_tokens, choice, rng, stop_ids, keep_cache, progress)
+        except BaseException as error:                 # Ctrl-C in the midst of a pass, perhaps
+            for state in self.model.delta_states() if not isinstance(error, GeneratorExit) else ():
+                state.invalidate()
+            raise
 
+    def run(self, rows: list[list[int]], lengths: list[int], max_new_tokens: int, choice: Choice, rng: torch.Generator,
+            stop_ids: frozenset[int], keep_cache: bool, progress: Progress | None) -> Iterator[list[int | None]]:
         logits = self.prefill(rows, keep_cache, progress)                                  # [B, 1, V]
         noise = exponential_noise(len(rows), choice.candidates, rng)
         idx = sample(logits[:, -1, :self.vocab_size], choice, noise)                       # [B, 1]
@@ -121,11 +140,12 @@ class Engine:
 
     def prefill(self, rows: Sequence[Sequence[int]], keep_cache: bool = False,
                 progress: Progress | None = None) -> Tensor:
-        """Logits [B, 1, V] of each row's last token. Shorter rows are padded on the right: their first decoded tokens
-        overwrite the padding's keys and values."""
+        """Logits [B, 1, V] of each row's last token. Shorter rows are padded on the right, at a position that does not
+        follow on theirs, and where a decoded token will overwrite the padding's keys and values."""
         device, lengths = self.model.device, torch.tensor([len(row) for row in rows])
         longest = int(lengths.max())
-        start = min(self.reusable(rows[0]), longest - 1) if keep_cache and len(rows) == 1 else 0
+        start = self.resume(rows[0]) if keep_cache and len(rows) == 1 else 0
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.first <= start]
         self.cached, self.cached_alpha = self.cached[:start], ntk_alpha(self.model.args, longest)
         self.model.set_prompt_lengths(lengths.tolist())
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
@@ -134,24 +154,40 @@ class Engine:
             idx = padded[:, begin:begin + chunk].to(device)
             last = (lengths - 1 - begin)[:, None]                      # each row's last token: is it in this chunk?
             inside = (last >= 0) & (last < idx.size(1))
-            input_pos = torch.arange(begin, begin + idx.size(1), device=device)
+            input_pos = torch.arange(begin, begin + idx.size(1))
+            if lengths.min() < longest:
+                input_pos = torch.where(input_pos < lengths[:, None], input_pos, lengths[:, None] + 1)
+            input_pos = input_pos.to(device)
             new = self.forward_chunk(idx, input_pos, last.clamp(0, idx.size(1) - 1).to(device))
             logits = new if logits is None else torch.where(inside[:, :, None].to(device), new, logits)
             if progress and longest > chunk:
                 progress(begin + idx.size(1), longest)
         self.cached = list(rows[0])
+        if keep_cache and self.model.delta_states():
+            self.snapshots = [*self.snapshots[1 - MAX_SNAPSHOTS:], Snapshot(*self.model.resumable(), self.model.save())]
         return logits
 
     def reusable(self, prompt: Sequence[int]) -> int:
-        """How many of a prompt's first tokens the KV cache holds, as this prompt needs them."""
-        return common_prefix(self.cached, prompt) if self.cached_alpha == ntk_alpha(self.model.args, len(prompt)) else 0
+        """How many of a prompt's first tokens need not be computed; the last always is."""
+        if self.cached_alpha != ntk_alpha(self.model.args, len(prompt)):
+            return 0
+        known = min(common_prefix(self.cached, prompt), len(prompt) - 1)
+        ranges = [self.model.resumable(), *((snapshot.first, snapshot.last) for snapshot in self.snapshots)]
+        return max((min(known, last) for first, last in ranges if first <= known), default=0)
+
+    def resume(self, prompt: Sequence[int]) -> int:
+        """The same, and the model is ready to go on from there."""
+        start, (first, last) = self.reusable(prompt), self.model.resumable()
+        if start and not first <= start <= last:
+            self.model.restore(next(s for s in self.snapshots if s.first <= start <= s.last).states)
+        return start
 
     def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
         """Through the compiled model, which takes any length but 1: the compiler would make a special case of it."""
         if idx.size(1) == 1:
             return self.model(idx, input_pos, logits_at, self.fused)
         torch._dynamo.maybe_mark_dynamic(idx, 1)
-        torch._dynamo.maybe_mark_dynamic(input_pos, 0)
+        torch._dynamo.maybe_mark_dynamic(input_pos, input_pos.dim() - 1)
         return self.run_forward(idx, input_pos, logits_at, self.fused)
 
     def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, choice: Choice,
@@ -185,13 +221,14 @@ class Engine:
 
     def reserve(self, batch: int, max_seq_length: int) -> None:
         """Makes the KV cache large enough and fuses the layers as they are now."""
+        max_pending = 0
         if self.speculator:
-            max_seq_length += self.speculator.lookahead
+            max_seq_length, max_pending = max_seq_length + self.speculator.lookahead, self.speculator.lookahead + 1
             if self.speculator.draft_engine:
                 self.speculator.draft_engine.reserve(batch, max_seq_length)
-        reserve_caches(self.model, batch, max_seq_length)
+        reserve_caches(self.model, batch, max_seq_length, max_pending)
         if self.model.cache_owner is not self.cache_owner:
-            self.cached = []
+            self.cached, self.snapshots = [], []
         self.model.cache_owner = self.cache_owner
         self.fused = self.model.fuse()
 
@@ -236,10 +273,12 @@ def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens
 
 
 def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.dtype) -> int:
-    return 2 * args.n_layer * batch * args.n_local_heads * max_seq_length * args.head_dim * dtype.itemsize
+    """Of the keys and values; a DeltaNet's memory, a few MB a row, does not grow with them."""
+    layers = args.n_layer - len(args.delta_layers)
+    return 2 * layers * batch * args.n_local_heads * max_seq_length * args.head_dim * dtype.itemsize
 
 
-def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> None:
+def reserve_caches(model: Transformer, batch: int, max_seq_length: int, max_pending: int = 0) -> None:
     """Makes the KV caches large enough: where memory allows, of a size that later requests can share."""
     if batch != model.max_batch_size or max_seq_length > model.max_seq_length:
         bytes_of = functools.partial(cache_bytes, model.local, batch, dtype=model.dtype)
@@ -249,7 +288,7 @@ def reserve_caches(model: Transformer, batch: int, max_seq_length: int) -> None:
             max_seq_length = rounded
         check_memory(model.device, bytes_of(max_seq_length),
                      f"keys and values of {batch} x {max_seq_length} positions (batch_size, max_seq_length)")
-    model.setup_caches(batch, max_seq_length)
+    model.setup_caches(batch, max_seq_length, max_pending=max_pending)
 
 
 def memory_for_caches(model: Transformer) -> int:
@@ -262,17 +301,17 @@ def memory_for_caches(model: Transformer) -> int:
 
 def bytes_read_per_token(model: Transformer) -> int:
     """All weights but the input embedding, of which a token needs one row (tied to the head, it is read whole), and the
-    experts that are not chosen."""
+    experts that are not chosen; and what DeltaNets remember, which is read and written."""
     tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
     if model.output is not None:
         del tensors[id(model.tok_embeddings.weight)]
-    for layer in model.layers:
-        for cache in layer.attention.kv_cache.buffers() if layer.attention.kv_cache else ():
-            del tensors[id(cache)]
+    for cache in (cache for layer in model.layers for cache in layer.attention.caches()):
+        del tensors[id(cache)]
     of_experts = ((module.n_chosen / module.n_expert, tensor) for module in model.modules() if isinstance(module, MoE)
                   for linear in (module.w13, module.w2) for tensor in linear.expert_args(model.dtype))
     unread = sum(int((1 - share) * tensor.nbytes) for share, tensor in of_experts)
-    return sum(t.nbytes for t in tensors.values()) - unread
+    memory = sum(state.memory.nbytes for state in model.delta_states())
+    return sum(t.nbytes for t in tensors.values()) - unread + 2 * memory
 
 
 def memory_used(device: torch.device) -> float:

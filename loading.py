@@ -81,7 +81,10 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
 
 
 def loaded_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of a stored tensor in a model that computes in `dtype`: the numbers of the quantized formats stay as they are."""
+    """Of a stored tensor in a model that computes in `dtype`: the numbers of the quantized formats stay as they are.
+    Those of a DeltaNet's recurrence are fp32."""
+    if name.endswith(("attention.A_log", "attention.dt_bias", "attention.norm.weight")):
+        return torch.float32
     return tensor.dtype if not tensor.is_floating_point() or name.endswith(".scales") else dtype
 
 

@@ -1,4 +1,4 @@
-"""The Transformer: Qwen (v1 to 3), Llama (2, 3, 3.1, 3.2, CodeLlama, open_llama) and Mistral, from one configuration.
+"""The Transformer: Qwen (v1 to 3.8), Llama (2, 3, 3.1, 3.2, CodeLlama, open_llama) and Mistral, from one configuration.
 
 Shapes: B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C model dim, F feed-forward dim,
 V vocabulary, P positions that logits are wanted for.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kernels
 from config import ModelArgs, rope_frequencies
+from deltanet import MAX_PENDING, DeltaState
 
 
 class Transformer(nn.Module):
@@ -36,11 +37,12 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(rows, args.dim, _weight=torch.empty(rows, args.dim))
         windows = args.windows or (0,) * args.n_layer
         self.layers = nn.ModuleList(TransformerBlock(self.local, layer, window) for layer, window in enumerate(windows))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
         self.output = None if args.tie_word_embeddings else Linear(args.dim, self.local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
         self.max_batch_size = self.max_seq_length = 0
-        self.cache_owner: Any = None                    # whose text the KV cache holds
+        self.cache_dtype: torch.dtype | None = None
+        self.cache_owner: Any = None                   # whose text the KV cache holds
 
     @property
     def device(self) -> torch.device:
@@ -50,28 +52,55 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    def setup_caches(self, batch: int, max_seq_length: int, dtype: torch.dtype | None = None) -> None:
-        """Allocates every layer's KV cache for positions 0 .. max_seq_length - 1, unless it is large enough."""
-        dtype = dtype or self.dtype
-        if (batch == self.max_batch_size and max_seq_length <= self.max_seq_length
-                and dtype == self.layers[0].attention.kv_cache.k_cache.dtype):
+    def setup_caches(self, batch: int, max_seq_length: int, dtype: torch.dtype | None = None,
+                     max_pending: int = 0) -> None:
+        """Allocates every layer's KV cache for positions 0 .. max_seq_length - 1, or its DeltaState, unless they are
+        large enough. max_pending: how many tokens can be taken back at least, see deltanet.py."""
+        dtype, pending = dtype or self.dtype, max(max_pending, MAX_PENDING)
+        if (batch == self.max_batch_size and max_seq_length <= self.max_seq_length and dtype == self.cache_dtype
+                and all(state.max_pending >= pending for state in self.delta_states())):
             return
         self.max_batch_size = self.max_seq_length = 0  # in case that there is no memory
         for layer in self.layers:                      # the old caches go before the new ones come
-            layer.attention.kv_cache = None
+            layer.attention.forget()
         shape = (batch, self.local.n_local_heads, max_seq_length, self.args.head_dim)
         self.use_caches([(kernels.huge_zeros(shape, dtype, self.device), kernels.huge_zeros(shape, dtype, self.device))
-                         for _ in self.layers])
+                         for _ in self.full_layers()])
+        for layer in self.layers:
+            if isinstance(layer.attention, GatedDeltaNet):
+                layer.attention.state = DeltaState(self.local, batch, pending, dtype, self.device)
         self.register_buffer("inv_freq", rope_frequencies(self.args)[None].to(self.device), persistent=False)
 
     def use_caches(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Takes these keys and values, [B, K, T, D] of each layer, for the KV cache."""
-        for layer, (k_cache, v_cache) in zip(self.layers, caches, strict=True):
+        """Takes these keys and values, [B, K, T, D] of each layer that has them, for the KV cache."""
+        for layer, (k_cache, v_cache) in zip(self.full_layers(), caches, strict=True):
             if layer.attention.kv_cache is None:
                 layer.attention.kv_cache = KVCache(k_cache, v_cache)
             else:                                      # the same module for a compiler, which has seen it
                 layer.attention.kv_cache.k_cache, layer.attention.kv_cache.v_cache = k_cache, v_cache
         self.max_batch_size, self.max_seq_length, self.cache_owner = k_cache.size(0), k_cache.size(2), None
+        self.cache_dtype = k_cache.dtype
+
+    def full_layers(self) -> list["TransformerBlock"]:
+        return [layer for layer in self.layers if isinstance(layer.attention, Attention)]
+
+    def delta_states(self) -> list[DeltaState]:
+        return [layer.attention.state for layer in self.layers if isinstance(layer.attention, GatedDeltaNet)]
+
+    def resumable(self) -> tuple[int, int]:
+        """The positions, first and last, that the next token of the only row may have: what comes after is taken back.
+        All where there is nothing but a KV cache."""
+        states = self.delta_states()
+        return (max((int(state.length[0]) for state in states), default=0),
+                min((int(state.length[0] + state.pending[0]) for state in states), default=self.max_seq_length))
+
+    def save(self) -> list[list[Tensor]]:
+        """Copies of what the DeltaNets remember, for `restore`; the KV cache needs none."""
+        return [state.save() for state in self.delta_states()]
+
+    def restore(self, saved: list[list[Tensor]]) -> None:
+        for state, tensors in zip(self.delta_states(), saved, strict=True):
+            state.restore(tensors)
 
     def set_prompt_lengths(self, lengths: Sequence[int]) -> None:
         """The length of each row's prompt, before anything of it is computed: Qwen v1's dynamic NTK depends on it."""
@@ -131,7 +160,8 @@ class Transformer(nn.Module):
         return self.gather(kernels.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x))
 
     def rope(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [B, S, 1, D]: rounded from fp64, so that the compiler's and PyTorch's are the same."""
+        """cos and sin, fp32 [B, S, 1, R], for the R dimensions of a head that are rotated: rounded from fp64, so that
+        the compiler's and PyTorch's are the same."""
         angles = (input_pos[:, :, None, None] * self.inv_freq[:, None, None]).double()
         scale = self.args.rope.attention_factor if self.args.rope else 1.0
         cos, sin = (angles.cos() * scale).float(), (angles.sin() * scale).float()
@@ -143,14 +173,16 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    attention: Any                                     # Attention or GatedDeltaNet
     feed_forward: Any                                  # FeedForward or MoE
 
     def __init__(self, args: ModelArgs, layer: int, window: int):
         super().__init__()
-        self.attention = Attention(args, window)
+        self.attention = GatedDeltaNet(args) if layer in args.delta_layers else Attention(args, window)
         self.feed_forward = (MoE(args) if args.has_experts(layer) else
                              FeedForward(args.dim, args.intermediate_size, args.mlp_bias))
-        self.attention_norm, self.ffn_norm = RMSNorm(args.dim, args.norm_eps), RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
 
     # The compiler works on one block and reuses the result for every layer.
     @torch.compiler.nested_compile_region
@@ -160,6 +192,8 @@ class TransformerBlock(nn.Module):
 
     def kernel_args(self) -> kernels.LayerTensors | None:
         """The tensors that the fused layers compute this block from; None if it was modified, which they would miss."""
+        if not isinstance(self.attention, Attention) or self.attention.output_gate or self.ffn_norm.offset:
+            return None
         attention, head_norm, dtype = self.attention, type(self.attention.q_norm), self.ffn_norm.weight.dtype
         expected = [(self, TransformerBlock), (attention, Attention), (self.attention_norm, RMSNorm),
                     (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm), (attention.k_norm, head_norm),
@@ -180,10 +214,13 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_local_heads, self.head_dim = args.n_head, args.n_local_heads, args.head_dim
         self.window = window                           # how many positions a token looks back, 0 for all
-        self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_local_heads) * args.head_dim, args.qkv_bias)
+        self.output_gate = args.output_gate
+        heads = args.n_head * (1 + self.output_gate) + 2 * args.n_local_heads
+        self.wqkv = Linear(args.dim, heads * args.head_dim, args.qkv_bias)       # queries, keys, values, gates if any
         self.wo = Linear(args.n_head * args.head_dim, args.dim, args.o_bias)
-        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
+        norm_args = args.head_dim, args.norm_eps, args.norm_offset
+        self.q_norm = RMSNorm(*norm_args) if args.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(*norm_args) if args.qk_norm else nn.Identity()
         self.kv_cache: Any = None                      # KVCache, by Transformer.setup_caches
         self.reduce = nn.Identity()                    # tensor parallelism: the sum over ranks
 
@@ -193,13 +230,57 @@ class Attention(nn.Module):
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
         """What all query heads attend to, [B, S, H * D]: the input of wo. Writes x's keys and values to the cache."""
         B, S, _ = x.shape
-        qkv = self.wqkv(x).view(B, S, -1, self.head_dim)
-        q, k, v = qkv.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=2)            # [B, S, H or K, D]
+        heads = [self.n_head, self.n_local_heads, self.n_local_heads, self.n_head * self.output_gate]
+        q, k, v, gate = self.wqkv(x).view(B, S, -1, self.head_dim).split(heads, dim=2)               # [B, S, H or K, D]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if logn is not None:
             q = (q.float() * logn).type_as(q)
         k_cache, v_cache = self.kv_cache.update(input_pos, k, v)
-        return kernels.attend(q, k_cache, v_cache, input_pos, self.window)
+        y = kernels.attend(q, k_cache, v_cache, input_pos, self.window)
+        return y * gate.flatten(2).sigmoid() if self.output_gate else y
+
+    def caches(self) -> list[Tensor]:
+        return list(self.kv_cache.buffers()) if self.kv_cache else []
+
+    def forget(self) -> None:
+        self.kv_cache = None
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention, see deltanet.py: in the place of Attention in most layers of hybrids. The positions are in the
+    decay, so there is no RoPE."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_head, self.head_dim, self.channels = args.delta_value_heads, args.delta_value_dim, args.delta_channels
+        values = self.n_head * self.head_dim
+        self.wqkv = Linear(args.dim, self.channels + values)         # queries, keys, values; the output's gate
+        self.wba = Linear(args.dim, 2 * self.n_head)                 # writing strength, decay
+        self.wo = Linear(values, args.dim)
+        self.conv = nn.Parameter(torch.empty(self.channels, args.conv_size), requires_grad=False)
+        self.A_log = nn.Parameter(torch.empty(self.n_head), requires_grad=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.n_head), requires_grad=False)
+        self.norm = RMSNorm(self.head_dim, args.norm_eps)            # fp32, as A_log and dt_bias are
+        self.state: Any = None                         # DeltaState, by Transformer.setup_caches
+        self.reduce = nn.Identity()                    # as in Attention
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
+        return self.reduce(self.wo(self.heads(x, cos, sin, logn, input_pos)))                        # [B, S, C]
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, input_pos: Tensor) -> Tensor:
+        """What all value heads read from memory, [B, S, H * D]: the input of wo. x is remembered."""
+        qkv, z = self.wqkv(x).split([self.channels, self.n_head * self.head_dim], dim=-1)
+        b, a = self.wba(x).float().chunk(2, dim=-1)
+        g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
+        y = self.state.run(qkv, g, b.sigmoid(), self.conv, input_pos)                                # [B, S, H, D]
+        y = self.norm(y).float() * F.silu(z.float().view_as(y))
+        return y.to(x.dtype).flatten(2)
+
+    def caches(self) -> list[Tensor]:
+        return list(self.state.buffers()) if self.state else []
+
+    def forget(self) -> None:
+        self.state = None
 
 
 class FeedForward(nn.Module):
@@ -298,14 +379,15 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps, self.offset = eps, offset            # offset: of the weights
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()                                # rounded once, at the end, as the compiler and the kernels do
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(
-            self.weight)
+        scale, weight = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps), self.weight.float() + self.offset
+        return (x32 * scale * weight).type_as(self.weight)
 
 
 class KVCache(nn.Module):
@@ -327,9 +409,11 @@ class KVCache(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split RoPE in fp32: x [B, S, H, D]; cos, sin fp32 [B, S, 1, D]."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+    """Half-split RoPE in fp32: x [B, S, H, D]; cos, sin fp32 [B, S, 1, R], for its first R dimensions."""
+    turned, rest = x[..., :cos.size(-1)].float(), x[..., cos.size(-1):]
+    first, second = turned.chunk(2, dim=-1)
+    turned = (turned * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+    return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -39,7 +39,7 @@ class Decoder(Protocol):
     fused: kernels.FusedLayers | None
 
     def prefill(self, rows: Sequence[Sequence[int]], keep_cache: bool) -> Tensor: ...
-    def reusable(self, prompt: Sequence[int]) -> int: ...
+    def resume(self, prompt: Sequence[int]) -> int: ...
     def step(self, idx: Tensor, input_pos: Tensor, choice: Choice, rng: torch.Generator) -> Tensor: ...
     def reserve(self, batch: int, max_seq_length: int) -> None: ...
     def run_eagerly(self) -> None: ...
@@ -110,10 +110,12 @@ class Draft:
 
 
 class ModelDraft:
-    """A smaller model drafts. Its KV cache follows the text: rejected tokens are written over, never taken back."""
+    """A smaller model drafts. Its KV cache follows the text: rejected tokens are written over, never taken back. What
+    DeltaNets remember is taken back, and the next round's first step reads the accepted tokens again."""
 
     def __init__(self, engine: Decoder, vocab_size: int, compile: bool):
         self.engine, self.vocab_size = engine, vocab_size
+        self.before: list[list[Tensor]] = []     # DeltaNets' states, while they are ahead of what the engine has cached
         self.text: list[int] = []        # the whole text, which the Speculator extends
         self.step = self.draft_step
         if compile and not runs_fused(engine.model):
@@ -130,17 +132,25 @@ class ModelDraft:
 
     def begin(self, text: list[int], keep_cache: bool) -> None:
         self.text = text
-        self.engine.cached = text[:self.engine.reusable(text[:-1]) if keep_cache else 0]
+        self.take_back()
+        self.engine.cached = text[:self.engine.resume(text[:-1]) if keep_cache else 0]
+
+    def take_back(self) -> None:
+        if self.before:
+            self.engine.model.restore(self.before)
+        self.before = []
 
     def uncached(self) -> int:
-        """How many tokens must be read before drafting, beyond the two that every draft begins with."""
-        return max(0, len(self.text) - 2 - len(self.engine.cached))
+        """How many tokens must be read before drafting, beyond those that a draft's first step reads."""
+        states, missing = self.engine.model.delta_states(), len(self.text) - 2 - len(self.engine.cached)
+        return max(0, missing) if not states or missing + 2 > states[0].max_pending else 0
 
     def propose(self, k: int, choice: Choice, rng: torch.Generator) -> Draft:
         """The first step reads two tokens: if all k were accepted, the last drafted one is unread (see rollback)."""
+        self.take_back()
         if self.uncached():
             self.engine.prefill([self.text[:-1]], keep_cache=True)
-        begin, device = max(0, len(self.text) - 2), self.engine.model.device
+        begin, device = min(max(0, len(self.text) - 2), len(self.engine.cached)), self.engine.model.device
         idx = torch.tensor([self.text[begin:]], device=device)
         input_pos = torch.arange(begin, len(self.text), device=device)[None]
         noise = exponential_noise(k, choice.candidates, rng)
@@ -148,6 +158,8 @@ class ModelDraft:
         for i in range(k):
             step = self.step(self.engine.fused, idx, input_pos, choice, noise[i:i + 1])
             steps.append([t.clone() for t in step] if device.type == "cuda" else step)
+            if not i and (before := self.engine.model.save()):
+                self.before, self.engine.cached = before, list(self.text)
             idx, input_pos = steps[-1][0], input_pos[:, -1:] + 1
         tokens, *distribution = (torch.cat(column, dim=0) for column in zip(*steps))
         return Draft(tokens.view(1, -1), *distribution)
@@ -155,7 +167,9 @@ class ModelDraft:
     def rollback(self, before: int, k: int, accepted: int) -> None:
         """After a round that extended a text of `before` tokens: the cache keeps the accepted ones. The last drafted
         token was never read."""
-        self.engine.cached = self.text[:before + min(accepted, k - 1)]
+        if not self.before:
+            self.engine.cached = self.text[:before + min(accepted, k - 1)]
+        self.take_back()
 
 
 class PromptLookup:

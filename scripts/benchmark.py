@@ -39,8 +39,9 @@ import formats
 import tp
 from benchmark_report import LABELS, OURS, PEERS, plot, report
 from cli import UserError
-from config import PUBLISHED, ModelArgs
+from config import ModelArgs
 from loading import parse_device
+from shapes import PUBLISHED
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("transformers",)}

@@ -41,11 +41,12 @@ except ImportError:
 import formats
 import kernels
 from cli import UserError
-from config import PUBLISHED, ModelArgs
+from config import ModelArgs
 from generate import Engine, bytes_read_per_token
 from loading import DEMO, load_model
 from model import Linear, Transformer
 from sampling import Sampling
+from shapes import PUBLISHED
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 MODELS = ("Qwen3-0.6B", "Qwen-1.8B", "Qwen3-8B")

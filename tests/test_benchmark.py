@@ -12,10 +12,11 @@ import torch
 
 import formats
 from cli import UserError
-from config import PUBLISHED, ModelArgs
+from config import ModelArgs
 from conftest import ROOT
 from generate import bytes_read_per_token
 from model import Transformer
+from shapes import PUBLISHED
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -7,15 +7,16 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cli import UserError
-from config import FAMILIES, PUBLISHED, ModelArgs, rope_frequencies
+from config import FAMILIES, ModelArgs, rope_frequencies
 from model import Transformer
+from shapes import PUBLISHED
 
 BASE = dict(model_type="qwen2", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             intermediate_size=96, vocab_size=320, max_position_embeddings=128)
 
 
 @pytest.mark.parametrize("change, named", [
-    (dict(model_type="qwen3_next"), "qwen3_next"),
+    (dict(model_type="qwen4_exp"), "qwen4_exp"),
     (dict(model_type=None), "None"), (dict(hidden_act="gelu"), "gelu"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "dynamic"),
     (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope"),

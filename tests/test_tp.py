@@ -23,7 +23,7 @@ import speculate
 import tiny
 import tp
 from cli import UserError
-from config import PUBLISHED, ModelArgs
+from config import ModelArgs
 from conftest import ROOT
 from formats import Quantization, replace_linears
 from generate import Engine, Sampling
@@ -31,6 +31,7 @@ from loading import load_model
 from model import Transformer
 from published import publish
 from quantize import quantize_checkpoint
+from shapes import PUBLISHED
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111]]
