@@ -22,8 +22,9 @@ from tqdm import tqdm
 from checkpoint import check_finite
 from cli import UserError
 from config import rope_frequencies
+from deltanet import DeltaState
 from formats import QuantizedLinear
-from model import Attention, FeedForward, KVCache, Linear, MoE, Transformer, TransformerBlock
+from model import Attention, FeedForward, GatedDeltaNet, KVCache, Linear, MoE, Transformer, TransformerBlock
 
 ATTENTION, FEED_FORWARD = ("attention.wqkv", "attention.wo"), ("feed_forward.w13", "feed_forward.w2")
 SHARED = ("feed_forward.shared.w13", "feed_forward.shared.w2")       # halves of a block, in the order of computation
@@ -263,14 +264,17 @@ def linear_inputs(model: Transformer, block: TransformerBlock, kind: str,
             yield rows, x if kind.endswith(".w13") else feed_forward.hidden(x)
 
 
-def attend(model: Transformer, attention: Attention, x: Tensor) -> Tensor:
-    """The heads' output for all positions at once, with a KV cache for this alone."""
+def attend(model: Transformer, attention: Attention | GatedDeltaNet, x: Tensor) -> Tensor:
+    """The heads' output for all positions at once, with a KV cache or a state for this alone."""
     args, (B, S, _) = model.args, x.shape
     input_pos, shape = torch.arange(S, device=x.device).expand(B, S), (B, args.n_local_heads, S, args.head_dim)
-    attention.kv_cache = KVCache(x.new_empty(shape), x.new_empty(shape))
+    if isinstance(attention, Attention):
+        attention.kv_cache = KVCache(x.new_empty(shape), x.new_empty(shape))
+    else:
+        attention.state = DeltaState(args, B, 1, x.dtype, x.device)
     logn = model.logn_scale(input_pos) if args.logn else None
     heads = attention.heads(x, *model.rope(input_pos), logn, input_pos)
-    attention.kv_cache = None
+    attention.forget()
     return heads
 
 

@@ -64,7 +64,8 @@ class DeltaState(nn.Module):
         kept = self.take_up(input_pos[:, 0])
         expected = self.length[:, None] + torch.arange(S, device=qkv.device)
         real = (input_pos == expected).cumprod(1).bool()                               # [B, S]
-        inputs = torch.cat((rows_from(self.inputs, kept, size - 1) * (self.length > 0)[:, None, None], qkv), dim=1)
+        before = rows_from(self.inputs, kept, size - 1).masked_fill((self.length == 0)[:, None, None], 0)
+        inputs = torch.cat((before, qkv), dim=1)
         q, k, v = self.split(convolve(inputs, conv_weight))
         g, b = (t.masked_fill(~real[:, :, None], 0) for t in (g, b))
         done = max(0, S - P)                           # all but the last, which stay pending

@@ -117,9 +117,9 @@ class Engine:
         choice = sampling.choice(self.vocab_size, self.model.device)
         try:
             yield from self.run(rows, lengths, max_new_tokens, choice, rng, stop_ids, keep_cache, progress)
-        except BaseException as error:                 # Ctrl-C in the midst of a pass, perhaps
-            for state in self.model.delta_states() if not isinstance(error, GeneratorExit) else ():
-                state.invalidate()
+        except BaseException as error:                 # Ctrl-C amid a pass, perhaps
+            if not isinstance(error, GeneratorExit):
+                self.invalidate()
             raise
 
     def run(self, rows: list[list[int]], lengths: list[int], max_new_tokens: int, choice: Choice, rng: torch.Generator,
@@ -167,7 +167,9 @@ class Engine:
                 progress(begin + idx.size(1), longest)
         self.cached = list(rows[0])
         if keep_cache and self.model.delta_states():
-            self.snapshots = [*self.snapshots[1 - MAX_SNAPSHOTS:], Snapshot(*self.model.resumable(), self.model.save())]
+            new = Snapshot(*self.model.resumable(), self.model.save())
+            older = [snapshot for snapshot in self.snapshots if snapshot.first < new.first]
+            self.snapshots = [*older[1 - MAX_SNAPSHOTS:], new]
         return logits
 
     def reusable(self, prompt: Sequence[int]) -> int:
@@ -186,6 +188,13 @@ class Engine:
         if start and not first <= start <= last:
             self.model.restore(next(s for s in self.snapshots if s.first <= start <= s.last).states)
         return start
+
+    def invalidate(self) -> None:
+        """What DeltaNets remember after a pass that was cut short, the draft's too, serves nothing any more."""
+        for state in self.model.delta_states():
+            state.invalidate()
+        if self.speculator and self.speculator.draft_engine:
+            self.speculator.draft_engine.invalidate()
 
     def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
         """Through the compiled model, which takes any length but 1: the compiler would make a special case of it."""

@@ -216,7 +216,8 @@ def own_text(path: Path, device: torch.device | str = "cpu", progress: bool = Tr
 
 def widest_inputs(args: ModelArgs) -> int:
     """Of a model's linears: fewer tokens than that leave a Hessian without full rank."""
-    sizes = [args.dim, args.n_head * args.head_dim, args.expert_size, args.shared_expert_size]
+    sizes = [args.dim, args.n_head * args.head_dim, args.delta_value_heads * args.delta_value_dim, args.expert_size,
+             args.shared_expert_size]
     return max([*sizes, args.intermediate_size] if args.n_expert == 0 or args.dense_layers else sizes)
 
 

@@ -214,7 +214,7 @@ BETWEEN = {
 
 @pytest.mark.parametrize("speculates", [False, True], ids=["plain", "speculates"])
 @pytest.mark.parametrize("between", BETWEEN)
-@pytest.mark.parametrize("family", ["qwen3", "qwen-v1-ntk"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen-v1-ntk", "qwen3.5"])
 def test_a_kept_cache_is_right_whatever_came_between(tiny_folder, family, between, speculates):
     """Prompts that begin alike, on either side of Qwen v1's training length, after which all keys are others."""
     model, other = (load_model(tiny_folder(family), "cpu", torch.float32)[0] for _ in range(2))

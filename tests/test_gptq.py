@@ -158,7 +158,7 @@ def test_every_family(copied, family):
     assert errors["int4-gptq"] < 0.95 * errors["int4"]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen-v1"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen-v1", "qwen3.5"])
 def test_each_linear_sees_what_the_quantized_ones_before_it_produce(copied, monkeypatch, family):
     """The Hessians that GPTQ is given are those of the inputs in the finished quantized model."""
     given, found, whole = {}, {}, GPTQ.quantize_matrix
@@ -219,8 +219,9 @@ def test_experts_learn_from_their_own_tokens(copied, monkeypatch, capsys):
     assert "of 16 experts had too few tokens to learn from: rounded to nearest" in capsys.readouterr().err
 
 
-def test_what_a_model_writes_is_as_probable_as_it_says(tiny_folder):
-    path = tiny_folder("qwen2") / "model.pth"
+@pytest.mark.parametrize("family", ["qwen2", "qwen3.5"])
+def test_what_a_model_writes_is_as_probable_as_it_says(tiny_folder, family):
+    path = tiny_folder(family) / "model.pth"
     tokens = quantize.own_text(path, progress=False)
     assert tokens.shape == (quantize.OWN_SEQUENCES, quantize.OWN_LENGTH)
     assert torch.equal(tokens, quantize.own_text(path, progress=False))

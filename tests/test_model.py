@@ -9,7 +9,7 @@ import formats
 import kernels
 import tiny
 from generate import Engine, Sampling, load_model
-from model import Linear
+from model import GatedDeltaNet, Linear
 from quantize import quantize_model
 
 GREEDY = Sampling(temperature=0)
@@ -39,11 +39,15 @@ def all_logits(model, ids, chunk=None, fuse=True):
     return torch.cat(pieces, dim=1)
 
 
+def must_fuse(model):
+    return not kernels.unavailable_reason() and not model.args.delta_layers
+
+
 @torch.inference_mode()
 def test_logits_equal_transformers(pair):
     reference, ours = pair
     expected = reference(IDS).logits
-    assert expected.std() > 0.5                        # logits that say something: random weights large enough
+    assert expected.std() > 0.3                        # logits that say something: random weights large enough
     for fuse in (True, False):
         torch.testing.assert_close(all_logits(ours, IDS, fuse=fuse), expected, atol=1e-4, rtol=1e-4)
 
@@ -93,7 +97,7 @@ def test_fused_layers_equal_the_layers(pair, mode, dtype, tolerance):
         model.setup_caches(B, 64)
         ids = torch.randint(0, 320, (B, 60), generator=torch.Generator().manual_seed(B))
         fused, outputs = model.fuse(), []
-        assert kernels.unavailable_reason() or kernels.accepts(fused, torch.zeros(B, 1, model.args.dim, dtype=dtype))
+        assert not must_fuse(model) or kernels.accepts(fused, torch.zeros(B, 1, model.args.dim, dtype=dtype))
         for path in (fused, None):
             at = 20
             logits = [model(ids[:, :at], torch.arange(at), None, path)]
@@ -113,8 +117,8 @@ def test_capacity_and_old_contents_of_the_cache_do_not_matter(pair):
     whole = all_logits(ours, IDS)
     ours.setup_caches(2, 400)
     for layer in ours.layers:
-        layer.attention.kv_cache.k_cache.fill_(9.0)
-        layer.attention.kv_cache.v_cache.fill_(9.0)
+        for cache in layer.attention.caches():         # a recurrence forgets all, NaN too
+            cache.fill_(float("nan") if isinstance(layer.attention, GatedDeltaNet) and cache.is_floating_point() else 9)
     torch.testing.assert_close(all_logits(ours, IDS, 33), whole, atol=2e-5, rtol=2e-5)
 
 
@@ -229,7 +233,7 @@ def check_change(loaded, change):
     engine = Engine(model)
     model.setup_caches(1, 64)
     before = model(IDS[:1, :30], torch.arange(30)).clone()
-    assert [row[0] for row in engine.generate(prompt, 8, GREEDY)] and (kernels.unavailable_reason() or engine.fused)
+    assert [row[0] for row in engine.generate(prompt, 8, GREEDY)] and (not must_fuse(model) or engine.fused)
     change(model.layers[1])
     after = model(IDS[:1, :30], torch.arange(30)).clone()
     assert (after - before).abs().max() > 1e-3

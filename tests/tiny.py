@@ -1,4 +1,5 @@
 """Tiny random checkpoints of every architecture, made by transformers, the reference that the tests compare with."""
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,11 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
 MOE = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, initializer_range=0.1)
+DELTA = dict(head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+             linear_value_head_dim=16, full_attention_interval=2)
+HYBRID = dict(**DELTA, initializer_range=0.05, rope_parameters=dict(           # larger weights: fp32 is off by 1e-4
+    rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[3, 3, 2],
+    mrope_interleaved=True))
 FAMILIES = {
     "llama2": ("Llama", dict(num_key_value_heads=4)),
     "llama3.1": ("Llama", dict(rope_parameters=LLAMA3)),
@@ -30,8 +36,13 @@ FAMILIES = {
     "qwen3-moe": ("Qwen3Moe", dict(**MOE, head_dim=32, norm_topk_prob=True)),
     "qwen3-moe-sparse": ("Qwen3Moe", dict(**MOE, head_dim=32, decoder_sparse_step=2)),
     "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, initializer_range=0.1)),
+    "qwen3-next": ("Qwen3Next", {**MOE, **HYBRID, "shared_expert_intermediate_size": 80, "rope_parameters": dict(
+        rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25)}),
+    "qwen3.5": ("Qwen3_5", dict(**HYBRID, tie_word_embeddings=True)),
+    "qwen3.5-moe": ("Qwen3_5Moe", {**MOE, **HYBRID, "shared_expert_intermediate_size": 80}),
 }
 
+HYBRIDS = ("qwen3-next", "qwen3.5", "qwen3.5-moe")
 QWEN_V1 = {"qwen-v1": dict(), "qwen-v1-ntk": dict(seq_length=64)}        # the latter: beyond its training length
 
 
@@ -39,13 +50,14 @@ def reference(family: str, seed: int = 0, **changes):
     """A transformers model in fp32 with eager attention; norms and biases are random too, so that a lost one shows."""
     import transformers
     name, options = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **options, **changes})
+    kind = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    config = kind(**{**SIZES, **copy.deepcopy(options), **changes})
     config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    for key, p in model.named_parameters():
+    for p in model.parameters():
         if p.ndim == 1:
-            torch.nn.init.normal_(p, mean=1.0 if "norm" in key else 0.0, std=0.3)
+            torch.nn.init.normal_(p, mean=p.mean().item(), std=0.3)
     return model.requires_grad_(False)
 
 
