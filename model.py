@@ -132,7 +132,8 @@ class Transformer(nn.Module):
         layers = [args for block in blocks if (args := block.kernel_args()) is not None]
         if not layers or len(layers) < len(blocks):
             return None
-        return kernels.fuse(layers, self.local.n_head, self.args.norm_eps, self.quantize_activations)
+        return kernels.fuse(layers, self.local.n_head, self.args.norm_eps, self.args.norm_offset,
+                            self.quantize_activations)
 
     def around_layers(self) -> list[Tensor]:
         """All tensors that forward takes from elsewhere than the layers."""
@@ -223,21 +224,13 @@ class TransformerBlock(nn.Module):
 
     def kernel_args(self) -> kernels.LayerTensors | None:
         """The tensors that the fused layers compute this block from; None if it was modified, which they would miss."""
-        if not isinstance(self.attention, Attention) or self.attention.output_gate or self.ffn_norm.offset:
+        dtype, norms = self.ffn_norm.weight.dtype, (self.attention_norm, self.ffn_norm)
+        attention, feed_forward = (part.kernel_args(dtype) if hasattr(part, "kernel_args") else None
+                                   for part in (self.attention, self.feed_forward))
+        if not (attention and feed_forward and is_unmodified(self, TransformerBlock)
+                and all(is_unmodified(norm, RMSNorm) for norm in norms)):
             return None
-        attention, head_norm, dtype = self.attention, type(self.attention.q_norm), self.ffn_norm.weight.dtype
-        expected = [(self, TransformerBlock), (attention, Attention), (self.attention_norm, RMSNorm),
-                    (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm), (attention.k_norm, head_norm),
-                    (attention.reduce, nn.Identity)]
-        feed_forward = self.feed_forward.kernel_args(dtype) if hasattr(self.feed_forward, "kernel_args") else None
-        wqkv, wo = linear_args(dtype, attention.wqkv, attention.wo)
-        if (head_norm not in (RMSNorm, nn.Identity) or not all(is_unmodified(module, kind) for module, kind in expected)
-                or not (wqkv and wo and feed_forward)):
-            return None
-        q_norm, k_norm = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
-        return kernels.LayerTensors(self.attention_norm.weight, wqkv, q_norm, k_norm, wo, self.ffn_norm.weight,
-                                    feed_forward, attention.kv_cache.k_cache, attention.kv_cache.v_cache,
-                                    attention.window)
+        return kernels.LayerTensors(self.attention_norm.weight, attention, self.ffn_norm.weight, feed_forward)
 
 
 class MTPHead(nn.Module):
@@ -286,6 +279,17 @@ class Attention(nn.Module):
         y = kernels.attend(q, k_cache, v_cache, input_pos, self.window)
         return y * gate.flatten(2).sigmoid() if self.output_gate else y
 
+    def kernel_args(self, dtype: torch.dtype) -> kernels.AttentionTensors | None:
+        """As in TransformerBlock."""
+        wqkv, wo = linear_args(dtype, self.wqkv, self.wo)
+        kind, norms = type(self.q_norm), (self.q_norm, self.k_norm)
+        if not (wqkv and wo and kind in (RMSNorm, nn.Identity) and is_unmodified(self, Attention)
+                and is_unmodified(self.reduce, nn.Identity) and all(is_unmodified(norm, kind) for norm in norms)):
+            return None
+        q_norm, k_norm = (getattr(norm, "weight", None) for norm in norms)
+        return kernels.AttentionTensors(wqkv, q_norm, k_norm, wo, self.kv_cache.k_cache, self.kv_cache.v_cache,
+                                        self.window, self.output_gate)
+
     def caches(self) -> list[Tensor]:
         return list(self.kv_cache.buffers()) if self.kv_cache else []
 
@@ -322,6 +326,15 @@ class GatedDeltaNet(nn.Module):
         y = self.state.run(qkv, g, b.sigmoid(), self.conv, input_pos)                                # [B, S, H, D]
         y = self.norm(y).float() * F.silu(z.float().view_as(y))
         return y.to(x.dtype).flatten(2)
+
+    def kernel_args(self, dtype: torch.dtype) -> kernels.DeltaNetTensors | None:
+        """As in TransformerBlock."""
+        wqkv, wba, wo = linear_args(dtype, self.wqkv, self.wba, self.wo)
+        expected = (self, GatedDeltaNet), (self.norm, RMSNorm), (self.reduce, nn.Identity), (self.state, DeltaState)
+        if not (wqkv and wba and wo and all(is_unmodified(module, kind) for module, kind in expected)):
+            return None
+        return kernels.DeltaNetTensors(wqkv, wba, self.conv, self.A_log, self.dt_bias, self.norm.weight, wo,
+                                       self.state.tensors())
 
     def caches(self) -> list[Tensor]:
         return list(self.state.buffers()) if self.state else []
