@@ -245,6 +245,8 @@ class Engine:
             self.cached, self.snapshots = [], []
         self.model.cache_owner = self.cache_owner
         self.fused = self.model.fuse()
+        if self.speculator:
+            self.speculator.drafter.prepare()
 
     def fresh_seed(self) -> int:
         """The same on all ranks, so that they draw the same tokens."""
