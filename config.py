@@ -88,6 +88,9 @@ class ModelArgs:
             tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
             config = {**text, "tie_word_embeddings": tied}
         model_type = config.get("model_type")
+        if isinstance(model_type, str) and model_type.startswith("qwen4_exp"):
+            raise UserError("config.json: model_type qwen4_exp (Qwen3.8-Flash-Next) is not supported: it is no Gated "
+                            "DeltaNet hybrid alone, but has hyper-connections, indexed attention and n-gram embeddings")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UserError(f"config.json: model_type {model_type!r:.80} is not supported (supported: "
                             f"{', '.join(FAMILIES)})")

@@ -7,6 +7,7 @@ and each source tensor copied from its memory-mapped shard to its rows.
 import itertools
 import os
 import re
+import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -264,16 +265,22 @@ def read_shard(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]
 
 
 def index_tensors(folder: Path) -> Tensors:
-    """Name without prefix -> source, for all tensors of the checkpoint but OLD_BUFFERS. Reads headers only."""
-    tensors: Tensors = {}
+    """Name without prefix -> source, for all tensors of the checkpoint but OLD_BUFFERS and VISION. Reads headers
+    only."""
+    tensors, has_vision = Tensors(), False
     for path, names in find_shards(folder).items():
         for name, tensor in open_shard(path).items():
-            if (names is not None and name not in names) or OLD_BUFFERS.search(name) or VISION.match(name):
+            if (names is not None and name not in names) or OLD_BUFFERS.search(name):
+                continue
+            if VISION.match(name):
+                has_vision = True
                 continue
             short = PREFIX.sub("", name)
             if short in tensors:
                 raise UserError(f"{folder}: {name} is in {tensors[short].path.name} and again in {path.name}")
             tensors[short] = SourceTensor(path, name, tensor.shape, tensor.dtype)
+    if has_vision:
+        print(f"{folder}: vision tower left out: text only", file=sys.stderr)
     return tensors
 
 

@@ -445,12 +445,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def list_models() -> None:
-    print(f"{'model':<20} {'family':<8} {'parameters':>11} {'bf16':>9} {'context':>8}")
+    print(f"{'model':<22} {'family':<16} {'parameters':>11} {'bf16':>9} {'context':>8}")
     for name in PUBLISHED:
         args = ModelArgs.from_name(name)
         with torch.device("meta"):
             size = sum(p.numel() for p in Transformer(args).parameters())
-        print(f"{name:<20} {args.model_type:<8} {size / 1e9:>9.2f} B {2 * size / 1e9:>6.1f} GB {args.max_position:>8}")
+        print(f"{name:<22} {args.model_type:<16} {size / 1e9:>9.2f} B {2 * size / 1e9:>6.1f} GB {args.max_position:>8}")
 
 
 def check_args(args: argparse.Namespace, ranks: tp.Ranks | None) -> Sampling:
