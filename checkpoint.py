@@ -73,6 +73,7 @@ def read_weights(path: Path, names: list[str]) -> Iterator[Tensor]:
 def empty_model(path: Path, args: ModelArgs, state: dict[str, Any], quantization: Quantization | None) -> Transformer:
     """The model that a file's tensors are for, on the meta device. Errors: UserError, where it is for another."""
     check_layers(f"{path} does not fit its config.json", args, state)
+    args = args.with_heads_of(state)
     with torch.device("meta"):
         model = Transformer(args)
     if quantization:

@@ -4,7 +4,7 @@ Every key that is read has its type, range and default here, the default that tr
 what the models here do not carry, is refused by name, never ignored.
 """
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -67,11 +67,15 @@ class ModelArgs:
     rotary_dim: int = 0                  # how much of a head RoPE turns, from its first dimension on; 0 for all
     output_gate: bool = False            # attention times the sigmoid of a gate
     norm_offset: float = 0.0             # what RMS norms add to their weights
-    n_mtp_layer: int = 0                 # multi-token prediction: blocks of the checkpoint's own draft head
+    has_mtp: bool = False                # whether the checkpoint has a head for multi-token prediction
     windows: tuple[int, ...] = ()        # per layer: how many positions attention looks back, 0 = all
     seq_length: int = 0                  # Qwen v1: the training length, from which logn and dynamic NTK count
     logn: bool = False
     dynamic_ntk: bool = False
+
+    def with_heads_of(self, names: Collection[str]) -> "ModelArgs":
+        """For a checkpoint of tensors with these names: they say whether it has a head for multi-token prediction."""
+        return replace(self, has_mtp=bool(self.delta_layers) and "mtp.norm.weight" in names)
 
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 0 and layer not in self.dense_layers
@@ -341,7 +345,7 @@ class HybridConfig(LlamaConfig):
             delta_key_heads=self.linear_num_key_heads, delta_value_heads=self.linear_num_value_heads,
             delta_key_dim=self.linear_key_head_dim, delta_value_dim=self.linear_value_head_dim,
             conv_size=self.linear_conv_kernel_dim, rotary_dim=int(self.head_dim * factor), output_gate=True,
-            norm_offset=1.0, qk_norm=True, n_mtp_layer=self.mtp_num_hidden_layers)
+            norm_offset=1.0, qk_norm=True)
 
 
 class Qwen35Config(HybridConfig):

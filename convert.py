@@ -73,6 +73,12 @@ LLAMA_NAMES = {                          # Llama, Mistral, Qwen1.5 to Qwen3
     "norm": "norm",
     "lm_head": "output",
 }
+MTP_NAMES = {                            # multi-token prediction: beside one block, named as a layer is
+    "mtp.fc": "mtp.fc",
+    "mtp.pre_fc_norm_embedding": "mtp.embedding_norm",
+    "mtp.pre_fc_norm_hidden": "mtp.hidden_norm",
+    "mtp.norm": "mtp.norm",
+}
 QWEN3_NEXT_NAMES = {
     **{source: target for source, target in LLAMA_NAMES.items() if ".in_proj_" not in source},
     "layers.{}.linear_attn.in_proj_qkvz": "layers.{}.attention.wqkv/qkvz",
@@ -159,14 +165,18 @@ def target_slices(args: ModelArgs, names: Collection[str]) -> Slices:
 
     def add(source: str, key: str, row: int, shape: tuple[int, ...], runs: tuple[tuple[int, int], ...] = ()) -> None:
         slices[source] = TargetSlice(key, row, torch.Size(shape), runs)
+    names_of_layers = [(source, target, layer) for layer in range(args.n_layer) for source, target in family.items()
+                       if "{}" in source or not layer]
+    names_of_mtp = [(f"mtp.{source}", target.replace("layers.{}.", "mtp.layer."), 0) for source, target
+                    in family.items() if source.startswith("layers.")] + [(*names, 0) for names in MTP_NAMES.items()]
     kinds = ".weight", ".bias", ""
-    for (source, target), layer, kind in itertools.product(family.items(), range(args.n_layer), kinds):
+    for (source, target, layer), kind in itertools.product(names_of_layers + names_of_mtp, kinds):
         module, _, projection = target.partition("/")
-        key, of_expert = f"{module.format(layer)}{kind}", source.count("{}") == 2
-        other_kind = "feed_forward.w" in key and of_expert != args.has_experts(layer)
-        of_delta = ".linear_attn." in source
-        other_kind |= ".attention." in key and of_delta != (layer in args.delta_layers)
-        if key not in targets or ("{}" not in source and layer) or other_kind:
+        key, of_expert, of_delta = f"{module.format(layer)}{kind}", source.count("{}") == 2, ".linear_attn." in source
+        block = -1 if key.startswith("mtp.") else layer              # as in model.MTPHead
+        other_kind = "feed_forward.w" in key and of_expert != args.has_experts(block)
+        other_kind |= ".attention." in key and of_delta != (block in args.delta_layers)
+        if key not in targets or other_kind:
             continue
         all_rows, *columns = targets[key]
         if not of_expert:
@@ -174,7 +184,8 @@ def target_slices(args: ModelArgs, names: Collection[str]) -> Slices:
             rows, columns = sum(n for n, _ in runs), [1, *columns] if ".conv" in key else columns
             add(f"{source.format(layer)}{kind}", key, runs[0][1], (rows, *columns), runs if len(runs) > 1 else ())
             continue
-        joined = f"layers.{layer}.mlp.experts.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
+        joined = source.partition(".experts.")[0].format(layer)
+        joined = f"{joined}.experts.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
         E, rows = args.n_expert, all_rows // args.n_expert               # rows of an expert
         if joined in names:
             add(joined, key, 0, (E, rows, *columns))
@@ -521,6 +532,7 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     config = read_json(folder / "config.json")
     published, args = PublishedQuantization.from_hf(config), ModelArgs.from_hf(config)
     tensors = index_tensors(folder)
+    args = args.with_heads_of(tensors)
     check_layers(f"{folder}: tensors do not fit its config.json", args, tensors)
     slices = target_slices(args, tensors)
     if args.tie_word_embeddings:

@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from config import ModelArgs
 
 CHUNK = 64                            # tokens at once
@@ -60,6 +61,12 @@ class DeltaState(nn.Module):
 
         qkv: before the convolution, [B, S, N]; g, b: fp32 [B, S, Hv]; conv_weight: [N, size]; input_pos: int64 [B, S].
         A row may end in padding: positions that do not follow one another."""
+        if kernels.fits_delta_net(conv_weight, self.tensors(), qkv.dtype) and kernels.available():
+            return torch.ops.qwen_fast.delta_net(qkv, g, b, conv_weight, input_pos, self.tensors())
+        return self.run_reference(qkv, g, b, conv_weight, input_pos)
+
+    def run_reference(self, qkv: Tensor, g: Tensor, b: Tensor, conv_weight: Tensor, input_pos: Tensor) -> Tensor:
+        """The same by PyTorch's operators; o of the padding is another."""
         S, P, size = qkv.size(1), self.max_pending, conv_weight.size(1)
         kept = self.take_up(input_pos[:, 0])
         expected = self.length[:, None] + torch.arange(S, device=qkv.device)
@@ -71,14 +78,16 @@ class DeltaState(nn.Module):
         done = max(0, S - P)                           # all but the last, which stay pending
         parts = []
         if done:
-            parts.append(torch.ops.qwen_fast.delta_chunks(*(t[:, :done] for t in (q, k, v, g, b)), self.memory))
+            o, memory = torch.ops.qwen_fast.delta_chunks(*(t[:, :done] for t in (q, k, v, g, b)), self.memory)
+            self.memory.copy_(memory)
+            parts.append(o)
         q, k, v, g, b = (t[:, done:] for t in (q, k, v, g, b))
         o, updates = attend_and_update(q, k, v, g, b, self.memory)
         for buffer, new in ((self.keys, k), (self.updates, updates), (self.decays, g)):
             buffer[:, :S - done] = new
         taken = real[:, :done].sum(1)
         self.inputs[:, :size - 1 + S - done] = rows_from(inputs, taken, size - 1 + S - done)
-        self.length += taken
+        self.length.add_(taken)
         self.pending.copy_(real[:, done:].sum(1))
         return torch.cat((*parts, o), dim=1)
 
@@ -94,12 +103,15 @@ class DeltaState(nn.Module):
         self.length.add_(kept).masked_fill_(again, 0)
         return kept
 
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in BUFFERS]
+
     def save(self) -> list[Tensor]:
-        return [getattr(self, name).clone() for name in BUFFERS]
+        return [tensor.clone() for tensor in self.tensors()]
 
     def restore(self, saved: list[Tensor]) -> None:
-        for name, tensor in zip(BUFFERS, saved, strict=True):
-            getattr(self, name).copy_(tensor)
+        for tensor, old in zip(self.tensors(), saved, strict=True):
+            tensor.copy_(old)
 
     def invalidate(self) -> None:
         """After a pass that was cut short: nothing follows on it, until it begins anew or is restored."""
@@ -156,18 +168,19 @@ def take_up(k: Tensor, d: Tensor, g: Tensor, memory: Tensor) -> Tensor:
     return G[..., -1, None, None].exp() * memory + k.mT @ d.transpose(1, 2)
 
 
-@torch.library.custom_op("qwen_fast::delta_chunks", mutates_args=("memory",))
-def delta_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, memory: Tensor) -> Tensor:
-    """O of any number of tokens, which memory takes up chunk by chunk. Opaque to the compiler: it would unroll this."""
-    parts = []
+@torch.library.custom_op("qwen_fast::delta_chunks", mutates_args=())
+def delta_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """O of any number of tokens, and memory, which takes them up chunk by chunk. Opaque to the compiler, which would
+    unroll this."""
+    parts, memory = [], memory.clone()
     for i in range(0, q.size(1), CHUNK):
         q_i, k_i, v_i, g_i, b_i = (t[:, i:i + CHUNK] for t in (q, k, v, g, b))
         o, d = attend_and_update(q_i, k_i, v_i, g_i, b_i, memory)
-        memory.copy_(take_up(k_i, d, g_i, memory))
+        memory = take_up(k_i, d, g_i, memory)
         parts.append(o)
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1), memory
 
 
 @delta_chunks.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, memory: Tensor) -> Tensor:
-    return torch.empty_like(v)
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v), torch.empty_like(memory)

@@ -148,6 +148,10 @@ class QuantizedLinear(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def first_rows(self, x: Tensor, rows: int) -> Tensor:
+        """As model.Linear's."""
+        return self.multiply(x)[..., :rows]
+
     def expert_args(self, dtype: torch.dtype) -> list[Tensor]:
         """As model.Linear's."""
         return present(self.weight, self.scales, self.zeros)
@@ -180,6 +184,9 @@ class Int8Linear(QuantizedLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         return kernels.int8_linear(x, self.weight, self.scales, self.quantize_activations)
+
+    def first_rows(self, x: Tensor, rows: int) -> Tensor:
+        return kernels.int8_linear(x, self.weight[:rows], self.scales[:rows], self.quantize_activations)
 
     def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
         return present(self.weight, self.scales, self.bias) if is_unmodified(self, Int8Linear) else None
@@ -217,6 +224,13 @@ class Int4Linear(QuantizedLinear):
         if self.layout == "stored" and x.device.type == "cuda":
             return kernels.stored_int4_linear(x, self.weight, self.scales, self.zeros)
         return F.linear(x, self.dequantize(x.dtype))
+
+    def first_rows(self, x: Tensor, rows: int) -> Tensor:
+        rows = min(rows, self.out_features)
+        if self.layout != "packed" or rows % 16:
+            return super().first_rows(x, rows)
+        weight, scales, zeros = (tensor[:rows // 16] for tensor in (self.weight, self.scales, self.zeros))
+        return kernels.int4_linear(x, weight, scales, zeros, rows, self.quantize_activations)
 
     def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
         whole = self.in_features % min(self.groupsize, self.in_features) == 0          # groups, which the GPU needs

@@ -30,11 +30,12 @@ import tp
 from chat import RowPrinter, chat, show_prefill
 from cli import UserError
 from config import ModelArgs, ntk_alpha
+from drafts import common_prefix
 from loading import DEMO, check_memory, free_memory, load_model, parse_device, parse_dtype
 from model import MoE, Transformer
 from sampling import Choice, Sampling, compile_step, exponential_noise, sample
 from shapes import PUBLISHED
-from speculate import Speculator, Statistics, common_prefix, summary
+from speculate import Speculator, Statistics, summary
 from tokenizer import StreamDecoder, Tokenizer
 
 PREFILL_CHUNK = {"cpu": 1024, "cuda": 4096}      # tokens of a pass: bounds the memory that activations take
@@ -58,8 +59,8 @@ class Snapshot(NamedTuple):
 class Engine:
     """A model, its compiled functions, and what its KV cache holds.
 
-    draft: the engine of a draft model, or "ngram", for speculative decoding with speculate_k drafted tokens a round
-    (None: chosen while running).
+    draft: the engine of a draft model, "mtp" or "ngram", for speculative decoding with speculate_k drafted tokens a
+    round (None: chosen while running).
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool = False,
@@ -80,7 +81,7 @@ class Engine:
             self.run_forward = torch.compile(model.forward, fullgraph=True)
         self.speculator = None
         if draft:
-            self.speculator = Speculator(self, draft if isinstance(draft, Engine) else None, speculate_k)
+            self.speculator = Speculator(self, draft, speculate_k)
 
     def run_eagerly(self) -> None:
         """For a machine without a working compiler."""
@@ -159,6 +160,8 @@ class Engine:
                 input_pos = torch.where(input_pos < lengths[:, None], input_pos, lengths[:, None] + 1)
             input_pos = input_pos.to(device)
             new = self.forward_chunk(idx, input_pos, last.clamp(0, idx.size(1) - 1).to(device))
+            if self.speculator:
+                self.speculator.drafter.read(rows[0], begin, begin + idx.size(1))
             logits = new if logits is None else torch.where(inside[:, :, None].to(device), new, logits)
             if progress and longest > chunk:
                 progress(begin + idx.size(1), longest)
@@ -174,6 +177,8 @@ class Engine:
         if self.cached_alpha != ntk_alpha(self.model.args, len(prompt)):
             return 0
         known = min(common_prefix(self.cached, prompt), len(prompt) - 1)
+        if self.speculator and self.speculator.drafter.filled is not None:     # it needs the token after each, too
+            known = max(0, min(common_prefix(self.cached, prompt) - 1, known, self.speculator.drafter.filled))
         ranges = [self.model.resumable(), *((snapshot.first, snapshot.last) for snapshot in self.snapshots)]
         return max((min(known, last) for first, last in ranges if first <= known), default=0)
 
@@ -283,7 +288,7 @@ def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens
 
 def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.dtype) -> int:
     """Of the keys and values; a DeltaNet's memory, a few MB a row, does not grow with them."""
-    layers = args.n_layer - len(args.delta_layers)
+    layers = args.n_layer - len(args.delta_layers) + args.has_mtp
     return 2 * layers * batch * args.n_local_heads * max_seq_length * args.head_dim * dtype.itemsize
 
 
@@ -311,7 +316,8 @@ def memory_for_caches(model: Transformer) -> int:
 def bytes_read_per_token(model: Transformer) -> int:
     """All weights but the input embedding, of which a token needs one row (tied to the head, it is read whole), and the
     experts that are not chosen; and what DeltaNets remember, which is read and written."""
-    tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    tensors = {id(t): t for name, t in named if not name.startswith(("mtp.", "hidden_states"))}
     if model.output is not None:
         del tensors[id(model.tok_embeddings.weight)]
     for cache in (cache for layer in model.layers for cache in layer.attention.caches()):
@@ -431,8 +437,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                        help="on a GPU: PyTorch's (plain), triton's, or whichever is measured to be faster (default)")
     speed.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH",
                        help="a smaller model of the same tokenizer, for speculative decoding")
-    speed.add_argument("--draft", choices=["ngram"],
-                       help="speculative decoding without a draft model, by prompt lookup")
+    speed.add_argument("--draft", choices=["ngram", "mtp"],
+                       help="speculative decoding without a draft model: by prompt lookup, or by the checkpoint's own "
+                       "head for multi-token prediction (Qwen3-Next, Qwen3.5)")
     speed.add_argument("--speculate_k", metavar="K",
                        help="tokens to draft at a time, or auto: as many, or none, as is fastest (default: auto)")
     speed.add_argument("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample")
@@ -466,7 +473,9 @@ def check_args(args: argparse.Namespace, ranks: tp.Ranks | None) -> Sampling:
         if getattr(args, field) and not (args.chat or args.interactive and args.chat is None):
             raise UserError("needs --chat", field)
     if args.speculate_k is not None and not (args.draft_checkpoint_path or args.draft):
-        raise UserError(f"{args.speculate_k} needs --draft_checkpoint_path or --draft ngram", "speculate_k")
+        raise UserError(f"{args.speculate_k} needs --draft_checkpoint_path or --draft", "speculate_k")
+    if args.draft == "mtp" and ranks:
+        raise UserError("mtp runs in one process, not under torchrun", "draft")
     if args.draft_checkpoint_path and args.draft:
         raise UserError("and --draft are two ways to draft: give one", "draft_checkpoint_path")
     parse_speculate_k(args.speculate_k)
@@ -488,7 +497,8 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     device = ranks.take_device(device) if ranks else device
     text, start = "" if args.interactive else read_text(args, ranks), time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, parse_dtype(args.dtype, device), ranks,
-                                  quantize_activations=args.quantize_activations, verify=args.verify)
+                                  quantize_activations=args.quantize_activations, verify=args.verify,
+                                  mtp=args.draft == "mtp")
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, "
           f"{str(model.dtype)[6:]}, {device}, {kernels.describe(device)})", file=log)
     context = model.args.max_position

@@ -32,14 +32,15 @@ NEVER = ("*.py", "consolidated*", "adapter_model*")      # code; the weights in 
 
 def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
                ranks: tp.Ranks | None = None, may_replicate: bool = False, quantize_activations: bool = True,
-               verify: bool = False) -> tuple[Transformer, Tokenizer]:
+               verify: bool = False, mtp: bool = False) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, quantized if the file says so.
 
     checkpoint_path: as in resolve_checkpoint; what is missing is downloaded and converted first.
     dtype: of the computation and of the weights that are not quantized; by default what the device computes best.
     ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own shard, or,
     with may_replicate, all of a model that is too small to be spread.
-    verify: whether to compare the file's checksums first, which reads all of it. Errors: UserError.
+    verify: whether to compare the file's checksums first, which reads all of it.
+    mtp: whether to load the checkpoint's head for multi-token prediction, too. Errors: UserError.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is not None:
@@ -55,6 +56,9 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     args, tokenizer = ModelArgs.from_hf(read_json(path.parent / "config.json")), Tokenizer.from_dir(path.parent)
     tokenizer.check_fits(args.vocab_size)
     state, quantization = read_checkpoint(path)
+    if mtp and "mtp.norm.weight" not in state:
+        raise UserError(f"mtp: {path} has no head for multi-token prediction (mtp.*)", "draft")
+    state = state if mtp else {name: tensor for name, tensor in state.items() if not name.startswith("mtp.")}
     model = empty_model(path, args, state, quantization)
     dtype = dtype or default_dtype(device)
     dtypes = {name: loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}

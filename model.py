@@ -27,6 +27,7 @@ class Transformer(nn.Module):
     """
     layers: Any                                        # nn.ModuleList of TransformerBlock
     inv_freq: Tensor                                   # fp32 [1 or B, D / 2], see config.rope_frequencies
+    hidden_states: Tensor                              # of the last tokens, after the norm, if there is an MTPHead
 
     def __init__(self, args: ModelArgs, local: ModelArgs | None = None):
         super().__init__()
@@ -38,6 +39,7 @@ class Transformer(nn.Module):
         windows = args.windows or (0,) * args.n_layer
         self.layers = nn.ModuleList(TransformerBlock(self.local, layer, window) for layer, window in enumerate(windows))
         self.norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
+        self.mtp = MTPHead(self.local) if args.has_mtp else None
         self.output = None if args.tie_word_embeddings else Linear(args.dim, self.local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
         self.max_batch_size = self.max_seq_length = 0
@@ -69,6 +71,11 @@ class Transformer(nn.Module):
         for layer in self.layers:
             if isinstance(layer.attention, GatedDeltaNet):
                 layer.attention.state = DeltaState(self.local, batch, pending, dtype, self.device)
+        if self.mtp is not None:
+            keys, values = (kernels.huge_zeros(shape, dtype, self.device) for _ in range(2))
+            self.mtp.layer.attention.kv_cache = KVCache(keys, values)
+            hidden = torch.zeros(batch, max_seq_length, self.args.dim, dtype=self.dtype, device=self.device)
+            self.register_buffer("hidden_states", hidden, persistent=False)
         self.register_buffer("inv_freq", rope_frequencies(self.args)[None].to(self.device), persistent=False)
 
     def use_caches(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -115,10 +122,18 @@ class Transformer(nn.Module):
         """All layers as one operator, for `fused` of forward. None where it cannot stand in for the modules.
 
         It holds the tensors that the layers have now, so make it anew after any change to a weight, module or cache."""
-        layers = [layer.kernel_args() for layer in self.layers]
-        if not layers or any(layer is None for layer in layers):
+        return self.fuse_blocks(list(self.layers))
+
+    def fuse_mtp(self) -> kernels.FusedLayers | None:
+        """The same, of the head for multi-token prediction."""
+        return self.fuse_blocks([self.mtp.layer]) if self.mtp is not None else None
+
+    def fuse_blocks(self, blocks: Sequence["TransformerBlock"]) -> kernels.FusedLayers | None:
+        layers = [args for block in blocks if (args := block.kernel_args()) is not None]
+        if not layers or len(layers) < len(blocks):
             return None
-        return kernels.fuse(layers, self.local.n_head, self.args.norm_eps, self.quantize_activations)
+        return kernels.fuse(layers, self.local.n_head, self.args.norm_eps, self.args.norm_offset,
+                            self.quantize_activations)
 
     def around_layers(self) -> list[Tensor]:
         """All tensors that forward takes from elsewhere than the layers."""
@@ -150,6 +165,8 @@ class Transformer(nn.Module):
         else:
             for layer in self.layers:
                 x = layer(x, cos, sin, logn, input_pos)
+        if self.mtp is not None:
+            self.hidden_states[:, :x.size(1)] = self.norm(x)
         if logits_at is None:
             x = x[:, -1:]
         elif logits_at.dim() == 1:
@@ -157,7 +174,22 @@ class Transformer(nn.Module):
         else:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.size(-1)))
         x = self.norm(x)                               # [B, P, C]
-        return self.gather(kernels.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x))
+        return self.gather(self.head(x))
+
+    def head(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """Logits [B, P, V] of hidden states x [B, P, C], or of the first `rows` tokens alone."""
+        if self.output is None:
+            return kernels.linear(x, self.tok_embeddings.weight[:rows])
+        return self.output(x) if rows is None else self.output.first_rows(x, rows)
+
+    def draft(self, idx: Tensor, hidden: Tensor, input_pos: Tensor, fused: kernels.FusedLayers | None = None) -> Tensor:
+        """What the head for multi-token prediction expects the hidden states of tokens idx [B, S] to be, [B, S, C],
+        given those of the tokens before them, hidden [B, S, C] at input_pos [B, S]."""
+        assert self.mtp is not None
+        x, (cos, sin) = self.mtp.combine(self.tok_embeddings(idx), hidden), self.rope(input_pos)
+        if fused is not None and kernels.accepts(fused, x):
+            return self.mtp.norm(kernels.run_fused(fused, x, cos, sin, None, input_pos))
+        return self.mtp.norm(self.mtp.layer(x, cos, sin, None, input_pos))
 
     def rope(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [B, S, 1, R], for the R dimensions of a head that are rotated: rounded from fp64, so that
@@ -192,21 +224,29 @@ class TransformerBlock(nn.Module):
 
     def kernel_args(self) -> kernels.LayerTensors | None:
         """The tensors that the fused layers compute this block from; None if it was modified, which they would miss."""
-        if not isinstance(self.attention, Attention) or self.attention.output_gate or self.ffn_norm.offset:
+        dtype, norms = self.ffn_norm.weight.dtype, (self.attention_norm, self.ffn_norm)
+        attention, feed_forward = (part.kernel_args(dtype) if hasattr(part, "kernel_args") else None
+                                   for part in (self.attention, self.feed_forward))
+        if not (attention and feed_forward and is_unmodified(self, TransformerBlock)
+                and all(is_unmodified(norm, RMSNorm) for norm in norms)):
             return None
-        attention, head_norm, dtype = self.attention, type(self.attention.q_norm), self.ffn_norm.weight.dtype
-        expected = [(self, TransformerBlock), (attention, Attention), (self.attention_norm, RMSNorm),
-                    (self.ffn_norm, RMSNorm), (attention.q_norm, head_norm), (attention.k_norm, head_norm),
-                    (attention.reduce, nn.Identity)]
-        feed_forward = self.feed_forward.kernel_args(dtype) if hasattr(self.feed_forward, "kernel_args") else None
-        wqkv, wo = linear_args(dtype, attention.wqkv, attention.wo)
-        if (head_norm not in (RMSNorm, nn.Identity) or not all(is_unmodified(module, kind) for module, kind in expected)
-                or not (wqkv and wo and feed_forward)):
-            return None
-        q_norm, k_norm = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
-        return kernels.LayerTensors(self.attention_norm.weight, wqkv, q_norm, k_norm, wo, self.ffn_norm.weight,
-                                    feed_forward, attention.kv_cache.k_cache, attention.kv_cache.v_cache,
-                                    attention.window)
+        return kernels.LayerTensors(self.attention_norm.weight, attention, self.ffn_norm.weight, feed_forward)
+
+
+class MTPHead(nn.Module):
+    """Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): one block guesses the model's hidden
+    state of a token from that token and the hidden state before. So it drafts tokens: the embedding and the output head
+    are the model's."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        norm_args = args.dim, args.norm_eps, args.norm_offset
+        self.embedding_norm, self.hidden_norm, self.norm = (RMSNorm(*norm_args) for _ in range(3))
+        self.fc = Linear(2 * args.dim, args.dim)
+        self.layer = TransformerBlock(args, -1, 0)     # -1: none of the model's own, so it has attention
+
+    def combine(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return self.fc(torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1))
 
 
 class Attention(nn.Module):
@@ -238,6 +278,17 @@ class Attention(nn.Module):
         k_cache, v_cache = self.kv_cache.update(input_pos, k, v)
         y = kernels.attend(q, k_cache, v_cache, input_pos, self.window)
         return y * gate.flatten(2).sigmoid() if self.output_gate else y
+
+    def kernel_args(self, dtype: torch.dtype) -> kernels.AttentionTensors | None:
+        """As in TransformerBlock."""
+        wqkv, wo = linear_args(dtype, self.wqkv, self.wo)
+        kind, norms = type(self.q_norm), (self.q_norm, self.k_norm)
+        if not (wqkv and wo and kind in (RMSNorm, nn.Identity) and is_unmodified(self, Attention)
+                and is_unmodified(self.reduce, nn.Identity) and all(is_unmodified(norm, kind) for norm in norms)):
+            return None
+        q_norm, k_norm = (getattr(norm, "weight", None) for norm in norms)
+        return kernels.AttentionTensors(wqkv, q_norm, k_norm, wo, self.kv_cache.k_cache, self.kv_cache.v_cache,
+                                        self.window, self.output_gate)
 
     def caches(self) -> list[Tensor]:
         return list(self.kv_cache.buffers()) if self.kv_cache else []
@@ -275,6 +326,15 @@ class GatedDeltaNet(nn.Module):
         y = self.state.run(qkv, g, b.sigmoid(), self.conv, input_pos)                                # [B, S, H, D]
         y = self.norm(y).float() * F.silu(z.float().view_as(y))
         return y.to(x.dtype).flatten(2)
+
+    def kernel_args(self, dtype: torch.dtype) -> kernels.DeltaNetTensors | None:
+        """As in TransformerBlock."""
+        wqkv, wba, wo = linear_args(dtype, self.wqkv, self.wba, self.wo)
+        expected = (self, GatedDeltaNet), (self.norm, RMSNorm), (self.reduce, nn.Identity), (self.state, DeltaState)
+        if not (wqkv and wba and wo and all(is_unmodified(module, kind) for module, kind in expected)):
+            return None
+        return kernels.DeltaNetTensors(wqkv, wba, self.conv, self.A_log, self.dt_bias, self.norm.weight, wo,
+                                       self.state.tensors())
 
     def caches(self) -> list[Tensor]:
         return list(self.state.buffers()) if self.state else []
@@ -367,6 +427,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = kernels.linear(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+    def first_rows(self, x: Tensor, rows: int) -> Tensor:
+        """The first outputs alone; there is no bias in a head."""
+        return kernels.linear(x, self.weight[:rows])
 
     def kernel_args(self, dtype: torch.dtype) -> list[Tensor] | None:
         """What the fused layers compute it from, for inputs of a dtype; None if they cannot."""

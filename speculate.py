@@ -9,41 +9,21 @@ that of a pass over k + 1 tokens, both in steps of plain decoding. A round yield
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import cast
 
 import torch
 from torch import Tensor
 
 import kernels
-import tp
 from cli import UserError
-from model import Transformer
+from drafts import Decoder, Draft, Drafter, ModelDraft, MTPDraft, PromptLookup
 from sampling import Choice, compile_step, exponential_noise, runs_fused, shortlist
-from tokenizer import Tokenizer, same_tokenizer
+from tokenizer import same_tokenizer
 
 AUTO_K = range(1, 9)                 # the numbers of drafted tokens to choose from
 AUTO_K_CUDA = (1, 2, 4, 8)           # there each is compiled apart
-LOOKUP_LENGTHS = (4, 3, 2)           # how many of the last tokens prompt lookup looks for, the most telling first
-
-
-class Decoder(Protocol):
-    """What speculation needs of a model with a KV cache: generate.Engine has it."""
-    model: Transformer
-    tokenizer: Tokenizer
-    vocab_size: int
-    compiled: bool
-    compiled_prefill: bool
-    cached: list[int]
-    fused: kernels.FusedLayers | None
-
-    def prefill(self, rows: Sequence[Sequence[int]], keep_cache: bool) -> Tensor: ...
-    def resume(self, prompt: Sequence[int]) -> int: ...
-    def step(self, idx: Tensor, input_pos: Tensor, choice: Choice, rng: torch.Generator) -> Tensor: ...
-    def reserve(self, batch: int, max_seq_length: int) -> None: ...
-    def run_eagerly(self) -> None: ...
-    def invalidate(self) -> None: ...
 
 
 def expected_tokens(a: float, k: int) -> float:
@@ -53,11 +33,6 @@ def expected_tokens(a: float, k: int) -> float:
 
 def predicted_speedup(a: float, k: int, c: float, v: float) -> float:
     return expected_tokens(a, k) / (v + k * c)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 # ---- verification, on the device
@@ -92,117 +67,6 @@ def accept(logits: Tensor, drafted: Tensor, choice: Choice, probs: Tensor, ids: 
     last = at.gather(1, (rest / noise).argmax(dim=-1, keepdim=True))[0]
     tokens = torch.cat((drafted, last))
     return torch.cat((n, torch.where(torch.arange(k + 1, device=n.device) < n, tokens, last)))
-
-
-# ---- drafts
-
-@dataclass
-class Draft:
-    """Drafted tokens [1, k], and the distributions that they were drawn from (see accept), or None if certain."""
-    tokens: Tensor
-    probs: Tensor | None = None
-    ids: Tensor | None = None
-
-    def of_first(self, ranks: tp.Ranks) -> "Draft":
-        """Rank 0's draft, on every rank."""
-        def received(t: Tensor | None) -> Tensor | None:
-            return None if t is None else tp.broadcast(t, ranks.group)
-        return Draft(tp.broadcast(self.tokens, ranks.group), received(self.probs), received(self.ids))
-
-
-class ModelDraft:
-    """A smaller model drafts. Its KV cache follows the text: rejected tokens are written over, never taken back. What
-    DeltaNets remember is taken back, and the next round's first step reads the accepted tokens again."""
-
-    def __init__(self, engine: Decoder, vocab_size: int, compile: bool):
-        self.engine, self.vocab_size = engine, vocab_size
-        self.before: list[list[Tensor]] = []     # DeltaNets' states, while they are ahead of what the engine has cached
-        self.text: list[int] = []        # the whole text, which the Speculator extends
-        self.step = self.draft_step
-        if compile and not runs_fused(engine.model):
-            self.step = compile_step(self.draft_step, engine.model)
-
-    def draft_step(self, fused: kernels.FusedLayers | None, idx: Tensor, input_pos: Tensor, choice: Choice,
-                   noise: Tensor) -> tuple[Tensor, ...]:
-        """The token [1, 1] after idx [1, S], and unless greedy its distribution [1, m] with ids."""
-        logits = self.engine.model(idx, input_pos, fused=fused)[:, -1, :self.vocab_size]
-        if not choice.candidates:
-            return (logits.float().argmax(dim=-1, keepdim=True),)
-        scaled, ids = shortlist(logits, choice)
-        return ids.gather(-1, (scaled - noise.log()).argmax(dim=-1, keepdim=True)), scaled.softmax(dim=-1), ids
-
-    def begin(self, text: list[int], keep_cache: bool) -> None:
-        self.text = text
-        self.take_back()
-        self.engine.cached = text[:self.engine.resume(text[:-1]) if keep_cache else 0]
-
-    def take_back(self) -> None:
-        if self.before:
-            self.engine.model.restore(self.before)
-        self.before = []
-
-    def uncached(self) -> int:
-        """How many tokens must be read before drafting, beyond those that a draft's first step reads."""
-        states, missing = self.engine.model.delta_states(), len(self.text) - 2 - len(self.engine.cached)
-        return max(0, missing) if not states or missing + 2 > states[0].max_pending else 0
-
-    def propose(self, k: int, choice: Choice, rng: torch.Generator) -> Draft:
-        """The first step reads two tokens: if all k were accepted, the last drafted one is unread (see rollback)."""
-        self.take_back()
-        if self.uncached():
-            self.engine.prefill([self.text[:-1]], keep_cache=True)
-        begin, device = min(max(0, len(self.text) - 2), len(self.engine.cached)), self.engine.model.device
-        idx = torch.tensor([self.text[begin:]], device=device)
-        input_pos = torch.arange(begin, len(self.text), device=device)[None]
-        noise = exponential_noise(k, choice.candidates, rng)
-        steps = []
-        for i in range(k):
-            step = self.step(self.engine.fused, idx, input_pos, choice, noise[i:i + 1])
-            steps.append([t.clone() for t in step] if device.type == "cuda" else step)
-            if not i and (before := self.engine.model.save()):
-                self.before, self.engine.cached = before, list(self.text)
-            idx, input_pos = steps[-1][0], input_pos[:, -1:] + 1
-        tokens, *distribution = (torch.cat(column, dim=0) for column in zip(*steps))
-        return Draft(tokens.view(1, -1), *distribution)
-
-    def rollback(self, before: int, k: int, accepted: int) -> None:
-        """After a round that extended a text of `before` tokens: the cache keeps the accepted ones. The last drafted
-        token was never read."""
-        if not self.before:
-            self.engine.cached = self.text[:before + min(accepted, k - 1)]
-        self.take_back()
-
-
-class PromptLookup:
-    """No model drafts: what followed the last tokens where they stood before."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.begin([], False)
-
-    def begin(self, text: list[int], keep_cache: bool) -> None:
-        self.text, self.indexed = text, 0
-        self.followers: dict[tuple[int, ...], int] = {}          # n-gram -> the position after it, earlier on
-
-    def uncached(self) -> int:
-        return 0
-
-    def propose(self, k: int, choice: Choice, rng: torch.Generator) -> Draft | None:
-        text = self.text
-        for end in range(self.indexed + 1, len(text)):
-            for n in LOOKUP_LENGTHS:
-                if n <= end:
-                    self.followers[tuple(text[end - n:end])] = end
-        self.indexed = max(self.indexed, len(text) - 1)
-        found = (self.followers.get(tuple(text[-n:])) for n in LOOKUP_LENGTHS if n <= len(text))
-        start = next((position for position in found if position is not None), None)
-        if start is None:
-            return None
-        period = len(text) - start                               # a match that overlaps the end goes on repeating
-        return Draft(torch.tensor([[text[start + i % period] for i in range(k)]], device=self.device))
-
-    def rollback(self, before: int, k: int, accepted: int) -> None:
-        pass
 
 
 # ---- how many to draft
@@ -323,23 +187,24 @@ class Statistics:
 class Speculator:
     """Rounds of drafting and verification on an engine's text, batch 1 only.
 
-    draft: the draft model's engine, or None for prompt lookup.
+    draft: the draft model's engine, "mtp" for the model's own head, or "ngram" for prompt lookup.
     k: drafted tokens a round; None chooses it by timing, so that a seed fixes the text at temperature 0 only.
     Errors: UserError.
     """
 
-    def __init__(self, engine: Decoder, draft: Decoder | None, k: int | None):
+    def __init__(self, engine: Decoder, draft: Decoder | str, k: int | None):
         check_k(k, engine.model.args.max_position)
-        if draft:
+        self.engine, self.model, self.k = engine, engine.model, k
+        self.draft_engine, self.drafter = None, cast(Drafter, PromptLookup(engine.model.device))
+        if draft == "mtp":
+            self.drafter = MTPDraft(engine, engine.compiled)
+        elif not isinstance(draft, str):
             check_draft(engine, draft)
-        self.engine, self.model, self.draft_engine, self.k = engine, engine.model, draft, k
-        self.drafter: ModelDraft | PromptLookup = PromptLookup(engine.model.device)
-        if draft:
-            self.drafter = ModelDraft(draft, engine.vocab_size, engine.compiled)
+            self.draft_engine, self.drafter = draft, ModelDraft(draft, engine.vocab_size, engine.compiled)
         self.verify = self.verify_step
         if engine.compiled and not runs_fused(self.model):       # on a CPU one compilation serves every k
             self.verify = compile_step(self.verify_step, self.model, dynamic=None, prefill_too=engine.compiled_prefill)
-        self.follows_first = bool(draft and self.model.ranks and not draft.model.ranks)   # each rank drafts by itself
+        self.follows_first = bool(self.draft_engine and self.model.ranks and not self.draft_engine.model.ranks)
         self.enabled, self.measures = True, k is None            # measures: whether the first request times the steps
         self.policy: KPolicy | None = None
         self.statistics = Statistics()
@@ -351,8 +216,7 @@ class Speculator:
 
     def run_eagerly(self) -> None:
         self.verify = self.verify_step
-        if isinstance(self.drafter, ModelDraft):
-            self.drafter.step = self.drafter.draft_step
+        self.drafter.run_eagerly()
 
     def verify_step(self, fused: kernels.FusedLayers | None, idx: Tensor, input_pos: Tensor, choice: Choice,
                     probs: Tensor | None, ids: Tensor | None, uniform: Tensor, noise: Tensor) -> Tensor:
@@ -400,8 +264,7 @@ class Speculator:
             accepted, *tokens = self.verify_draft(text, draft, choice, rng).tolist()
         text += tokens[:accepted + 1]
         self.engine.cached = text[:-1]
-        if draft:
-            self.drafter.rollback(before, k, accepted)
+        self.drafter.follow(before, k, accepted)
         self.statistics.add(k, accepted)
         if self.policy:
             self.policy.record(k, accepted, time.perf_counter() - start, catching_up=k > 0 and uncached > 0)
@@ -430,15 +293,16 @@ class Speculator:
         idx, input_pos = self.place(text[-1:], len(text) - 1)
         plain_s = median_seconds(lambda: self.engine.step(idx, input_pos.clone(), choice, rng), device, 7)
         draft_s = read_s = 0.0
-        model_draft = self.drafter if isinstance(self.drafter, ModelDraft) else None
-        if model_draft:
-            read_s = median_seconds(lambda: model_draft.engine.prefill([text[:-1]], False), device, 1) / len(text)
-            model_draft.begin(text, True)
+        learned = not isinstance(drafter := self.drafter, PromptLookup)
+        if isinstance(drafter, ModelDraft):
+            read_s = median_seconds(lambda: drafter.engine.prefill([text[:-1]], False), device, 1) / len(text)
+        if learned:
+            drafter.begin(text, True)
             few = min(4, self.lookahead)                         # more might not fit into the draft's KV cache
-            draft_s = median_seconds(lambda: model_draft.propose(few, choice, rng), device, 5) / few
+            draft_s = median_seconds(lambda: drafter.propose(few, choice, rng), device, 5) / few
         verify_s: dict[int, float] = {}
         for k in [self.k] if self.k else AUTO_K if device.type == "cpu" else AUTO_K_CUDA:
-            draft = (model_draft.propose(k, choice, rng) if model_draft
+            draft = (cast(Draft, drafter.propose(k, choice, rng)) if learned
                      else Draft(torch.zeros(1, k, dtype=torch.int64, device=device)))
             verify_s[k] = median_seconds(functools.partial(self.verify_draft, text, draft, choice, rng), device, 3)
             rates = [(k + 1) / (v + k * draft_s) for k, v in verify_s.items()]           # if all were accepted

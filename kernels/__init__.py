@@ -232,9 +232,42 @@ def expert_weights(tensors: list[Tensor], which: Tensor, n_expert: int, N: int, 
 
 
 # ---- whole layers; their twin is the loop over model.TransformerBlock
+#
+# A linear's list is [weight], int8 [weight, scales] or int4 [packed, scales, zeros], then its bias if any.
+
+class AttentionTensors(NamedTuple):
+    wqkv: list[Tensor]                # [(H + 2 K) * D, C]: queries, keys, values; then [H * D, C], the gates if any
+    q_norm: Tensor | None             # [D], both or neither
+    k_norm: Tensor | None
+    wo: list[Tensor]                  # [C, H * D]
+    k_cache: Tensor                   # [B, K, T, D]
+    v_cache: Tensor
+    window: int                       # 0 for none
+    output_gate: bool
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether the C++ computes it, for activations of a dtype."""
+        D, same = self.k_cache.size(3), self.k_cache.dtype == self.v_cache.dtype == dtype
+        return on_cpu(self.k_cache) and same and D % 16 == 0 and D <= MAX_HEAD
+
+
+class DeltaNetTensors(NamedTuple):
+    """See deltanet.py. Hv value heads, N channels of the convolution."""
+    wqkv: list[Tensor]                # [N + Hv * V, C]: queries, keys, values; gates
+    wba: list[Tensor]                 # [2 * Hv, C]: writing strengths, decays
+    conv: Tensor                      # [N, size]
+    A_log: Tensor                     # [Hv]
+    dt_bias: Tensor                   # [Hv]
+    norm: Tensor                      # [V]
+    wo: list[Tensor]                  # [C, Hv * V]
+    state: list[Tensor]               # deltanet.BUFFERS of its DeltaState
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        return fits_delta_net(self.conv, self.state, dtype)
+
 
 class FeedForwardTensors(NamedTuple):
-    """w2(silu(gate) * up), or experts of this kind, one after another in the rows of w13 and w2. Lists as below."""
+    """w2(silu(gate) * up), or experts of this kind, one after another in the rows of w13 and w2."""
     w13: list[Tensor]                 # [E * 2 * size, C]: gate, up
     w2: list[Tensor]                  # [E * C, size]
     size: int
@@ -249,21 +282,10 @@ class FeedForwardTensors(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """A linear's list is [weight], int8 [weight, scales] or int4 [packed, scales, zeros], then its bias if any."""
-    attention_norm: Tensor    # [C]
-    wqkv: list[Tensor]        # [(H + 2 K) * D, C]: queries, keys, values
-    q_norm: Tensor | None     # [D], both or neither
-    k_norm: Tensor | None
-    wo: list[Tensor]          # [C, H * D]
+    attention_norm: Tensor            # [C]
+    attention: AttentionTensors | DeltaNetTensors
     ffn_norm: Tensor
     feed_forward: FeedForwardTensors
-    k_cache: Tensor           # [B, K, T, D]
-    v_cache: Tensor
-    window: int               # of the attention, 0 for none
-
-    def arguments(self) -> tuple:
-        """Of the operator add_layer, after its handle."""
-        return *self[:6], *self.feed_forward, *self[7:]
 
 
 class FusedLayers(NamedTuple):
@@ -273,25 +295,36 @@ class FusedLayers(NamedTuple):
     max_tokens: int = 1 << 62          # of all rows together
 
 
-def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, quantize_activations: bool) -> FusedLayers | None:
+def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, norm_offset: float,
+         quantize_activations: bool) -> FusedLayers | None:
     """For run_fused, which uses these very tensors from then on; None where the kernels cannot stand in for the layers.
 
-    eps: of the RMS norms. quantize_activations: as in int8_linear and int4_linear. Errors: RuntimeError (shapes).
+    eps, norm_offset: of the RMS norms, the latter added to their weights. quantize_activations: as in int8_linear and
+    int4_linear. Errors: RuntimeError (shapes).
     """
-    if layers and on_gpu(layers[0].k_cache.device):
-        dtype, handle = layers[0].k_cache.dtype, gpu_layers.fuse(layers, n_head, eps)
+    if not layers or not any(isinstance(layer.attention, AttentionTensors) for layer in layers):
+        return None
+    dtype = layers[0].attention_norm.dtype
+    if on_gpu(layers[0].attention_norm.device):
+        handle = gpu_layers.fuse(layers, n_head, eps) if not norm_offset else None
         has_experts = any(layer.feed_forward.n_expert for layer in layers)     # which are not fused for many tokens
         return None if handle is None else FusedLayers(handle, dtype, MAX_TOKENS if has_experts else 1 << 62)
 
-    def supported(x: LayerTensors) -> bool:
-        same = x.k_cache.dtype == x.v_cache.dtype == x.attention_norm.dtype == x.ffn_norm.dtype
-        return on_cpu(x.k_cache) and same and x.k_cache.size(3) % 16 == 0 and x.k_cache.size(3) <= MAX_HEAD
-    if not layers or not all(map(supported, layers)) or not available():
+    def supported(layer: LayerTensors) -> bool:
+        return layer.attention_norm.dtype == layer.ffn_norm.dtype == dtype and layer.attention.fits(dtype)
+    if not all(map(supported, layers)) or not available():
         return None
-    handle = torch.ops.qwen_fast.fuse_layers(n_head, eps, quantize_activations)
+    handle = torch.ops.qwen_fast.fuse_layers(n_head, eps, norm_offset, quantize_activations)
     for layer in layers:
-        torch.ops.qwen_fast.add_layer(handle, *layer.arguments())
-    return FusedLayers(handle, layers[0].k_cache.dtype)
+        add_layer(handle, layer)
+    return FusedLayers(handle, dtype)
+
+
+def add_layer(handle: Tensor, layer: LayerTensors) -> None:
+    ops = torch.ops.qwen_fast
+    add_attention = ops.add_attention if isinstance(layer.attention, AttentionTensors) else ops.add_deltanet
+    add_attention(handle, layer.attention_norm, *layer.attention)
+    ops.add_feed_forward(handle, layer.ffn_norm, *layer.feed_forward)
 
 
 def key_of(fused: FusedLayers) -> int:
@@ -317,12 +350,22 @@ def run_fused(fused: FusedLayers, x: Tensor, cos: Tensor, sin: Tensor, logn: Ten
               input_pos: Tensor) -> Tensor:
     """x [B, S, C] through all layers in one operator: what lies between their matrices is not worth a call of its own.
 
-    cos, sin fp32 [B, S, 1, D]; logn fp32 [B, S, 1, 1], factors of the queries; input_pos int64 [B, S] or [S]. Keys and
-    values are written to the caches. Errors: RuntimeError, also for a copied handle, whose caches are the original's.
+    cos, sin fp32 [B, S, 1, R], for a head's first R dimensions; logn fp32 [B, S, 1, 1], factors of the queries;
+    input_pos int64 [B, S] or [S]. Keys and values are written to the caches, and DeltaNets remember x. Errors:
+    RuntimeError, also for a copied handle, whose caches are the original's.
     """
     if x.is_cuda:
         return torch.ops.qwen_fast.run_layers(x, fused.handle, cos, sin, logn, input_pos)
     return torch.ops.qwen_fast.run_fused(x, fused.handle, cos, sin, logn, input_pos)
+
+
+# ---- Gated DeltaNet; the twin is deltanet.DeltaState.run_reference
+
+def fits_delta_net(conv: Tensor, state: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether the operator delta_net computes the recurrence of a DeltaNetTensors, for activations of a dtype."""
+    memory, _, inputs, *_ = state
+    whole = memory.size(2) % 16 == 0 and memory.size(3) % 16 == 0 and all(t.is_contiguous() for t in state)
+    return on_cpu(inputs) and inputs.dtype == conv.dtype == dtype and whole
 
 
 # ---- attention over the KV cache

@@ -113,6 +113,10 @@ def register_fakes() -> None:
     def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
         return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))
 
+    @torch.library.register_fake("qwen_fast::delta_net")
+    def _(qkv: Tensor, g: Tensor, b: Tensor, conv: Tensor, input_pos: Tensor, state: list[Tensor]) -> Tensor:
+        return g.new_empty(*g.shape, state[0].size(3))
+
     @torch.library.register_fake("qwen_fast::run_fused")
     def _(x: Tensor, *others) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)

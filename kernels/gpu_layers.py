@@ -287,17 +287,20 @@ def fuse(layers: Sequence[Any], n_head: int, eps: float) -> Tensor | None:
     them."""
     ours = []
     for layer in layers:
-        part = layer.feed_forward
-        linears = layer.wqkv, layer.wo, part.w13, part.w2
+        attention, part = layer.attention, layer.feed_forward
+        if getattr(attention, "output_gate", True):                # or a Gated DeltaNet
+            return None
+        linears = attention.wqkv, attention.wo, part.w13, part.w2
+        k_cache, v_cache = attention.k_cache, attention.v_cache
         others = [tensors for tensors in (part.router, part.shared_gate, part.shared_w13, part.shared_w2) if tensors]
-        same = layer.k_cache.dtype == layer.v_cache.dtype == layer.attention_norm.dtype == layer.ffn_norm.dtype
-        if not same or not all(map(fits, (*linears, *others))) or layer.k_cache.size(3) > MAX_HEAD:
+        same = k_cache.dtype == v_cache.dtype == layer.attention_norm.dtype == layer.ffn_norm.dtype
+        if not same or not all(map(fits, (*linears, *others))) or k_cache.size(3) > MAX_HEAD:
             return None
         wqkv, wo, w13, w2 = map(Weights.of, linears)
         router, *shared = map(Weights.of, others) if others else (None,)
         experts = Experts(router, part.n_chosen, part.normalize, *shared) if router else None
-        ours.append(Layer(layer.attention_norm, wqkv, layer.q_norm, layer.k_norm, wo, layer.ffn_norm, w13, w2, experts,
-                          layer.k_cache, layer.v_cache, layer.window))
+        ours.append(Layer(layer.attention_norm, wqkv, attention.q_norm, attention.k_norm, wo, layer.ffn_norm, w13, w2,
+                          experts, k_cache, v_cache, attention.window))
     handle: Any = torch.tensor([next(numbers)])
     fused[int(handle)] = handle.layers = Layers(ours, n_head, eps)
     return handle

@@ -5,6 +5,7 @@
 #include <ATen/ops/from_blob.h>
 #include <variant>
 #include "attention.h"
+#include "deltanet.h"
 #include "quantized.h"
 
 namespace {
@@ -138,33 +139,53 @@ Tensor linear(const Tensor& x, at::TensorList tensors, i64 N, bool quantize_acti
     return linear.multiply(x.reshape({-1, linear.K}).contiguous(), quantize_activations).to(dtype).view(sizes);
 }
 
-// x [C] -> x / sqrt(mean(x^2) + eps) * weight
+// What an RMS norm has besides its weights: x / sqrt(mean(x^2) + eps) * (weight + offset)
+struct Norm {
+    float eps, offset;
+};
+
+// x [C] -> y [C]
 template <typename X, typename T, typename U>
-INLINE void rms_norm(const X* x, const T* weight, U* y, i64 C, float eps) {
+INLINE void rms_norm(const X* x, const T* weight, U* y, i64 C, Norm norm) {
     float squares = 0;
     i64 c = 0;
     f32x16 sums = {};
     for (; c + 16 <= C; c += 16) sums += load16(x + c) * load16(x + c);
     for (; c < C; c++) squares += (float)x[c] * (float)x[c];
-    const float scale = 1.0f / std::sqrt((squares + sum(sums)) / C + eps);
-    for (c = 0; c + 16 <= C; c += 16) store16(y + c, load16(x + c) * scale * load16(weight + c));
-    for (; c < C; c++) y[c] = (float)x[c] * scale * (float)weight[c];
+    const float scale = 1.0f / std::sqrt((squares + sum(sums)) / C + norm.eps);
+    for (c = 0; c + 16 <= C; c += 16) store16(y + c, load16(x + c) * scale * (load16(weight + c) + norm.offset));
+    for (; c < C; c++) y[c] = (float)x[c] * scale * ((float)weight[c] + norm.offset);
 }
 
-// One head x [D] of one token: norm, if there is one, half-split RoPE by cos, sin [D], times scale -> out [D]
+// One head x [D] of one token: norm, if there is one, half-split RoPE of the first R dimensions by cos, sin [R], times
+// scale -> out [D]
 template <typename U, typename T>
-INLINE void finish_head(const U* x, const T* norm, float eps, const float* cos, const float* sin, float scale, T* out,
-                        i64 D) {
+INLINE void finish_head(const U* x, const T* weight, Norm norm, const float* cos, const float* sin, i64 R, float scale,
+                        T* out, i64 D) {
     float even[MAX_HEAD], turned[MAX_HEAD];
-    if (norm) rms_norm(x, norm, even, D, eps);
+    if (weight) rms_norm(x, weight, even, D, norm);
     else convert(x, even, D);
-    const i64 half = D / 2;
+    const i64 half = R / 2;
     for (i64 d = 0; d < half; d++) {
         turned[d] = (even[d] * cos[d] - even[half + d] * sin[d]) * scale;
         turned[half + d] = (even[half + d] * cos[half + d] + even[d] * sin[half + d]) * scale;
     }
+    for (i64 d = R; d < D; d++) turned[d] = even[d] * scale;
     convert(turned, out, D);
 }
+
+struct Attention {
+    Linear wqkv, wo;                          // queries, keys, values; the output's gate if any
+    Tensor q_norm, k_norm, k_cache, v_cache;  // both norms or neither
+    i64 window;
+    bool output_gate;
+};
+
+struct DeltaNet {
+    Linear wqkv, wba, wo;           // queries, keys, values, the output's gate; writing strengths, decays
+    Tensor conv, A, dt_bias, norm;  // [size, N] of the model's type; fp32 [Hv], -exp(A_log); [Hv]; [V]
+    DeltaState state;
+};
 
 struct FeedForward {
     Linear w13, w2;  // gate, then up; down
@@ -180,21 +201,24 @@ struct Experts {
     std::optional<Linear> shared_gate;
 };
 
-struct Layer {
-    Tensor attention_norm, q_norm, k_norm, ffn_norm, k_cache, v_cache;  // q_norm and k_norm: both or neither
-    Linear wqkv, wo;
-    std::variant<FeedForward, Experts> feed_forward;
-    i64 window;
+// x += f(norm(x)): half a layer
+struct Residual {
+    Tensor norm;
+    std::variant<Attention, DeltaNet, FeedForward, Experts> f;
 };
 
 // All layers, checked once. They live in the memory of a tensor, which the program holds and hands to every call: so
 // torch.compile sees one tensor instead of the hundreds in it, and takes that much less time.
 struct FusedLayers {
     i64 n_head;
-    float eps;
+    Norm norm;
     bool quantize_activations;
     const FusedLayers* self = this;  // is not, in a copy of that tensor
-    std::vector<Layer> layers;
+    std::vector<Residual> parts;
+    // Of the first part: the model's type and dimension; as soon as they are known: rows of a batch, and the caches'
+    at::ScalarType dtype = at::kFloat;
+    i64 C = 0, B = 0;
+    Tensor cache;
 
     static FusedLayers* of(const Tensor& handle) {
         auto* fused = (FusedLayers*)handle.const_data_ptr();
@@ -203,14 +227,15 @@ struct FusedLayers {
                     "fused layers: this is a copy, fuse the layers again");
         return fused;
     }
+    void add(const Tensor& norm, decltype(Residual::f) f) { parts.push_back({norm, std::move(f)}); }
 };
 
 // What all layers of one call share, for M = B * S tokens. T: the model's type, U: the one between the matrices
 template <typename T, typename U> struct Step {
     const FusedLayers& fused;
-    i64 C;
+    i64 S, C, R;
     Tensor pos;                     // [M]
-    const float *cos, *sin, *logn;  // [M, D], [M, D], [M] or null
+    const float *cos, *sin, *logn;  // [M, R], [M, R], [M] or null
     T* x;                           // [M, C], in and out
     i64 M = pos.numel();
 
@@ -227,7 +252,7 @@ template <typename T, typename U> struct Step {
         Tensor h = empty(C);
         U* to = h.mutable_data_ptr<U>();
         const T* weight = norm.const_data_ptr<T>();
-        each([&](i64 m) { rms_norm(x + m * C, weight, to + m * C, C, fused.eps); });
+        each([&](i64 m) { rms_norm(x + m * C, weight, to + m * C, C, fused.norm); });
         return h;
     }
     void add(const Tensor& y) const {
@@ -242,39 +267,73 @@ template <typename T, typename U> struct Step {
 
 template <typename T> const T* values(const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; }
 
-// x += wo(attention(wqkv(norm(x)))); keys and values are written to the caches.
-template <typename T, typename U> void attention(const Step<T, U>& step, const Layer& layer) {
+// wo(attention(wqkv(h))); keys and values are written to the caches.
+template <typename T, typename U> Tensor run(const Step<T, U>& step, const Attention& layer, const Tensor& h) {
     const auto& cache = layer.k_cache;
-    const i64 H = step.fused.n_head, K = cache.size(1), slots = cache.size(2), D = cache.size(3);
-    const Tensor qkv = step.multiply(layer.wqkv, step.normed(layer.attention_norm));
+    const i64 H = step.fused.n_head, K = cache.size(1), slots = cache.size(2), D = cache.size(3), R = step.R;
+    const Tensor qkv = step.multiply(layer.wqkv, h);
     Tensor queries = at::empty({step.M, H * D}, cache.options()), y = step.empty(H * D);
     const U* from = qkv.const_data_ptr<U>();
     const T *q_norm = values<T>(layer.q_norm), *k_norm = values<T>(layer.k_norm);
     T *q = queries.mutable_data_ptr<T>(), *k = cache.mutable_data_ptr<T>(), *v = layer.v_cache.mutable_data_ptr<T>();
-    const Tensor& pos = step.pos;
-    const i64 S = step.M / cache.size(0), *positions = pos.const_data_ptr<i64>();
+    U* out = y.mutable_data_ptr<U>();
+    const i64* positions = step.pos.template const_data_ptr<i64>();
     step.each([&](i64 m) {
-        const i64 b = m / S, slot = positions[m];
-        const float *cos = step.cos + m * D, *sin = step.sin + m * D, eps = step.fused.eps;
+        const i64 b = m / step.S, slot = positions[m];
+        const float *cos = step.cos + m * R, *sin = step.sin + m * R;
         const float scale = step.logn ? step.logn[m] : 1.0f;
+        const Norm norm = step.fused.norm;
         const U* head = from + m * layer.wqkv.N;
         const auto at = [&](i64 i) { return ((b * K + i) * slots + slot) * D; };  // of KV head i in the caches
-        for (i64 i = 0; i < H; i++, head += D) finish_head(head, q_norm, eps, cos, sin, scale, q + (m * H + i) * D, D);
-        for (i64 i = 0; i < K; i++, head += D) finish_head(head, k_norm, eps, cos, sin, 1.0f, k + at(i), D);
+        for (i64 i = 0; i < H; i++, head += D)
+            finish_head(head, q_norm, norm, cos, sin, R, scale, q + (m * H + i) * D, D);
+        for (i64 i = 0; i < K; i++, head += D) finish_head(head, k_norm, norm, cos, sin, R, 1.0f, k + at(i), D);
         for (i64 i = 0; i < K; i++, head += D) convert(head, v + at(i), D);
     });
-    attend_heads<T>(q, layer.k_cache, layer.v_cache, H, step.pos, layer.window, y.mutable_data_ptr<U>());
-    step.add(step.multiply(layer.wo, y));
+    attend_heads<T>(q, layer.k_cache, layer.v_cache, H, step.pos, layer.window, out);
+    if (layer.output_gate)
+        step.each([&](i64 m) {
+            const U* gate = from + m * layer.wqkv.N + (H + 2 * K) * D;
+            for (i64 i = 0; i < H * D; i += 16) {
+                U* to = out + m * H * D + i;
+                store16(to, load16(to) * sigmoid16(load16(gate + i)));
+            }
+        });
+    return step.multiply(layer.wo, y);
+}
+
+// wo(norm(o) * silu(gate)), where o is what the heads read from memory
+template <typename T, typename U> Tensor run(const Step<T, U>& step, const DeltaNet& layer, const Tensor& h) {
+    const DeltaState& state = layer.state;
+    const i64 Hv = state.Hv, V = state.V;
+    const Tensor qkv = step.multiply(layer.wqkv, h), ba = step.multiply(layer.wba, h);
+    Tensor y = step.empty(Hv * V), gates = at::empty({2, step.M, Hv}, at::kFloat);
+    const U *from = qkv.const_data_ptr<U>(), *strengths = ba.const_data_ptr<U>();
+    const float *A = layer.A.const_data_ptr<float>(), *dt_bias = layer.dt_bias.const_data_ptr<float>();
+    const float* norm = layer.norm.const_data_ptr<float>();
+    float *g = gates.mutable_data_ptr<float>(), *b = g + step.M * Hv;
+    U* out = y.mutable_data_ptr<U>();
+    step.each([&](i64 m) {
+        for (i64 i = 0; i < Hv; i++) {
+            const float a = (float)strengths[(2 * m + 1) * Hv + i] + dt_bias[i];
+            g[m * Hv + i] = A[i] * (a > 20 ? a : std::log1p(std::exp(a)));
+            b[m * Hv + i] = 1 / (1 + std::exp(-(float)strengths[2 * m * Hv + i]));
+        }
+    });
+    const DeltaPass<T, U> pass{state, layer.conv.const_data_ptr<T>(), from, layer.wqkv.N, step.S, g, b};
+    pass.run(step.pos.template const_data_ptr<i64>(), [&](i64 m, i64 i, float* o) {
+        const U* gate = from + m * layer.wqkv.N + state.N + i * V;
+        rms_norm(o, norm, o, V, Norm{step.fused.norm.eps, 0});
+        for (i64 v = 0; v < V; v += 16) store16(out + (m * Hv + i) * V + v, load16(o + v) * silu16(load16(gate + v)));
+    });
+    return step.multiply(layer.wo, y);
 }
 
 // silu(gate) * up [F] of gate_up [2 F]
 template <typename U> INLINE void silu_times(const U* gate_up, U* to, i64 F) {
     const U *gate = gate_up, *up = gate + F;
     i64 f = 0;
-    for (; f + 16 <= F; f += 16) {
-        const f32x16 g = load16(gate + f), e = exp16(-max16(g, -g));  // exp(-|g|) does not overflow
-        store16(to + f, (g < f32x16{} ? g * e : g) / (e + 1.0f) * load16(up + f));
-    }
+    for (; f + 16 <= F; f += 16) store16(to + f, silu16(load16(gate + f)) * load16(up + f));
     for (; f < F; f++) to[f] = (float)gate[f] / (1.0f + std::exp(-(float)gate[f])) * (float)up[f];
 }
 
@@ -332,7 +391,8 @@ struct Routing {
 };
 
 // x [pairs, K] -> [pairs, N / E], each pair by its expert's rows of w, which are read once
-template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, const Tensor& x, bool quantize_activations) {
+template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, const Tensor& x,
+                                       bool quantize_activations) {
     const i64 E = routing.first.size() - 1, n = w.N / E, K = w.K;
     Tensor y = at::empty({x.size(0), n}, x.options());
     const Tensor x32 = x.to(at::kFloat), y32 = is(y, at::kFloat) ? y : at::empty(y.sizes(), x32.options());
@@ -342,7 +402,8 @@ template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, 
         if (count > MAX_TOKENS)
             y.narrow(0, begin, count).copy_(w.expert(e, E).multiply(x.narrow(0, begin, count), quantize_activations));
         else if (count)
-            products.push_back({e, count, x32.const_data_ptr<float>() + begin * K, y32.mutable_data_ptr<float>() + begin * n});
+            products.push_back(
+                {e, count, x32.const_data_ptr<float>() + begin * K, y32.mutable_data_ptr<float>() + begin * n});
     }
     w.decode(products, E, quantize_activations);
     if (!y.is_same(y32))
@@ -354,7 +415,8 @@ template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, 
 }
 
 // The weighted sum of what the experts make of h [M, C], in fp32
-template <typename U> Tensor run(const FeedForward& experts, const Routing& routing, const Tensor& h, bool quantize_activations) {
+template <typename U> Tensor run(const FeedForward& experts, const Routing& routing, const Tensor& h,
+                                 bool quantize_activations) {
     const i64 C = h.size(1), pairs = routing.token.size();
     Tensor x = at::empty({pairs, C}, h.options()), y = at::empty(h.sizes(), h.options().dtype(at::kFloat));
     const U* from = h.const_data_ptr<U>();
@@ -375,13 +437,12 @@ template <typename U> Tensor run(const FeedForward& experts, const Routing& rout
     return y;
 }
 
-// x += feed_forward(norm(x))
-template <typename T, typename U> void feed_forward(const Step<T, U>& step, const Layer& layer) {
-    const Tensor h = step.normed(layer.ffn_norm);
+template <typename T, typename U> Tensor run(const Step<T, U>& step, const FeedForward& layer, const Tensor& h) {
+    return run<U>(layer, h, step.fused.quantize_activations);
+}
+
+template <typename T, typename U> Tensor run(const Step<T, U>& step, const Experts& experts, const Tensor& h) {
     const bool quantize_activations = step.fused.quantize_activations;
-    if (const auto* dense = std::get_if<FeedForward>(&layer.feed_forward))
-        return step.add(run<U>(*dense, h, quantize_activations));
-    const auto& experts = std::get<Experts>(layer.feed_forward);
     const Tensor logits = step.multiply(experts.router, h);
     const auto routing = Routing::best(logits.const_data_ptr<U>(), step.M, experts.k, experts.E, experts.normalize);
     Tensor y = run<U>(experts.all, routing, h, quantize_activations);
@@ -389,7 +450,7 @@ template <typename T, typename U> void feed_forward(const Step<T, U>& step, cons
         const Tensor gate = step.multiply(*experts.shared_gate, h).to(at::kFloat).sigmoid();
         y.addcmul_(gate, run<U>(*experts.shared, h, quantize_activations).to(at::kFloat));
     }
-    step.add(y.to(h.scalar_type()));
+    return y.to(h.scalar_type());
 }
 
 // What the experts chosen [M, k], times their weights fp32 [M, k], make of x [M, C] -> [M, C]
@@ -402,7 +463,7 @@ Tensor experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, at:
                 "experts: x ", x.sizes(), ", chosen ", chosen.sizes(), ", weights ", weights.sizes());
     const FeedForward all{Linear(w13, n_expert * 2 * size, C, dtype), Linear(w2, n_expert * C, size, dtype)};
     const Tensor chosen_ = chosen.contiguous(), weights_ = weights.contiguous();
-    const auto *c = chosen_.const_data_ptr<i64>();
+    const auto* c = chosen_.const_data_ptr<i64>();
     const float* w = weights_.const_data_ptr<float>();
     for (i64 i = 0; i < M * k; i++) TORCH_CHECK(c[i] >= 0 && c[i] < n_expert, "experts: expert ", c[i]);
     const Routing routing({c, c + M * k}, {w, w + M * k}, M, k, n_expert);
@@ -414,81 +475,133 @@ Tensor experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, at:
     return y.to(dtype);
 }
 
-// -> uint8 [sizeof(FusedLayers)], to which add_layer adds the layers one by one
-Tensor fuse_layers(i64 n_head, double eps, bool quantize_activations) {
+// -> uint8 [sizeof(FusedLayers)], to which what follows adds the layers, half by half
+Tensor fuse_layers(i64 n_head, double eps, double norm_offset, bool quantize_activations) {
     TORCH_CHECK(n_head > 0, "fuse_layers: ", n_head, " heads");
-    auto* const fused = new FusedLayers{n_head, (float)eps, quantize_activations};
+    auto* const fused = new FusedLayers{n_head, {(float)eps, (float)norm_offset}, quantize_activations};
     return at::from_blob(fused, {(i64)sizeof(FusedLayers)}, [](void* p) { delete (FusedLayers*)p; }, at::kByte);
 }
 
-void add_layer(const Tensor& handle, const Tensor& attention_norm, at::TensorList wqkv, const MaybeTensor& q_norm,
-               const MaybeTensor& k_norm, at::TensorList wo, const Tensor& ffn_norm, at::TensorList w13,
-               at::TensorList w2, i64 ffn_size, at::TensorList router, at::TensorList shared_gate,
-               at::TensorList shared_w13, at::TensorList shared_w2, i64 shared_size, i64 n_expert, i64 n_chosen,
-               bool normalize, const Tensor& k_cache, const Tensor& v_cache, i64 window) {
-    auto* fused = FusedLayers::of(handle);
-    const auto dtype = k_cache.scalar_type();
-    check_caches(k_cache, v_cache, dtype);
-    const auto& first_cache = fused->layers.empty() ? k_cache : fused->layers[0].k_cache;
-    const i64 C = fused->layers.empty() ? attention_norm.numel() : fused->layers[0].wo.N;
-    const i64 H = fused->n_head, K = k_cache.size(1), D = k_cache.size(3), F = ffn_size, E = std::max<i64>(n_expert, 1);
-    TORCH_CHECK(k_cache.sizes() == first_cache.sizes() && is(first_cache, dtype) && C > 0 && H % K == 0,
-                "add_layer: caches ", k_cache.sizes(), " ", dtype, " for ", H, " heads");
-    TORCH_CHECK(q_norm.has_value() == k_norm.has_value(), "add_layer: norms of both queries and keys, or of neither");
-    const auto norm = [&](const MaybeTensor& norm, i64 size) {
-        if (!norm) return Tensor();
-        const bool fits = is(*norm, dtype) && norm->is_contiguous() && norm->numel() == size;
-        TORCH_CHECK(fits, "add_layer: a norm ", norm->sizes(), " ", norm->scalar_type(), " for ", size, " ", dtype);
-        return *norm;
-    };
-    const auto feed_forward = [&](at::TensorList w13, at::TensorList w2, i64 E, i64 F) {
-        TORCH_CHECK(F > 0, "add_layer: a feed-forward of ", F);
-        return FeedForward{Linear(w13, E * 2 * F, C, dtype), Linear(w2, E * C, F, dtype)};
-    };
-    std::variant<FeedForward, Experts> ff = feed_forward(w13, w2, E, F);
-    if (n_expert) {
-        TORCH_CHECK(0 < n_chosen && n_chosen <= E && 2 * F % ROWS == 0 && C % ROWS == 0, "add_layer: ", n_chosen,
-                    " of ", E, " experts [", F, ", ", C, "]");
-        Experts experts{std::get<FeedForward>(ff), E, n_chosen, normalize, Linear(router, E, C, dtype), {}, {}};
-        if (shared_size) {
-            experts.shared = feed_forward(shared_w13, shared_w2, 1, shared_size);
-            experts.shared_gate = Linear(shared_gate, 1, C, dtype);
-        }
-        ff = std::move(experts);
-    }
-    fused->layers.push_back({norm(attention_norm, C), norm(q_norm, D), norm(k_norm, D), norm(ffn_norm, C), k_cache,
-                             v_cache, Linear(wqkv, (H + 2 * K) * D, C, dtype), Linear(wo, C, H * D, dtype),
-                             std::move(ff), window});
+// A norm's weight, checked
+Tensor norm_of(const MaybeTensor& weight, i64 size, at::ScalarType dtype) {
+    if (!weight) return Tensor();
+    const bool fits = is(*weight, dtype) && weight->is_contiguous() && weight->numel() == size;
+    TORCH_CHECK(fits, "fused layers: a norm ", weight->sizes(), " ", weight->scalar_type(), " for ", size, " ", dtype);
+    return *weight;
 }
 
-// x [B, S, C] through all layers, at input_pos [B, S] or [S]. cos, sin fp32 [B, S, 1, D], logn none or fp32 [B, S, 1,
+// The layers that tensor stands for; the first norm says what the model's type and dimension are.
+FusedLayers* extend(const Tensor& handle, const Tensor& norm) {
+    auto* fused = FusedLayers::of(handle);
+    if (fused->parts.empty()) fused->dtype = norm.scalar_type(), fused->C = norm.numel();
+    TORCH_CHECK(fused->C > 0, "fused layers: a norm of nothing");
+    norm_of(norm, fused->C, fused->dtype);
+    return fused;
+}
+
+void check_batch(FusedLayers* fused, i64 B) {
+    if (!fused->B) fused->B = B;
+    TORCH_CHECK(fused->B == B, "fused layers: ", B, " rows after ", fused->B);
+}
+
+void add_attention(const Tensor& handle, const Tensor& norm, at::TensorList wqkv, const MaybeTensor& q_norm,
+                   const MaybeTensor& k_norm, at::TensorList wo, const Tensor& k_cache, const Tensor& v_cache,
+                   i64 window, bool output_gate) {
+    auto* fused = extend(handle, norm);
+    const auto dtype = fused->dtype;
+    check_caches(k_cache, v_cache, dtype);
+    const auto& cache = fused->cache.defined() ? fused->cache : k_cache;
+    const i64 C = fused->C, H = fused->n_head, K = k_cache.size(1), D = k_cache.size(3);
+    TORCH_CHECK(k_cache.sizes() == cache.sizes() && H % K == 0, "add_attention: caches ", k_cache.sizes(), " for ", H,
+                " heads");
+    TORCH_CHECK(q_norm.has_value() == k_norm.has_value(), "add_attention: norms of queries and keys, or of neither");
+    Attention layer{Linear(wqkv, (H * (1 + output_gate) + 2 * K) * D, C, dtype),
+                    Linear(wo, C, H * D, dtype),
+                    norm_of(q_norm, D, dtype),
+                    norm_of(k_norm, D, dtype),
+                    k_cache,
+                    v_cache,
+                    window,
+                    output_gate};
+    check_batch(fused, k_cache.size(0));
+    fused->cache = cache;
+    fused->add(norm, std::move(layer));
+}
+
+// conv [N, size]; state: the tensors of a deltanet.DeltaState
+void add_deltanet(const Tensor& handle, const Tensor& norm, at::TensorList wqkv, at::TensorList wba, const Tensor& conv,
+                  const Tensor& A_log, const Tensor& dt_bias, const Tensor& output_norm, at::TensorList wo,
+                  at::TensorList state) {
+    auto* fused = extend(handle, norm);
+    const auto dtype = fused->dtype;
+    const DeltaState s(state);
+    const i64 C = fused->C, values = s.Hv * s.V;
+    TORCH_CHECK(is(conv, dtype) && is(s.inputs, dtype) && conv.sizes() == at::IntArrayRef({s.N, s.size}) &&
+                    A_log.numel() == s.Hv && dt_bias.numel() == s.Hv && output_norm.numel() == s.V,
+                "add_deltanet: convolution ", conv.sizes(), ", A_log ", A_log.sizes(), ", dt_bias ", dt_bias.sizes(),
+                ", norm ", output_norm.sizes(), " for memory ", s.memory.sizes(), " and ", dtype);
+    DeltaNet layer{Linear(wqkv, s.N + values, C, dtype),
+                   Linear(wba, 2 * s.Hv, C, dtype),
+                   Linear(wo, C, values, dtype),
+                   conv.t().contiguous(),
+                   A_log.to(at::kFloat).exp().neg(),
+                   dt_bias.to(at::kFloat).contiguous(),
+                   output_norm.to(at::kFloat).contiguous(),
+                   s};
+    check_batch(fused, s.B);
+    fused->add(norm, std::move(layer));
+}
+
+void add_feed_forward(const Tensor& handle, const Tensor& norm, at::TensorList w13, at::TensorList w2, i64 size,
+                      at::TensorList router, at::TensorList shared_gate, at::TensorList shared_w13,
+                      at::TensorList shared_w2, i64 shared_size, i64 n_expert, i64 n_chosen, bool normalize) {
+    auto* fused = extend(handle, norm);
+    const auto dtype = fused->dtype;
+    const i64 C = fused->C, E = std::max<i64>(n_expert, 1);
+    const auto feed_forward = [&](at::TensorList w13, at::TensorList w2, i64 E, i64 F) {
+        TORCH_CHECK(F > 0, "add_feed_forward: of ", F);
+        return FeedForward{Linear(w13, E * 2 * F, C, dtype), Linear(w2, E * C, F, dtype)};
+    };
+    auto all = feed_forward(w13, w2, E, size);
+    if (!n_expert) return fused->add(norm, std::move(all));
+    TORCH_CHECK(0 < n_chosen && n_chosen <= E && 2 * size % ROWS == 0 && C % ROWS == 0, "add_feed_forward: ", n_chosen,
+                " of ", E, " experts [", size, ", ", C, "]");
+    Experts experts{std::move(all), E, n_chosen, normalize, Linear(router, E, C, dtype), {}, {}};
+    if (shared_size) {
+        experts.shared = feed_forward(shared_w13, shared_w2, 1, shared_size);
+        experts.shared_gate = Linear(shared_gate, 1, C, dtype);
+    }
+    fused->add(norm, std::move(experts));
+}
+
+// x [B, S, C] through all layers, at input_pos [B, S] or [S]. cos, sin fp32 [B, S, 1, R], logn none or fp32 [B, S, 1,
 // 1]
 Tensor run_fused(const Tensor& x, const Tensor& handle, const Tensor& cos_, const Tensor& sin_,
                  const MaybeTensor& logn_, const Tensor& input_pos) {
     const auto* fused = FusedLayers::of(handle);
-    TORCH_CHECK(!fused->layers.empty(), "run_fused: no layers");
+    TORCH_CHECK(!fused->parts.empty() && fused->cache.defined(), "run_fused: no layers, or none with attention");
     const auto cos = cos_.contiguous(), sin = sin_.contiguous(), logn = logn_ ? logn_->contiguous() : Tensor();
-    const auto& cache = fused->layers[0].k_cache;
-    const i64 B = cache.size(0), S = x.dim() == 3 ? x.size(1) : 0, M = B * S;
-    const i64 D = cache.size(3), C = fused->layers[0].wo.N;
+    const auto& cache = fused->cache;
+    const i64 B = fused->B, S = x.dim() == 3 ? x.size(1) : 0, M = B * S;
+    const i64 C = fused->C, R = M > 0 ? cos.numel() / M : 0;
     const auto fp32 = [](const Tensor& t, i64 size) { return is(t, at::kFloat) && t.numel() == size; };
-    TORCH_CHECK(M > 0 && is(x, cache.scalar_type()) && x.size(0) == B && x.size(2) == C && fp32(cos, M * D) &&
-                    fp32(sin, M * D) && (!logn.defined() || fp32(logn, M)),
+    TORCH_CHECK(M > 0 && is(x, fused->dtype) && x.size(0) == B && x.size(2) == C && R % 2 == 0 && R <= cache.size(3) &&
+                    cos.size(-1) == R && fp32(cos, M * R) && fp32(sin, M * R) && (!logn.defined() || fp32(logn, M)),
                 "run_fused: x ", x.sizes(), ", cos ", cos.sizes(), ", caches ", cache.sizes());
     const auto pos = positions(input_pos, B, S, cache.size(2));
     auto out = x.clone(at::MemoryFormat::Contiguous);
-    const auto run = [&](auto t, auto u) {
+    const auto run_all = [&](auto t, auto u) {
         using T = decltype(t);
         const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
-        const Step<T, decltype(u)> step{*fused, C, pos, c, s, values<float>(logn), out.mutable_data_ptr<T>()};
-        for (const auto& layer : fused->layers) {
-            attention(step, layer);
-            feed_forward(step, layer);
+        const Step<T, decltype(u)> step{*fused, S, C, R, pos, c, s, values<float>(logn), out.mutable_data_ptr<T>()};
+        for (const auto& [norm, f] : fused->parts) {
+            const Tensor h = step.normed(norm);
+            step.add(std::visit([&](const auto& part) { return run(step, part, h); }, f));
         }
     };
     by_dtype(x, [&](auto zero) {
-        if (M > MAX_TOKENS) run(zero, zero);
-        else run(zero, 0.0f);
+        if (M > MAX_TOKENS) run_all(zero, zero);
+        else run_all(zero, 0.0f);
     });
     return out;
 }

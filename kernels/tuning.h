@@ -27,4 +27,8 @@ constexpr i64 TILE_QUERIES = 64;     // queries of one KV head that share a pass
 constexpr i64 LEAST_SPLIT = 128;     // positions that are worth a thread of their own
 constexpr i64 ONE_THREAD = 1 << 15;  // multiply-adds up to which waking the other threads takes longer
 
+// Gated DeltaNet
+constexpr i64 DELTA_CHUNK = 64;  // tokens at once
+constexpr i64 MEMORY_ROWS = 32;  // that stay in the first-level cache between being changed and being read
+
 }  // namespace

@@ -145,7 +145,25 @@ INLINE f32x16 exp16(f32x16 x) {
     return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
 }
 
+INLINE f32x16 silu16(f32x16 x) {
+    const f32x16 e = exp16(-max16(x, -x));  // exp(-|x|) does not overflow
+    return (x < f32x16{} ? x * e : x) / (e + 1.0f);
+}
+
+INLINE f32x16 sigmoid16(f32x16 x) {
+    const f32x16 e = exp16(-max16(x, -x));
+    return (x < f32x16{} ? e : splat(1.0f)) / (e + 1.0f);
+}
+
 // ---- products
+
+// How many f32x16 of a row are added up at once with those of four rows: eight sums in registers hide the latency of
+// the multiply-add.
+#ifdef __AVX512F__
+constexpr int TILE_REGISTERS = 2;
+#else
+constexpr int TILE_REGISTERS = 1;
+#endif
 
 // dot_u8s8: acc[i] + the sum of the four products of bytes 4 i .. 4 i + 3. load_first64: n bytes, then zeros.
 #ifdef __AVX512VNNI__

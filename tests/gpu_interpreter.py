@@ -237,9 +237,9 @@ def tensors_of(layer) -> kernels.LayerTensors:
             router=of(feed_forward.router), shared_gate=of(feed_forward.shared_gate), shared_w13=of(shared.w13),
             shared_w2=of(shared.w2), shared_size=shared.size, n_expert=feed_forward.n_expert,
             n_chosen=feed_forward.n_chosen, normalize=feed_forward.normalize)
-    return kernels.LayerTensors(
-        layer.attention_norm.weight, of(attention.wqkv), q_norm, k_norm, of(attention.wo), layer.ffn_norm.weight,
-        tensors, attention.kv_cache.k_cache, attention.kv_cache.v_cache, attention.window)
+    heads = kernels.AttentionTensors(of(attention.wqkv), q_norm, k_norm, of(attention.wo), attention.kv_cache.k_cache,
+                                     attention.kv_cache.v_cache, attention.window, False)
+    return kernels.LayerTensors(layer.attention_norm.weight, heads, layer.ffn_norm.weight, tensors)
 
 
 def cases() -> Iterator[tuple]:

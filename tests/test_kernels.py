@@ -230,11 +230,11 @@ def test_attend_refuses_what_does_not_fit() -> None:
 
 # ---- whole layers
 
-H, K, D, C, FFN, EPS = 4, 2, 16, 40, 72, 1e-6     # tails of 8 in C and FFN
+H, K, D, C, FFN, EPS, OFFSET = 4, 2, 16, 40, 72, 1e-6, 0.5     # tails of 8 in C and FFN
 
 
 def make_layer(kind: str, dtype: torch.dtype, B: int = 1, T: int = 48, window: int = 0, norms: bool = True,
-               biases: bool = False) -> tuple[kernels.LayerTensors, dict[str, Tensor]]:
+               biases: bool = False, gate: bool = False) -> tuple[kernels.LayerTensors, dict[str, Tensor]]:
     """And the weights of its linears in fp64."""
     weights = {}
 
@@ -251,42 +251,51 @@ def make_layer(kind: str, dtype: torch.dtype, B: int = 1, T: int = 48, window: i
 
     def norm(size: int) -> Tensor:
         return (torch.rand(size) + 0.5).to(dtype)
-    return kernels.LayerTensors(
-        norm(C), make_linear("wqkv", (H + 2 * K) * D, C), norm(D) if norms else None, norm(D) if norms else None,
-        make_linear("wo", C, H * D), norm(C),
-        kernels.FeedForwardTensors(make_linear("w13", 2 * FFN, C), make_linear("w2", C, FFN), FFN),
-        torch.zeros(B, K, T, D, dtype=dtype), torch.zeros(B, K, T, D, dtype=dtype), window), weights
+    attention_norm, (k_cache, v_cache) = norm(C), torch.zeros(2, B, K, T, D, dtype=dtype)
+    attention = kernels.AttentionTensors(
+        make_linear("wqkv", (H * (1 + gate) + 2 * K) * D, C), norm(D) if norms else None, norm(D) if norms else None,
+        make_linear("wo", C, H * D), k_cache, v_cache, window, gate)
+    ffn_norm = norm(C)
+    feed_forward = kernels.FeedForwardTensors(make_linear("w13", 2 * FFN, C), make_linear("w2", C, FFN), FFN)
+    return kernels.LayerTensors(attention_norm, attention, ffn_norm, feed_forward), weights
 
 
 def layer_in_fp64(layer: kernels.LayerTensors, w: dict[str, Tensor], caches: Tensor, x: Tensor, cos: Tensor,
                   sin: Tensor, logn: Tensor | None, input_pos: Tensor, rounding: tuple | None = None) -> Tensor:
     """caches [2, B, K, T, D] are written to. rounding: of activations, for quantize_activations_reference."""
     def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-        return x if weight is None else x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+        if weight is None:
+            return x
+        scale = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        return x * scale * (weight.double() + OFFSET * attention.output_gate)
 
     def multiply(name: str, x: Tensor) -> Tensor:
-        tensors: list[Tensor] = getattr(layer.feed_forward if name in ("w13", "w2") else layer, name)
+        tensors: list[Tensor] = getattr(layer.feed_forward if name in ("w13", "w2") else attention, name)
         own = {torch.uint8: 3, torch.int8: 2}.get(tensors[0].dtype, 1)
         if rounding:
             x = kernels.quantize_activations_reference(x, *rounding).double()
         return x @ w[name].T + (tensors[own].double() if len(tensors) > own else 0)
 
     def rotate(x: Tensor) -> Tensor:
+        x, rest = x[..., :cos.size(-1)], x[..., cos.size(-1):]
         first, second = x.chunk(2, dim=-1)
-        return x * cos.double() + torch.cat((-second, first), dim=-1) * sin.double()
-    B, S, _ = x.shape
-    q, k, v = multiply("wqkv", norm(x, layer.attention_norm)).view(B, S, -1, D).split([H, K, K], dim=2)
-    q, k = rotate(norm(q, layer.q_norm)) * (1 if logn is None else logn.double()), rotate(norm(k, layer.k_norm))
+        return torch.cat((x * cos.double() + torch.cat((-second, first), dim=-1) * sin.double(), rest), dim=-1)
+    (B, S, _), attention = x.shape, layer.attention
+    heads = multiply("wqkv", norm(x, layer.attention_norm)).view(B, S, -1, D)
+    q, k, v, gates = heads.split([H, K, K, H * attention.output_gate], dim=2)
+    q = rotate(norm(q, attention.q_norm)) * (1 if logn is None else logn.double())
+    k = rotate(norm(k, attention.k_norm))
     for b in range(B):
         caches[0][b, :, input_pos[b]], caches[1][b, :, input_pos[b]] = k[b].transpose(0, 1), v[b].transpose(0, 1)
-    x = x + multiply("wo", attention_in_fp64(q, *caches, input_pos, layer.window))
+    y = attention_in_fp64(q, *caches, input_pos, attention.window)
+    x = x + multiply("wo", y * gates.flatten(2).sigmoid() if attention.output_gate else y)
     gate, up = multiply("w13", norm(x, layer.ffn_norm)).chunk(2, dim=-1)
     return x + multiply("w2", torch.nn.functional.silu(gate) * up)
 
 
-def step_inputs(B: int, S: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+def step_inputs(B: int, S: int, start: int, R: int = D) -> tuple[Tensor, Tensor, Tensor]:
     """cos, sin, input_pos [B, S], where every row stands one further than the row before."""
-    angles = torch.randn(B, S, 1, D)
+    angles = torch.randn(B, S, 1, R)
     return angles.cos(), angles.sin(), start + torch.arange(S) + torch.arange(B)[:, None]
 
 
@@ -295,17 +304,19 @@ def step_inputs(B: int, S: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
 def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool) -> None:
-    """Two layers against their definition: prefill of 20 tokens, then one and five more, in one row and in two."""
+    """Two layers against their definition: prefill of 20 tokens, then one and five more, in one row and in two. With
+    gates, also RoPE of a part and norms with an offset."""
     tolerance, rounding = 3e-2 if dtype == BF16 else 2e-5, None
     if vnni and quantize_activations and kind != "plain":
         rounding = (torch.int16, 256) if kind == "int8" else (torch.int8, 32)
         tolerance += 2e-4 if kind == "int8" else 2e-2
-    for B, norms, biases, logn in ((1, True, False, False), (2, False, True, True)):
-        both = [make_layer(kind, dtype, B, window=window, norms=norms, biases=biases) for window in (0, 7)]
+    for B, norms, biases, logn, gate in ((1, True, False, False, False), (2, False, True, True, False),
+                                         (1, True, False, False, True)):
+        both = [make_layer(kind, dtype, B, window=window, norms=norms, biases=biases, gate=gate) for window in (0, 7)]
         layers, caches = [layer for layer, _ in both], torch.zeros(2, 2, B, K, 48, D, dtype=torch.float64)
-        fused = kernels.fuse(layers, H, EPS, quantize_activations)
+        fused = kernels.fuse(layers, H, EPS, OFFSET * gate, quantize_activations)
         for S, start in ((20, 0), (1, 20), (5, 21)):
-            x, (cos, sin, input_pos) = torch.randn(B, S, C).to(dtype), step_inputs(B, S, start)
+            x, (cos, sin, input_pos) = torch.randn(B, S, C).to(dtype), step_inputs(B, S, start, D // (1 + gate))
             factors = 1 + torch.rand(B, S, 1, 1) if logn else None
             y, expected = kernels.run_fused(fused, x, cos, sin, factors, input_pos), x.double()
             for (layer, weights), cache in zip(both, caches):
@@ -313,16 +324,17 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
                                          rounding if B * S <= kernels.MAX_TOKENS else None)
             assert kernels.accepts(fused, x) and y.dtype == dtype and error(y, expected) < tolerance, (B, S)
         for layer, cache in zip(layers, caches):
-            assert error(layer.k_cache, cache[0]) < tolerance and error(layer.v_cache, cache[1]) < tolerance
+            assert error(layer.attention.k_cache, cache[0]) < tolerance
+            assert error(layer.attention.v_cache, cache[1]) < tolerance
 
 
 @needs_ops
 def test_fused_layers_keep_their_tensors_and_no_longer() -> None:
     layer, _ = make_layer("plain", FP32)
-    fused, x = kernels.fuse([layer], H, EPS, True), torch.randn(1, 1, C)
+    fused, x = kernels.fuse([layer], H, EPS, 0.0, True), torch.randn(1, 1, C)
     cos, sin, input_pos = step_inputs(1, 1, 0)
     expected = kernels.run_fused(fused, x, cos, sin, None, input_pos)
-    weight, cache = weakref.ref(layer.wqkv[0]), weakref.ref(layer.k_cache)
+    weight, cache = weakref.ref(layer.attention.wqkv[0]), weakref.ref(layer.attention.k_cache)
     del layer
     gc.collect()
     assert weight() is not None and torch.equal(kernels.run_fused(fused, x, cos, sin, None, input_pos), expected)
@@ -334,11 +346,20 @@ def test_fused_layers_keep_their_tensors_and_no_longer() -> None:
 @needs_ops
 def test_copied_fused_layers_are_refused() -> None:
     """A copy would write to the original's caches."""
-    fused = copy.deepcopy(kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, True))
+    fused = copy.deepcopy(kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, 0.0, True))
     cos, sin, input_pos = step_inputs(1, 1, 0)
     for handle in (fused.handle, fused.handle[:8], torch.zeros(0, dtype=torch.uint8)):
         with pytest.raises(RuntimeError, match="fuse the layers again"):
             kernels.run_fused(fused._replace(handle=handle), torch.randn(1, 1, C), cos, sin, None, input_pos)
+
+
+def changed(layer: kernels.LayerTensors, **change: object) -> kernels.LayerTensors:
+    """The layer with other tensors, wherever they are in it."""
+    def fields_of(part: tuple) -> dict:
+        return {name: value for name, value in change.items() if name in part._fields}
+    attention = layer.attention._replace(**fields_of(layer.attention))
+    feed_forward = layer.feed_forward._replace(**fields_of(layer.feed_forward))
+    return layer._replace(attention=attention, feed_forward=feed_forward, **fields_of(layer))
 
 
 @needs_ops
@@ -346,7 +367,7 @@ def test_copied_fused_layers_are_refused() -> None:
     dict(attention_norm=torch.ones(C + 1)), dict(ffn_norm=torch.ones(C - 1)), dict(q_norm=None),
     dict(k_norm=torch.ones(D + 1)), dict(wqkv=[torch.ones((H + 2 * K) * D, C + 1)]), dict(wo=[]),
     dict(w13=[torch.ones(FFN, C)]), dict(w2=[torch.ones(C, FFN).bfloat16()]),
-    dict(w2=[torch.ones(C, FFN), torch.ones(C + 1)]), dict(size=0), dict(size=FFN + 1),
+    dict(w2=[torch.ones(C, FFN), torch.ones(C + 1)]), dict(size=0), dict(size=FFN + 1), dict(output_gate=True),
     dict(n_expert=2, n_chosen=1), dict(n_expert=1, n_chosen=2, router=[torch.ones(1, C)]),
     dict(k_cache=torch.zeros(1, K, 47, D)),
     dict(v_cache=torch.zeros(1, K, 48, D).bfloat16()),
@@ -354,17 +375,15 @@ def test_copied_fused_layers_are_refused() -> None:
     dict(k_cache=torch.zeros(2, K, 48, D), v_cache=torch.zeros(2, K, 48, D))], ids=lambda change: "-".join(change))
 def test_layers_that_do_not_fit_are_refused(change: dict) -> None:
     layer, _ = make_layer("plain", FP32)
-    handle = torch.ops.qwen_fast.fuse_layers(H, EPS, True)
-    torch.ops.qwen_fast.add_layer(handle, *layer.arguments())
-    with pytest.raises(RuntimeError, match="add_layer: |linear|caches"):
-        inner = layer.feed_forward._replace(**{k: v for k, v in change.items() if k not in layer._fields})
-        outer = {k: v for k, v in change.items() if k in layer._fields}
-        torch.ops.qwen_fast.add_layer(handle, *layer._replace(feed_forward=inner, **outer).arguments())
+    handle = torch.ops.qwen_fast.fuse_layers(H, EPS, 0.0, True)
+    kernels.add_layer(handle, layer)
+    with pytest.raises(RuntimeError, match="add_attention: |add_feed_forward: |linear|caches|norm|rows"):
+        kernels.add_layer(handle, changed(layer, **change))
 
 
 @needs_ops
 def test_run_fused_refuses_what_does_not_fit() -> None:
-    fused, x = kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, True), torch.randn(1, 1, C)
+    fused, x = kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, 0.0, True), torch.randn(1, 1, C)
     cos, sin, input_pos = step_inputs(1, 1, 0)
     with pytest.raises(RuntimeError, match="outside the cache"):
         kernels.run_fused(fused, x, cos, sin, None, input_pos + 48)
@@ -375,22 +394,23 @@ def test_run_fused_refuses_what_does_not_fit() -> None:
         with pytest.raises(RuntimeError):
             kernels.run_fused(fused, **fitting | change)
     with pytest.raises(RuntimeError, match="no layers"):
-        kernels.run_fused(fused._replace(handle=torch.ops.qwen_fast.fuse_layers(H, EPS, True)), **fitting)
+        kernels.run_fused(fused._replace(handle=torch.ops.qwen_fast.fuse_layers(H, EPS, 0.0, True)), **fitting)
     with pytest.raises(RuntimeError, match="heads"):
-        torch.ops.qwen_fast.fuse_layers(0, EPS, True)
+        torch.ops.qwen_fast.fuse_layers(0, EPS, 0.0, True)
 
 
 def test_what_cannot_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = make_layer("plain", FP32)
 
     def fuse(**changes) -> kernels.FusedLayers | None:
-        return kernels.fuse([layer, layer._replace(**changes)], H, EPS, True)
-    for cache in (torch.zeros(1, K, 48, 24), torch.zeros(1, K, 48, kernels.MAX_HEAD + 16), layer.k_cache.half(),
-                  layer.k_cache.bfloat16(), layer.k_cache.to("meta")):
+        return kernels.fuse([layer, changed(layer, **changes)], H, EPS, 0.0, True)
+    full = layer.attention.k_cache
+    for cache in (torch.zeros(1, K, 48, 24), torch.zeros(1, K, 48, kernels.MAX_HEAD + 16), full.half(), full.bfloat16(),
+                  full.to("meta")):
         assert fuse(k_cache=cache, v_cache=cache) is None
-    assert fuse(attention_norm=torch.ones(C).bfloat16()) is None and fuse(v_cache=layer.k_cache.bfloat16()) is None
+    assert fuse(attention_norm=torch.ones(C).bfloat16()) is None and fuse(v_cache=full.bfloat16()) is None
     fused = fuse()
-    assert kernels.fuse([], H, EPS, True) is None and (fused is not None) == HAVE_OPS
+    assert kernels.fuse([], H, EPS, 0.0, True) is None and (fused is not None) == HAVE_OPS
     assert kernels.accepts(fused, torch.zeros(1, 2, C)) == HAVE_OPS
     assert not any(kernels.accepts(f, x) for f, x in (
         (None, torch.zeros(1, 2, C)), (fused, torch.zeros(1, 2, C).double()), (fused, torch.zeros(1, 0, C))))
@@ -499,7 +519,7 @@ def test_fakes_agree_with_the_ops() -> None:
     for tensors, N in (([torch.randn(5, 64)], 5), (int8_weights(5, 64)[:2], 5), (packed, 32)):
         torch.library.opcheck(ops.linear, (x, list(tensors), N, True), test_utils=checks)
     torch.library.opcheck(ops.attend, (torch.randn(2, 1, 4, 16), cache, cache, torch.tensor([3]), 0), test_utils=checks)
-    fused = kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, True)
+    fused = kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, 0.0, True)
     cos, sin, input_pos = step_inputs(1, 2, 3)
     arguments = (torch.randn(1, C, 2).transpose(1, 2), fused.handle, cos, sin, None, input_pos)
     real = ops.run_fused(*arguments)

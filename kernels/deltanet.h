@@ -1,0 +1,358 @@
+// Gated DeltaNet: deltanet.py has the formulas, and the rules by which tokens become part of the memory. A pass goes
+// through a text in chunks. Memory is read once for each, and written at most once: what it takes up, the chunk before
+// or what was pending, and what is read from it meet in one sweep over its rows, some of which stay in the first-level
+// cache in between. Keys, queries and all sums are in fp32.
+#pragma once
+#include <ATen/ops/empty.h>
+#include <memory>
+#include "linear.h"
+
+namespace {
+
+// ---- products of small matrices in fp32
+
+// Elements (r, j) of a matrix at p[r * row + j * step]
+struct Strided {
+    const float* p;
+    i64 row, step;
+};
+
+// c[r, i] = scale c[r, i] + sum over j < n of a(r, j) b[j, i], for NR rows and 16 * NC columns. A scale of 0 stands for
+// a c that was not there.
+template <int NR, int NC>
+INLINE void add_tile(float* c, i64 c_row, float scale, Strided a, const float* b, i64 b_row, i64 n) {
+    f32x16 sums[NR][NC];
+    UNROLL2(r, NR, i, NC) sums[r][i] = scale == 0 ? f32x16{} : load16(c + r * c_row + 16 * i) * scale;
+    for (i64 j = 0; j < n; j++) {
+        f32x16 bj[NC];
+        UNROLL(i, NC) bj[i] = load16(b + j * b_row + 16 * i);
+        UNROLL(r, NR) {
+            const f32x16 factor = splat(a.p[r * a.row + j * a.step]);
+            UNROLL(i, NC) sums[r][i] += factor * bj[i];
+        }
+    }
+    UNROLL2(r, NR, i, NC) store16(c + r * c_row + 16 * i, sums[r][i]);
+}
+
+// The same for c [m, columns]: a [m, n], b [n, columns], columns a multiple of 16
+inline void add_product(float* c, i64 c_row, i64 m, i64 columns, float scale, Strided a, const float* b, i64 b_row,
+                        i64 n) {
+    tiles(m, [&](i64 r, auto rows) INLINE_LAMBDA {
+        constexpr int NC = rows <= 2 ? 2 * TILE_REGISTERS : TILE_REGISTERS;
+        float* to = c + r * c_row;
+        const Strided from{a.p + r * a.row, a.row, a.step};
+        i64 i = 0;
+        for (; i + 16 * NC <= columns; i += 16 * NC) add_tile<rows, NC>(to + i, c_row, scale, from, b + i, b_row, n);
+        for (; i < columns; i += 16) add_tile<rows, 1>(to + i, c_row, scale, from, b + i, b_row, n);
+    });
+}
+
+// x / |x|, times scale
+INLINE void normalize(const float* x, float* y, i64 n, float scale) {
+    f32x16 squares = {};
+    for (i64 i = 0; i < n; i += 16) squares += load16(x + i) * load16(x + i);
+    scale /= std::sqrt(sum(squares) + 1e-6f);
+    for (i64 i = 0; i < n; i += 16) store16(y + i, load16(x + i) * scale);
+}
+
+// e^x for x <= 0. What is less than e^-60 is 0: next to what the others add it is nothing, and numbers near the end of
+// the range are slow.
+INLINE f32x16 decay16(f32x16 x) { return x < splat(-60.0f) ? f32x16{} : exp16(x); }
+INLINE float decay(float x) { return x < -60.0f ? 0.0f : std::exp(x); }
+
+// ---- memory
+
+// deltanet.DeltaState
+struct DeltaState {
+    Tensor memory, length, inputs, pending, keys, updates, decays;
+    i64 B = memory.size(0), Hv = memory.size(1), K = memory.size(2), V = memory.size(3), P = keys.size(1);
+    i64 Hk = keys.size(2), N = 2 * Hk * K + Hv * V, size = inputs.size(1) - P + 1;  // positions of the convolution
+
+    explicit DeltaState(at::TensorList t)
+        : memory(at(t, 0, 4)), length(at(t, 1, 1)), inputs(at(t, 2, 3)), pending(at(t, 3, 1)), keys(at(t, 4, 4)),
+          updates(at(t, 5, 4)), decays(at(t, 6, 3)) {
+        const auto is = [&](const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
+            return t.sizes() == sizes && t.scalar_type() == dtype && t.is_contiguous() && t.is_cpu();
+        };
+        const auto f = at::kFloat;
+        TORCH_CHECK(B > 0 && P > 0 && Hk > 0 && Hv % Hk == 0 && K > 0 && K % 16 == 0 && V > 0 && V % 16 == 0 &&
+                        size > 1 && is(memory, {B, Hv, K, V}, f) && is(length, {B}, at::kLong) &&
+                        is(inputs, {B, size - 1 + P, N}, inputs.scalar_type()) && is(pending, {B}, at::kLong) &&
+                        is(keys, {B, P, Hk, K}, f) && is(updates, {B, P, Hv, V}, f) && is(decays, {B, P, Hv}, f),
+                    "deltanet: memory ", memory.sizes(), ", inputs ", inputs.sizes(), ", keys ", keys.sizes(),
+                    ", updates ", updates.sizes());
+    }
+    static Tensor at(at::TensorList t, size_t i, i64 dims) {
+        TORCH_CHECK(t.size() == 7 && t[i].dim() == dims, "deltanet: the tensors of a state");
+        return t[i];
+    }
+};
+
+// What memory takes up: n tokens of these keys, each times its decay up to the last, and updates. keys and updates are
+// nothing but places to write to. (n = 0, decay 0) makes it forget everything, (n = 0, decay 1) leaves it as it was.
+struct Taken {
+    i64 n = 0;
+    float decay = 1.0f;
+    float *keys, *updates;  // [_, K], [_, V]
+
+    // Of the keys [n] in steps of k_row, and the sums of the tokens' decays
+    void weigh(const float* k, i64 k_row, const float* sums, i64 count, i64 K) {
+        n = count;
+        decay = ::decay(sums[n - 1]);
+        for (i64 i = 0; i < n; i++) {
+            const float factor = ::decay(sums[n - 1] - sums[i]);
+            for (i64 d = 0; d < K; d += 16) store16(keys + i * K + d, load16(k + i * k_row + d) * factor);
+        }
+    }
+};
+
+// memory [K, V] takes up `taken`; y [count, V] = x [count, K] memory
+inline void sweep(float* memory, const Taken& taken, const float* x, i64 count, float* y, i64 K, i64 V) {
+    for (i64 k = 0; k < K; k += MEMORY_ROWS) {
+        const i64 rows = std::min<i64>(MEMORY_ROWS, K - k);
+        float* m = memory + k * V;
+        if (count <= 2 * MAX_TOKENS)  // else there is more to compute than to load
+            for (i64 i = 0; i < rows * V; i += 16) __builtin_prefetch(m + rows * V + i, 1, 2);
+        if (taken.n || taken.decay != 1)
+            add_product(m, V, rows, V, taken.decay, {taken.keys + k, 1, K}, taken.updates, V, taken.n);
+        add_product(y, V, count, V, k ? 1.0f : 0.0f, {x + k, K, 1}, m, V, rows);
+    }
+}
+
+// How a row's tokens are remembered: `kept` of those pending, then the new ones, of which memory takes up `taken`, and
+// `left` are pending from then on. What follows them is padding.
+struct DeltaRow {
+    i64 length, kept, taken, left;  // length: before the new ones
+    bool again;                     // from position 0 on
+};
+
+// The memory of one thread, for `most` tokens at once of one key head and its `ratio` value heads
+template <typename T> struct DeltaScratch {
+    i64 padded;                   // most, in whole vectors
+    std::unique_ptr<T[]> inputs;  // of the convolution, [size - 1 + most, width]
+    std::unique_ptr<float[]> block;
+    float *x, *keys, *keys_t, *products, *lower, *upto, *sums, *y;
+    std::vector<Taken> taken;
+
+    DeltaScratch(const DeltaState& s, i64 most, i64 width)
+        : padded((most + 15) / 16 * 16), inputs(new T[(s.size - 1 + most) * width]), taken(s.Hv / s.Hk) {
+        std::vector<std::pair<float**, i64>> parts = {{&x, most * width},  // after the convolution: query, key, values
+                                                      {&keys, 2 * most * s.K},         // of length 1, then the queries
+                                                      {&keys_t, s.K * padded},         // transposed
+                                                      {&products, 2 * most * padded},  // k_i . k_j, then q_i . k_j
+                                                      {&lower, most * padded},         // -A
+                                                      {&upto, most * padded},          // (Q K^T) L
+                                                      {&sums, padded},                 // G
+                                                      {&y, 2 * most * s.V}};           // K M, then Q M, which becomes O
+        for (auto& t : taken) parts.insert(parts.end(), {{&t.keys, most * s.K}, {&t.updates, most * s.V}});
+        i64 size = 0;
+        for (const auto& [_, n] : parts) size += n;
+        block.reset(new float[size]);
+        float* next = block.get();
+        for (auto& [pointer, n] : parts) *pointer = next, next += n;
+    }
+};
+
+// S new tokens of each row, qkv [B * S, N] before the convolution. T: the model's type, U: qkv's
+template <typename T, typename U> struct DeltaPass {
+    const DeltaState& s;
+    const T* conv;  // [size, N]
+    const U* qkv;
+    i64 qkv_row, S;      // elements from one token to the next
+    const float *g, *b;  // [B * S, Hv]
+    i64 ratio = s.Hv / s.Hk, width = 2 * s.K + ratio * s.V;
+
+    // emit(m, h, o [V]) for every token and value head, zeros for padding. pos: [B * S]
+    template <typename F> void run(const i64* pos, const F& emit) const {
+        std::vector<DeltaRow> rows;
+        i64 most = 1;
+        for (i64 row = 0; row < s.B; row++) {
+            rows.push_back(follow(row, pos + row * S));
+            most = std::max({most, rows.back().kept, rows.back().left, std::min<i64>(rows.back().taken, DELTA_CHUNK)});
+        }
+        const i64 work = s.B * S * s.Hv * s.K * s.V, jobs = s.B * s.Hk;
+#pragma omp parallel num_threads(at::get_num_threads()) if (work > ONE_THREAD)
+        {
+            DeltaScratch<T> scratch(s, most, width);
+#pragma omp for schedule(dynamic)
+            for (i64 i = 0; i < jobs; i++) run_head(rows[i / s.Hk], i / s.Hk, i % s.Hk, scratch, emit);
+        }
+        for (i64 row = 0; row < s.B; row++) {
+            s.length.mutable_data_ptr<i64>()[row] = rows[row].length + rows[row].taken;
+            s.pending.mutable_data_ptr<i64>()[row] = rows[row].left;
+        }
+    }
+
+    DeltaRow follow(i64 row, const i64* pos) const {
+        const i64 length = s.length.const_data_ptr<i64>()[row], pending = s.pending.const_data_ptr<i64>()[row];
+        const bool again = pos[0] == 0;
+        const i64 kept = again ? 0 : std::clamp<i64>(pos[0] - length, 0, std::clamp<i64>(pending, 0, s.P));
+        DeltaRow out{again ? 0 : length + kept, kept, 0, 0, again};
+        i64 real = 0;
+        while (real < S && pos[real] == out.length + real) real++;
+        out.taken = std::min(real, std::max<i64>(0, S - s.P));
+        out.left = real - out.taken;
+        return out;
+    }
+
+    // f(first channel, how many, where they are in a scratch row) for those of key head h
+    template <typename F> void channels(i64 h, F f) const {
+        f(h * s.K, s.K, 0);
+        f((s.Hk + h) * s.K, s.K, s.K);
+        f(2 * s.Hk * s.K + h * ratio * s.V, ratio * s.V, 2 * s.K);
+    }
+
+    template <typename F>
+    void run_head(const DeltaRow& row, i64 r, i64 h, DeltaScratch<T>& scratch, const F& emit) const {
+        T* kept = s.inputs.mutable_data_ptr<T>() + r * s.inputs.stride(0);
+        channels(h, [&](i64 first, i64 count, i64 to) {
+            for (i64 i = 0; i < s.size - 1; i++) {
+                T* into = scratch.inputs.get() + i * width + to;
+                if (row.length > 0) std::copy_n(kept + (row.kept + i) * s.N + first, count, into);
+                else std::fill_n(into, count, T(0));
+            }
+        });
+        for (i64 i = 0; i < ratio; i++) recall(row, r, h, h * ratio + i, scratch.taken[i], scratch.sums);
+        for (i64 t = 0; t < row.taken; t += DELTA_CHUNK)
+            run_chunk(r, h, t, std::min<i64>(DELTA_CHUNK, row.taken - t), false, scratch, emit);
+        run_chunk(r, h, row.taken, row.left, true, scratch, emit);
+        channels(h, [&](i64 first, i64 count, i64 from) {
+            for (i64 i = 0; i < s.size - 1 + row.left; i++)
+                std::copy_n(scratch.inputs.get() + i * width + from, count, kept + i * s.N + first);
+        });
+        std::fill_n(scratch.y, s.V, 0.0f);
+        for (i64 t = row.taken + row.left; t < S; t++)
+            for (i64 i = 0; i < ratio; i++) emit(r * S + t, h * ratio + i, scratch.y);
+    }
+
+    // What is kept of value head hv's pending tokens
+    void recall(const DeltaRow& row, i64 r, i64 h, i64 hv, Taken& taken, float* sums) const {
+        taken.n = 0, taken.decay = row.again ? 0.0f : 1.0f;
+        if (!row.kept) return;
+        const i64 first = r * s.P;
+        float sum = 0;
+        for (i64 i = 0; i < row.kept; i++) {
+            sums[i] = sum += s.decays.const_data_ptr<float>()[(first + i) * s.Hv + hv];
+            std::copy_n(s.updates.const_data_ptr<float>() + ((first + i) * s.Hv + hv) * s.V, s.V,
+                        taken.updates + i * s.V);
+        }
+        taken.weigh(s.keys.const_data_ptr<float>() + (first * s.Hk + h) * s.K, s.Hk * s.K, sums, row.kept, s.K);
+    }
+
+    // n tokens from t on. last: they stay pending; else memory takes them up next time
+    template <typename F>
+    void run_chunk(i64 r, i64 h, i64 t, i64 n, bool last, DeltaScratch<T>& scratch, const F& emit) const {
+        const i64 m = r * S + t, K = s.K, padded = scratch.padded;
+        convolve(h, m, n, scratch);
+        for (i64 i = 0; i < n; i++) {
+            normalize(scratch.x + i * width, scratch.keys + (n + i) * K, K, 1 / std::sqrt((float)K));
+            normalize(scratch.x + i * width + K, scratch.keys + i * K, K, 1);
+        }
+        for (i64 d = 0; d < K; d++) {
+            for (i64 i = 0; i < n; i++) scratch.keys_t[d * padded + i] = scratch.keys[i * K + d];
+            std::fill(scratch.keys_t + d * padded + n, scratch.keys_t + (n + 15) / 16 * 16 + d * padded, 0.0f);
+        }
+        for (i64 half = 0; half < 2; half++)  // up to the diagonal
+            for (i64 i = 0; i < n; i += 16)
+                add_product(scratch.products + (half * n + i) * padded, padded, std::min<i64>(16, n - i), i + 16, 0,
+                            {scratch.keys + (half * n + i) * K, K, 1}, scratch.keys_t, padded, K);
+        for (i64 i = 0; i < ratio; i++) {
+            Taken& taken = scratch.taken[i];
+            const i64 hv = h * ratio + i;
+            sweep(s.memory.mutable_data_ptr<float>() + (r * s.Hv + hv) * K * s.V, taken, scratch.keys, 2 * n, scratch.y,
+                  K, s.V);
+            if (!n) continue;
+            attend_and_update(m, hv, n, scratch.x + 2 * K + i * s.V, taken.updates, scratch);
+            for (i64 j = 0; j < n; j++) emit(m + j, hv, scratch.y + (n + j) * s.V);
+            if (last) {
+                for (i64 j = 0; j < n; j++) {
+                    const i64 at = (r * s.P + j) * s.Hv + hv;
+                    std::copy_n(taken.updates + j * s.V, s.V, s.updates.mutable_data_ptr<float>() + at * s.V);
+                    s.decays.mutable_data_ptr<float>()[at] = g[(m + j) * s.Hv + hv];
+                }
+            } else taken.weigh(scratch.keys, K, scratch.sums, n, K);
+        }
+        if (last)
+            for (i64 j = 0; j < n; j++)
+                std::copy_n(scratch.keys + j * K, K, s.keys.mutable_data_ptr<float>() + ((r * s.P + j) * s.Hk + h) * K);
+        else std::copy_n(scratch.inputs.get() + n * width, (s.size - 1) * width, scratch.inputs.get());
+    }
+
+    // x = silu(the convolution of n tokens from m on) of key head h's channels
+    void convolve(i64 h, i64 m, i64 n, DeltaScratch<T>& scratch) const {
+        T* inputs = scratch.inputs.get();
+        channels(h, [&](i64 first, i64 count, i64 to) {
+            for (i64 i = 0; i < n; i++) {
+                convert(qkv + (m + i) * qkv_row + first, inputs + (s.size - 1 + i) * width + to, count);
+                for (i64 c = 0; c < count; c += 16) {
+                    f32x16 y = {};
+                    for (i64 tap = 0; tap < s.size; tap++)
+                        y += load16(inputs + (i + tap) * width + to + c) * load16(conv + tap * s.N + first + c);
+                    store16(scratch.x + i * width + to + c, silu16(y));
+                }
+            }
+        });
+    }
+
+    // From v [n], in steps of a scratch row, and K M and Q M in y: D -> d [n, V], and O in the place of Q M.
+    void attend_and_update(i64 m, i64 hv, i64 n, const float* v, float* d, DeltaScratch<T>& scratch) const {
+        const i64 V = s.V, padded = scratch.padded;
+        float *sums = scratch.sums, *y = scratch.y, *o = y + n * V;
+        float sum = 0;
+        for (i64 i = 0; i < n; i++) sums[i] = sum += g[(m + i) * s.Hv + hv];
+        std::fill(sums + n, sums + (n + 15) / 16 * 16, sum);
+        for (i64 i = 0; i < n; i++) {
+            const float strength = b[(m + i) * s.Hv + hv], decayed = decay(sums[i]);
+            for (i64 j = 0; j <= (i | 3); j += 16) {  // four rows are multiplied at once: zeros after the diagonal
+                const i32x16 column = (int)j + i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                const f32x16 L = column > (int)i ? f32x16{} : decay16(sums[i] - load16(sums + j));
+                const i64 at = i * padded + j;
+                store16(scratch.lower + at, L * load16(scratch.products + at) * -strength);
+                store16(scratch.upto + at, L * load16(scratch.products + n * padded + at));
+            }
+            for (i64 c = 0; c < V; c += 16) {
+                store16(d + i * V + c, (load16(v + i * width + c) - load16(y + i * V + c) * decayed) * strength);
+                store16(o + i * V + c, load16(o + i * V + c) * decayed);
+            }
+        }
+        for (i64 i = 0; i < n; i += 4) {
+            const i64 rows = std::min<i64>(4, n - i);
+            const float* lower = scratch.lower + i * padded;
+            if (i) add_product(d + i * V, V, rows, V, 1, {lower, padded, 1}, d, V, i);
+            for (i64 j = 1; j < rows; j++)
+                add_product(d + (i + j) * V, V, 1, V, 1, {lower + j * padded + i, padded, 1}, d + i * V, V, j);
+            add_product(o + i * V, V, rows, V, 1, {scratch.upto + i * padded, padded, 1}, d, V, i + rows);
+        }
+    }
+};
+
+// DeltaState.run: qkv [B, S, N], g and b fp32 [B, S, Hv], conv [N, size], input_pos [B, S] -> o, fp32 [B, S, Hv, V]
+Tensor delta_net(const Tensor& qkv_, const Tensor& g_, const Tensor& b_, const Tensor& conv, const Tensor& input_pos,
+                 at::TensorList tensors) {
+    const DeltaState state(tensors);
+    const auto qkv = qkv_.contiguous(), g = g_.contiguous(), b = b_.contiguous(), pos = input_pos.contiguous();
+    const i64 S = qkv.dim() == 3 ? qkv.size(1) : 0;
+    const auto fp32 = [](const Tensor& t, i64 size) { return t.scalar_type() == at::kFloat && t.numel() == size; };
+    const i64 gates = state.B * S * state.Hv;
+    const auto dtype = qkv.scalar_type();
+    TORCH_CHECK(S > 0 && qkv.size(0) == state.B && qkv.size(2) == state.N && fp32(g, gates) && fp32(b, gates) &&
+                    state.inputs.scalar_type() == dtype && conv.scalar_type() == dtype &&
+                    conv.sizes() == at::IntArrayRef({state.N, state.size}) && pos.scalar_type() == at::kLong &&
+                    pos.numel() == state.B * S,
+                "delta_net: qkv ", qkv.sizes(), " ", dtype, ", convolution ", conv.sizes(), " for memory ",
+                state.memory.sizes());
+    const auto taps = conv.t().contiguous();
+    auto out = at::empty({state.B, S, state.Hv, state.V}, state.memory.options());
+    float* o = out.mutable_data_ptr<float>();
+    by_dtype(qkv, [&](auto zero) {
+        using T = decltype(zero);
+        const DeltaPass<T, T> pass{state, taps.const_data_ptr<T>(),  qkv.const_data_ptr<T>(),  state.N,
+                                   S,     g.const_data_ptr<float>(), b.const_data_ptr<float>()};
+        pass.run(pos.const_data_ptr<i64>(), [&](i64 m, i64 h, const float* from) {
+            std::copy_n(from, state.V, o + (m * state.Hv + h) * state.V);
+        });
+    });
+    return out;
+}
+
+}  // namespace

@@ -1,0 +1,162 @@
+"""The head for multi-token prediction, against a plain fp32 reference written from its formulas (transformers has none),
+and as a draft."""
+import copy
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import generate
+from cli import UserError
+from convert import convert
+from generate import Engine
+from loading import load_model
+from sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+FAMILIES = ["qwen3-next", "qwen3.5", "qwen3.5-moe"]
+PREFIX = "mtp.layers.0."
+
+
+def add_head(folder, C=64):
+    """A random head beside a checkpoint's weights: a block like the model's last one, which has attention."""
+    path, rng = folder / "model.safetensors", torch.Generator().manual_seed(5)
+    tensors = load_file(path)
+    last = next(name for name in reversed(sorted(tensors)) if ".self_attn.q_proj." in name).split(".self_attn")[0] + "."
+    for name in [name for name in tensors if name.startswith(last)]:
+        shape = tensors[name].shape
+        tensors[PREFIX + name.removeprefix(last)] = torch.randn(shape, generator=rng) * (0.05 if len(shape) > 1 else 0.3)
+    tensors["mtp.fc.weight"] = torch.randn(C, 2 * C, generator=rng) * 0.1
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        tensors[f"mtp.{name}.weight"] = torch.randn(C, generator=rng) * 0.2
+    save_file(tensors, path, metadata={"format": "pt"})
+    return tensors
+
+
+def normed(x, weight):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + weight)
+
+
+def reference(theirs, tensors, ids, hidden):
+    """What the head makes of tokens 1 .. n - 1 and the model's hidden states of 0 .. n - 2, [n - 1, C]."""
+    embedded = theirs.model.embed_tokens.weight[ids[1:]]
+    x = torch.cat((normed(embedded, tensors["mtp.pre_fc_norm_embedding.weight"]),
+                   normed(hidden[:len(ids) - 1], tensors["mtp.pre_fc_norm_hidden.weight"])), dim=-1)
+    x = (x @ tensors["mtp.fc.weight"].t())[None]
+    block = copy.deepcopy(theirs.model.layers[-1])
+    weights = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+    if "mlp.experts.0.gate_proj.weight" in weights:                              # in memory they are joined
+        experts = [[weights.pop(f"mlp.experts.{e}.{kind}_proj.weight") for kind in ("gate", "up", "down")]
+                   for e in range(theirs.config.num_experts)]
+        weights["mlp.experts.gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in experts])
+        weights["mlp.experts.down_proj"] = torch.stack([down for *_, down in experts])
+    block.load_state_dict(weights)
+    positions, mask = torch.arange(x.size(1))[None], torch.full((x.size(1),) * 2, -torch.inf).triu(1)[None, None]
+    y = block(x, position_embeddings=theirs.model.rotary_emb(x, positions), attention_mask=mask, position_ids=positions)
+    return normed((y[0] if isinstance(y, tuple) else y)[0], tensors["mtp.norm.weight"])
+
+
+def reference_drafts(theirs, tensors, text, k):
+    """Greedy drafts after a text: the head takes its own guesses for the hidden states of drafted tokens."""
+    hidden, drafts = theirs.model(torch.tensor([text[:-1]])).last_hidden_state[0], []
+    for _ in range(k):
+        y = reference(theirs, tensors, torch.tensor([*text, *drafts]), hidden)[-1:]
+        drafts.append(int((y @ theirs.lm_head.weight.t())[0, :320].argmax()))
+        hidden = torch.cat((hidden, y))
+    return drafts
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mtp")
+    theirs = tiny.reference(request.param)
+    tiny.save(theirs, folder)
+    tensors = add_head(folder)
+    ours = load_model(folder, dtype=torch.float32, mtp=True)[0]
+    return theirs, tensors, ours, load_model(folder, dtype=torch.float32)[0], folder
+
+
+def new_ids(engine, prompt, n, sampling=GREEDY, **options):
+    return [row[0] for row in engine.generate(prompt, n, sampling, stop_ids=frozenset(), **options)]
+
+
+PROMPT = torch.randint(256, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.mark.parametrize("chunk", [1024, 30])
+@pytest.mark.parametrize("length", [1, 2, 17, 70])
+def test_drafts_are_the_references_whatever_was_accepted(models, length, chunk, monkeypatch):
+    theirs, tensors, ours, plain, _ = models
+    monkeypatch.setitem(generate.PREFILL_CHUNK, "cpu", chunk)
+    prompt, k = PROMPT[:length], 3
+    text = prompt + new_ids(Engine(plain), prompt, 24)
+    engine = Engine(ours, draft="mtp", speculate_k=k)
+    drafter, seen, rounds = engine.speculator.drafter, [], []
+    propose = drafter.propose
+
+    def propose_right_up_to_a_point(k, choice, rng):
+        """Notes what the head drafts, and submits 0, 1, 2 .. right tokens."""
+        draft, n, right = propose(k, choice, rng), len(drafter.text), len(rounds) % (k + 1)
+        seen.append((list(drafter.text), draft.tokens[0].tolist()))
+        rounds.append(right)
+        true = text[n:n + right]
+        draft.tokens[0, :len(true)] = torch.tensor(true, dtype=torch.int64)
+        draft.tokens[0, len(true):] = (draft.tokens[0, len(true):] + 1) % 256
+        return draft
+    monkeypatch.setattr(drafter, "propose", propose_right_up_to_a_point)
+    assert prompt + new_ids(engine, prompt, 24) == text
+    with torch.inference_mode():
+        for before, drafts in seen:
+            assert drafts == reference_drafts(theirs, tensors, before, len(drafts))
+    assert engine.speculator.statistics.mean_accepted > 0.5
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, None])
+def test_greedy_text_is_that_of_plain_decoding(models, k):
+    _, _, ours, plain, _ = models
+    engine = Engine(ours, draft="mtp", speculate_k=k)
+    for length in (1, 2, 17, 70):
+        assert new_ids(engine, PROMPT[:length], 48) == new_ids(Engine(plain), PROMPT[:length], 48)
+
+
+def test_a_chat_goes_on_from_what_was_read(models):
+    theirs, tensors, ours, plain, _ = models
+    engine = Engine(ours, draft="mtp", speculate_k=2)
+    answer = new_ids(engine, PROMPT, 20, keep_cache=True)
+    drafter = engine.speculator.drafter
+    for prompt in (PROMPT + answer[:8] + [3, 4, 5], PROMPT[:-3] + [7], PROMPT[:5], PROMPT + answer + [9]):
+        expected = new_ids(Engine(plain), prompt, 20)
+        assert new_ids(engine, prompt, 1, keep_cache=True) == expected[:1]
+        drafter.begin([*prompt, expected[0]], True)
+        drafts = drafter.propose(2, GREEDY.choice(320), torch.Generator()).tokens[0].tolist()
+        with torch.inference_mode():
+            assert drafts == reference_drafts(theirs, tensors, drafter.text, 2)
+        assert new_ids(engine, prompt, 20, keep_cache=True) == expected
+
+
+def test_a_shortlist_drafts_the_first_tokens_only(models, monkeypatch):
+    import drafts
+    _, _, ours, plain, _ = models
+    monkeypatch.setattr(drafts, "DRAFT_ROWS", 64)
+    for sampling in (GREEDY, Sampling(top_k=None), Sampling(top_k=5)):
+        engine = Engine(ours, draft="mtp", speculate_k=3)
+        drafter, drafted = engine.speculator.drafter, []
+        propose = drafter.propose
+        monkeypatch.setattr(drafter, "propose", lambda *args: drafted.append(propose(*args)) or drafted[-1])
+        ids = new_ids(engine, PROMPT, 16, sampling, seed=1)
+        assert drafted and all(bool((draft.tokens < 64).all()) for draft in drafted)
+        assert sampling is not GREEDY or ids == new_ids(Engine(plain), PROMPT, 16)
+
+
+def test_what_is_not_there_is_said(models, tmp_path):
+    *_, folder = models
+    tiny.save(tiny.reference("qwen3"), tmp_path)
+    with pytest.raises(UserError, match="no head for multi-token prediction"):
+        load_model(tmp_path, mtp=True)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["mtp.fc.weight"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="missing: mtp.fc.weight"):
+        convert(tmp_path)
