@@ -30,6 +30,7 @@ import tp
 from chat import RowPrinter, chat, show_prefill
 from cli import UserError
 from config import ModelArgs, ntk_alpha
+from deltanet import MAX_PENDING
 from drafts import common_prefix
 from loading import DEMO, check_memory, free_memory, load_model, parse_device, parse_dtype
 from model import MoE, Transformer
@@ -287,9 +288,12 @@ def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens
 
 
 def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.dtype) -> int:
-    """Of the keys and values; a DeltaNet's memory, a few MB a row, does not grow with them."""
+    """Of the keys and values, and of what the DeltaNets remember, a few MB a row however long it is."""
     layers = args.n_layer - len(args.delta_layers) + args.has_mtp
-    return 2 * layers * batch * args.n_local_heads * max_seq_length * args.head_dim * dtype.itemsize
+    keys, values = args.delta_key_heads * args.delta_key_dim, args.delta_value_heads * args.delta_value_dim
+    of_state = 4 * (values * args.delta_key_dim + MAX_PENDING * (keys + values + args.delta_channels))
+    of_token = 2 * layers * args.n_local_heads * args.head_dim * dtype.itemsize
+    return batch * (max_seq_length * of_token + len(args.delta_layers) * of_state)
 
 
 def reserve_caches(model: Transformer, batch: int, max_seq_length: int, max_pending: int = 0) -> None:
