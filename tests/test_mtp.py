@@ -1,5 +1,5 @@
-"""The head for multi-token prediction against a plain fp32 reference, from its formulas (transformers has none), and as a
-draft."""
+"""The head for multi-token prediction against a plain fp32 reference, from its formulas (transformers has none), and
+as a draft."""
 import copy
 
 import pytest
