@@ -81,9 +81,13 @@ class StopIds(Checked):
     eos_token_id: Id | list[Id] | None = None
 
 
+class ModelStopIds(StopIds):
+    text_config: StopIds | None = None           # of a language model with a vision tower
+
+
 SCHEMAS: dict[str, type[BaseModel]] = {
     "tokenizer_config.json": TokenizerConfig, "special_tokens_map.json": TokenizerConfig,
-    "added_tokens.json": AddedTokens, "generation_config.json": StopIds, "config.json": StopIds}
+    "added_tokens.json": AddedTokens, "generation_config.json": StopIds, "config.json": ModelStopIds}
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -238,8 +242,9 @@ class Tokenizer:
     def _find_stop_ids(self) -> frozenset[int]:
         found = {self.eos_id, self._backend.eos_id, *map(self.control.get, END_OF_TURN)}
         for name in ("generation_config.json", "config.json"):
-            eos = read_config(self.folder / name).get("eos_token_id")
-            found.update(eos if isinstance(eos, list) else [eos])
+            config = read_config(self.folder / name)
+            for eos in (config.get("eos_token_id"), (config.get("text_config") or {}).get("eos_token_id")):
+                found.update(eos if isinstance(eos, list) else [eos])
         return frozenset(id for id in found if id is not None)
 
 

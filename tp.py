@@ -3,9 +3,10 @@
     torchrun --standalone --nproc_per_node=2 generate.py --compile
 
 wqkv and w13 are split by output rows (whole heads, of a DeltaNet key heads with their value heads; the same rows of
-gate and up), wo and w2 by the input columns that meet those rows. So attention and the feed-forward need nothing from other ranks until their last product, whose partial
-results are summed over the ranks: two all-reduces a layer (Megatron-LM, Shoeybi et al. 2019, section 3). The embedding
-and the output head are split over the vocabulary. A size that does not divide is padded with zeros, which is exact.
+gate and up), wo and w2 by the input columns that meet those rows. So attention and the feed-forward need nothing from
+other ranks until their last product, whose partial results are summed over the ranks: two all-reduces a layer
+(Megatron-LM, Shoeybi et al. 2019, section 3). The embedding and the output head are split over the vocabulary. A size
+that does not divide is padded with zeros, which is exact.
 """
 import contextlib
 import datetime

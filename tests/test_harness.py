@@ -90,6 +90,17 @@ def test_scores_do_not_depend_on_the_batch(tiny_folder, family):
             assert logits.gather(1, text[-len(continuation):, None]).sum().item() == pytest.approx(score, abs=2e-3)
 
 
+@pytest.mark.parametrize("most", [harness.MAX_LOGITS_BYTES, 320 * 4 * 8 * 16], ids=["at once", "in chunks"])
+def test_scores_of_a_hybrid_are_those_of_transformers(tiny_folder, monkeypatch, most):
+    """Contexts that several continuations share, each from a state of its own, in rows of other lengths."""
+    monkeypatch.setattr(harness, "MAX_LOGITS_BYTES", most)
+    model, reference = load_model(tiny_folder("qwen3.5"), "cpu", torch.float32)[0], tiny.reference("qwen3.5")
+    requests = [(context, ids(n)) for context in (ids(3), ids(70)) for n in (1, 2, 20)]
+    requests += [(context[:-1], continuation) for context, continuation in requests[:1]]
+    expected = [expected_logprobs(reference, *request)[0] for request in requests]
+    assert [score for score, _ in Scorer(model, 8).score(requests)] == pytest.approx(expected, abs=2e-4, rel=1e-5)
+
+
 def test_the_greedy_continuation_is_recognised(eval_model, hf_model):
     prompt = ids(30)
     new = [row[0] for row in Engine(*eval_model).generate(prompt, 5, Sampling(temperature=0), stop_ids=frozenset())]

@@ -318,6 +318,8 @@ def test_stop_ids(loaded, folders, tmp_path):
     for eos, expected in cases:
         folder = write(tmp_path, tokenizer=backend, tokenizer_config=config, generation_config=eos)
         assert Tokenizer.from_dir(folder).stop_ids == expected
+    (folder / "config.json").write_text(json.dumps(dict(eos_token_id=701, text_config=dict(eos_token_id=702))))
+    assert Tokenizer.from_dir(folder).stop_ids == {700, 701, 702}                 # of a model with a vision tower
 
 
 characters = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("你好😀👍🏽 \n<|im_end|>"), max_size=40)
