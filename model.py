@@ -97,7 +97,8 @@ class Transformer(nn.Module):
         return [layer for layer in self.layers if isinstance(layer.attention, Attention)]
 
     def delta_states(self) -> list[DeltaState]:
-        return [layer.attention.state for layer in self.layers if isinstance(layer.attention, GatedDeltaNet)]
+        states = (getattr(layer.attention, "state", None) for layer in self.layers)
+        return [state for state in states if state is not None]
 
     def resumable(self) -> tuple[int, int]:
         """The positions, first and last, that the next token of the only row may have: what comes after is taken back.

@@ -40,9 +40,11 @@ def gguf_types(job: dict) -> tuple[str, str]:
 def gguf_tensors(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor, in llama.cpp's names; matrices are [N, K]."""
     q, kv, C, ffn = args.n_head * args.head_dim, args.n_local_heads * args.head_dim, args.dim, args.intermediate_size
-    projections = {"attn_qkv": q + 2 * kv} if args.model_type == "qwen" else {"attn_q": q, "attn_k": kv, "attn_v": kv}
+    projections = ({"attn_qkv": q + 2 * kv} if args.model_type == "qwen" else
+                   {"attn_q": q * (1 + args.output_gate), "attn_k": kv, "attn_v": kv})
     layer = {f"{name}.weight": (rows, C) for name, rows in projections.items()}
-    layer |= {"attn_output.weight": (C, q), "attn_norm.weight": (C,), "ffn_norm.weight": (C,)}
+    layer |= {"attn_output.weight": (C, q)}
+    norms = {"attn_norm.weight": (C,), f"{'post_attention' if args.delta_layers else 'ffn'}_norm.weight": (C,)}
     if args.qkv_bias:
         layer |= {f"{name}.bias": (rows,) for name, rows in projections.items()}
     if args.qk_norm:
@@ -55,9 +57,15 @@ def gguf_tensors(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     if shared:
         experts |= {"ffn_gate_inp_shexp.weight": (C,), "ffn_gate_shexp.weight": (shared, C),
                     "ffn_up_shexp.weight": (shared, C), "ffn_down_shexp.weight": (C, shared)}
+    Hv, N = args.delta_value_heads, args.delta_channels
+    delta = {"attn_qkv.weight": (N, C), "attn_gate.weight": (Hv * args.delta_value_dim, C),
+             "ssm_conv1d.weight": (N, args.conv_size), "ssm_dt.bias": (Hv,), "ssm_a": (Hv,),
+             "ssm_norm.weight": (args.delta_value_dim,), "ssm_out.weight": (C, Hv * args.delta_value_dim)}
+    delta |= ({"ssm_ba.weight": (2 * Hv, C)} if args.model_type == "qwen3_next" else
+              {"ssm_beta.weight": (Hv, C), "ssm_alpha.weight": (Hv, C)})
     return {"token_embd.weight": (args.vocab_size, C), "output_norm.weight": (C,)} | head | {
-        f"blk.{i}.{name}": shape for i in range(args.n_layer)
-        for name, shape in (layer | (experts if args.has_experts(i) else dense)).items()}
+        f"blk.{i}.{name}": shape for i in range(args.n_layer) for name, shape in (
+            (delta if i in args.delta_layers else layer) | norms | (experts if args.has_experts(i) else dense)).items()}
 
 
 def random_blocks(kind, shape: tuple[int, ...], rng):
@@ -82,7 +90,7 @@ def write_gguf(args: ModelArgs, types: tuple[str, str], path: Path) -> None:
     rng = np.random.default_rng(0)
 
     def kind_of(name: str, shape: tuple[int, ...]):
-        if len(shape) == 1 or "gate_inp" in name:
+        if len(shape) == 1 or "gate_inp" in name or "conv1d" in name:
             return gguf.GGMLQuantizationType.F32
         return gguf.GGMLQuantizationType[types[name in ("token_embd.weight", "output.weight")]]
 
@@ -91,16 +99,26 @@ def write_gguf(args: ModelArgs, types: tuple[str, str], path: Path) -> None:
                 random_blocks(kind_of(name, shape), shape, rng))
 
     with cli.atomic_write(path) as partial:
-        arch = {"mistral": "llama", "mixtral": "llama"}.get(args.model_type, args.model_type.replace("_", ""))
+        model_type = args.model_type.removesuffix("_text")
+        arch = {"mistral": "llama", "mixtral": "llama"}.get(model_type, model_type.replace("_", ""))
         ffn = args.intermediate_size * (2 if arch == "qwen" else 1)      # Qwen v1 counts gate and up together
         writer = gguf.GGUFWriter(partial, arch)
         for key, value in dict(
                 context_length=args.max_position, embedding_length=args.dim, block_count=args.n_layer,
                 feed_forward_length=ffn, head_count=args.n_head, head_count_kv=args.n_local_heads,
-                key_length=args.head_dim, value_length=args.head_dim, rope_dimension_count=args.head_dim,
+                key_length=args.head_dim, value_length=args.head_dim,
+                rope_dimension_count=args.rotary_dim or args.head_dim,
                 rope_freq_base=args.rope_base, layer_norm_rms_eps=args.norm_eps, vocab_size=args.vocab_size,
                 tokenizer_model="none").items():                         # ids without texts will do
             getattr(writer, f"add_{key}")(value)
+        if args.delta_layers:
+            for key, value in dict(
+                    conv_kernel=args.conv_size, state_size=args.delta_key_dim, group_count=args.delta_key_heads,
+                    time_step_rank=args.delta_value_heads,
+                    inner_size=args.delta_value_heads * args.delta_value_dim).items():
+                getattr(writer, f"add_ssm_{key}")(value)
+            writer.add_full_attention_interval(4)                        # as in all published shapes
+            writer.add_rope_dimension_sections([11, 11, 10, 0])
         if args.n_expert:
             writer.add_expert_count(args.n_expert)
             writer.add_expert_used_count(args.n_expert_per_token)

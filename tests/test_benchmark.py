@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -75,7 +76,18 @@ def test_a_window_ends_the_cache():
     assert benchmark.bytes_per_step(0, args, position=99) == 24 * 100 * slot
 
 
-@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen2.5-0.5B", "Qwen-1.8B", "Llama-3.2-1B"])
+# Of 24 layers 6 have a cache; what 18 DeltaNets remember is read and written: 16 heads of 128 x 128 fp32 numbers each.
+def test_bytes_per_step_of_a_hybrid():
+    args = ModelArgs.from_name("Qwen3.5-0.8B")
+    assert benchmark.bytes_per_step(0, args, position=99, batch=2) == 2 * 100 * 6 * 2 * 2 * 256 * 2
+    small = Transformer(replace(args, vocab_size=64, dim=32, intermediate_size=32)).bfloat16()
+    before = bytes_read_per_token(small)
+    small.setup_caches(3, 8)
+    remembered = 3 * 18 * 2 * 16 * 128 * 128 * 4
+    assert bytes_read_per_token(small) - before - small.inv_freq.nbytes == remembered
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen2.5-0.5B", "Qwen-1.8B", "Llama-3.2-1B", "Qwen3.5-0.8B"])
 def test_the_gguf_holds_as_many_weights(name):
     args = ModelArgs.from_name(name)
     sizes = {key: torch.Size(shape).numel() for key, shape in benchmark_peers.gguf_tensors(args).items()}
