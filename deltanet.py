@@ -76,7 +76,7 @@ class DeltaState(nn.Module):
         inputs = torch.cat((before, qkv), dim=1)
         q, k, v = self.split(convolve(inputs, conv_weight))
         g, b = (t.masked_fill(~real[:, :, None], 0) for t in (g, b))
-        done = max(0, S - P)                           # all but the last, which stay pending
+        done = S - P if S > P else 0                   # all but the last, which stay pending
         parts = []
         if done:
             o, memory = torch.ops.qwen_fast.delta_chunks(*(t[:, :done] for t in (q, k, v, g, b)), self.memory)

@@ -147,7 +147,7 @@ class Engine:
         device, lengths = self.model.device, torch.tensor([len(row) for row in rows])
         longest = int(lengths.max())
         start = self.resume(rows[0]) if keep_cache and len(rows) == 1 else 0
-        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.first <= start]
+        self.snapshots = [s._replace(last=min(s.last, start)) for s in self.snapshots if s.first <= start]
         self.cached, self.cached_alpha = self.cached[:start], ntk_alpha(self.model.args, longest)
         self.model.set_prompt_lengths(lengths.tolist())
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
