@@ -359,7 +359,6 @@ def test_ctrl_c_amid_a_pass(model, monkeypatch, who, at):
 # ---- compiled
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="--compile_prefill of hybrids without the C++ kernels, see Inductor", strict=False)
 @pytest.mark.parametrize("family", tiny.HYBRIDS)
 def test_compiled_equals_eager(tiny_folder, family, monkeypatch):
     """Decoding, the prompt's pass, and verification."""
