@@ -19,6 +19,8 @@ import kernels
 from config import ModelArgs, rope_frequencies
 from deltanet import MAX_PENDING, DeltaState
 
+LONGEST_PASS = 4096                                    # tokens of a pass, where there is an MTPHead
+
 
 class Transformer(nn.Module):
     """Built empty, best under torch.device("meta"); weights are loaded by load_state_dict(..., assign=True).
@@ -74,7 +76,8 @@ class Transformer(nn.Module):
         if self.mtp is not None:
             keys, values = (kernels.huge_zeros(shape, dtype, self.device) for _ in range(2))
             self.mtp.layer.attention.kv_cache = KVCache(keys, values)
-            hidden = torch.zeros(batch, max_seq_length, self.args.dim, dtype=self.dtype, device=self.device)
+            tokens = min(max_seq_length, LONGEST_PASS)
+            hidden = torch.zeros(batch, tokens, self.args.dim, dtype=self.dtype, device=self.device)
             self.register_buffer("hidden_states", hidden, persistent=False)
         self.register_buffer("inv_freq", rope_frequencies(self.args)[None].to(self.device), persistent=False)
 

@@ -12,7 +12,7 @@ from deltanet import CHUNK, MAX_PENDING, DeltaState
 from generate import Engine
 from loading import load_model
 from sampling import Sampling
-from test_speculate import DRAWS, continuations, p_value
+from test_speculate import DRAWS, continuations, p_value, rounds_from
 
 GREEDY = Sampling(temperature=0)
 FP32 = torch.float32
@@ -235,15 +235,8 @@ def test_samples_of_the_whole_program(sampling, drafts):
     with torch.inference_mode():
         probs = continuations(lambda *more: last_logits(target, [*prompt, *more]), sampling)
         engine.prefill([prompt[:-1]])
-        before, counts = target.save(), {}
-        for _ in range(DRAWS // 2):
-            text = list(prompt)
-            target.restore(before)
-            speculator.drafter.begin(text, True)
-            while len(text) < len(prompt) + 3:
-                speculator.round(text, 50, sampling.choice(8), rng)
-            key = tuple(text[len(prompt):len(prompt) + 3])
-            counts[key] = counts.get(key, 0) + 1
+        before = target.save()
+        counts = rounds_from(prompt, speculator, sampling, rng, DRAWS // 2, lambda: target.restore(before))
     assert p_value(counts, probs) > 0.001
 
 

@@ -243,7 +243,8 @@ def make_layer(kind: str, dtype: torch.dtype, B: int = 1, T: int = 48, window: i
             weight, scales, zeros, w = int4_weights(N, K_in, 32)
             tensors, weights[name] = list(kernels.pack_int4(weight, scales / 2, zeros, 32)), w / 2
         elif kind == "int8":
-            *tensors, weights[name] = int8_weights(N, K_in)
+            weight, scales, w = int8_weights(N, K_in)
+            tensors, weights[name] = [weight, scales / 4], w / 4
         else:
             tensors = [(torch.randn(N, K_in) / 4).to(dtype)]
             weights[name] = tensors[0].double()

@@ -338,20 +338,27 @@ def test_samples_of_the_whole_program(sampling, drafts):
     engine = speculating(target, None, Engine(random_model(1)) if drafts == "model" else drafts, 2)
     speculator = engine.speculator
     list(engine.generate(prompt, 8, sampling))
-    counts = {}
     with torch.inference_mode():
         probs = exact_probabilities(target, prompt, sampling)
         engine.prefill([prompt[:-1]])
         at_prompt = dict(vars(speculator.drafter))                       # mtp: the hidden states of its last tokens
-        for _ in range(DRAWS):
-            text = list(prompt)
-            vars(speculator.drafter).update(at_prompt)
-            speculator.drafter.begin(text, True)
-            while len(text) < len(prompt) + 3:
-                speculator.round(text, 50, sampling.choice(8), rng)
-            key = tuple(text[len(prompt):len(prompt) + 3])
-            counts[key] = counts.get(key, 0) + 1
+        counts = rounds_from(prompt, speculator, sampling, rng, DRAWS,
+                             lambda: vars(speculator.drafter).update(at_prompt))
     assert p_value(counts, probs) > 0.001
+
+
+def rounds_from(prompt, speculator, sampling, rng, draws, reset):
+    """How often each continuation of three tokens is drawn; `reset` puts all else back to the prompt's end."""
+    counts = {}
+    for _ in range(draws):
+        text = list(prompt)
+        reset()
+        speculator.drafter.begin(text, True)
+        while len(text) < len(prompt) + 3:
+            speculator.round(text, 50, sampling.choice(8), rng)
+        key = tuple(text[len(prompt):len(prompt) + 3])
+        counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 def exact_probabilities(target, prompt, sampling):
