@@ -631,6 +631,7 @@ def test_a_change_of_any_source_is_built_anew(compiler: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @needs_ops
 @pytest.mark.skipif(platform.machine() != "x86_64" or bool(CPU), reason="built for x86-64, and once")
 @pytest.mark.parametrize("cpu", ["haswell", "skylake-avx512", "cascadelake", "emulated"])
