@@ -57,7 +57,7 @@ INLINE void normalize(const float* x, float* y, i64 n, float scale) {
 
 // e^x for x <= 0. What is less than e^-60 is 0: next to what the others add it is nothing, and numbers near the end of
 // the range are slow.
-INLINE f32x16 decay16(f32x16 x) { return x < splat(-60.0f) ? f32x16{} : exp16(x); }
+INLINE f32x16 decay16(f32x16 x) { return select(x < splat(-60.0f), f32x16{}, exp16(x)); }
 INLINE float decay(float x) { return x < -60.0f ? 0.0f : std::exp(x); }
 
 // ---- memory
@@ -304,8 +304,8 @@ template <typename T, typename U> struct DeltaPass {
         for (i64 i = 0; i < n; i++) {
             const float strength = b[(m + i) * s.Hv + hv], decayed = decay(sums[i]);
             for (i64 j = 0; j <= (i | 3); j += 16) {  // four rows are multiplied at once: zeros after the diagonal
-                const i32x16 column = (int)j + i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                const f32x16 L = column > (int)i ? f32x16{} : decay16(sums[i] - load16(sums + j));
+                const i32x16 column = (int)j + counted16();
+                const f32x16 L = select((int)i - i32x16{} < column, f32x16{}, decay16(sums[i] - load16(sums + j)));
                 const i64 at = i * padded + j;
                 store16(scratch.lower + at, L * load16(scratch.products + at) * -strength);
                 store16(scratch.upto + at, L * load16(scratch.products + n * padded + at));
