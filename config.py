@@ -74,8 +74,12 @@ class ModelArgs:
     dynamic_ntk: bool = False
 
     def with_heads_of(self, names: Collection[str]) -> "ModelArgs":
-        """For a checkpoint of tensors with these names: they say whether it has a head for multi-token prediction."""
-        return replace(self, has_mtp=bool(self.delta_layers) and "mtp.norm.weight" in names)
+        """For a checkpoint of tensors with these names. Of hybrids they say what heads there are: whether there is one
+        for multi-token prediction, and one for tokens, as their config.json may tell of the vision model's."""
+        if not self.delta_layers:
+            return self
+        tied = "lm_head.weight" not in names and "output.weight" not in names
+        return replace(self, has_mtp="mtp.norm.weight" in names, tie_word_embeddings=tied)
 
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 0 and layer not in self.dense_layers
@@ -92,6 +96,9 @@ class ModelArgs:
             tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
             config = {**text, "tie_word_embeddings": tied}
         model_type = config.get("model_type")
+        if isinstance(model_type, str) and model_type.startswith("qwen4_exp"):
+            raise UserError("config.json: model_type qwen4_exp (Qwen3.8-Flash-Next) is not supported: it is no Gated "
+                            "DeltaNet hybrid alone, but has hyper-connections, indexed attention and n-gram embeddings")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UserError(f"config.json: model_type {model_type!r:.80} is not supported (supported: "
                             f"{', '.join(FAMILIES)})")

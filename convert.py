@@ -7,6 +7,7 @@ and each source tensor copied from its memory-mapped shard to its rows.
 import itertools
 import os
 import re
+import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -275,16 +276,22 @@ def read_shard(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]
 
 
 def index_tensors(folder: Path) -> Tensors:
-    """Name without prefix -> source, for all tensors of the checkpoint but OLD_BUFFERS. Reads headers only."""
-    tensors: Tensors = {}
+    """Name without prefix -> source, for all tensors of the checkpoint but OLD_BUFFERS and VISION. Reads headers
+    only."""
+    tensors, has_vision = Tensors(), False
     for path, names in find_shards(folder).items():
         for name, tensor in open_shard(path).items():
-            if (names is not None and name not in names) or OLD_BUFFERS.search(name) or VISION.match(name):
+            if (names is not None and name not in names) or OLD_BUFFERS.search(name):
+                continue
+            if VISION.match(name):
+                has_vision = True
                 continue
             short = PREFIX.sub("", name)
             if short in tensors:
                 raise UserError(f"{folder}: {name} is in {tensors[short].path.name} and again in {path.name}")
             tensors[short] = SourceTensor(path, name, tensor.shape, tensor.dtype)
+    if has_vision:
+        print(f"{folder}: vision tower left out: text only", file=sys.stderr)
     return tensors
 
 
@@ -320,7 +327,7 @@ def check_tensors(folder: Path, tensors: Tensors, expected: dict[str, torch.Size
                         + "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names))
 
 
-def drop_tied_head(folder: Path, tensors: Tensors) -> None:
+def drop_tied_head(folder: Path, tensors: Tensors, may_differ: bool) -> None:
     """A tied checkpoint may carry its head all the same. If it differs from the embedding, config.json is wrong."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight", tensors.get("wte.weight"))
     if head is None or embedding is None:
@@ -328,6 +335,8 @@ def drop_tied_head(folder: Path, tensors: Tensors) -> None:
     a, b = head.read(), embedding.read()
     same_kind = a.shape == b.shape and a.dtype == b.dtype
     if not same_kind or not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+        if may_differ:
+            return
         raise UserError(f"{folder}: config.json ties the head to the embedding, but {head.name} differs from "
                         f"{embedding.name}")
     del tensors["lm_head.weight"]
@@ -525,11 +534,11 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     config = read_json(folder / "config.json")
     published, args = PublishedQuantization.from_hf(config), ModelArgs.from_hf(config)
     tensors = index_tensors(folder)
+    if args.tie_word_embeddings:
+        drop_tied_head(folder, tensors, may_differ=bool(args.delta_layers))
     args = args.with_heads_of(tensors)
     check_layers(f"{folder}: tensors do not fit its config.json", args, tensors)
     slices = target_slices(args, tensors)
-    if args.tie_word_embeddings:
-        drop_tied_head(folder, tensors)
     packed = PackedLinears(published, tensors, slices) if published else None
     plain = packed.plain if packed else slices
     shapes = {name: place.shape for name, place in plain.items()}

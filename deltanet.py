@@ -16,6 +16,7 @@ stay pending: M takes them up when a later token's position shows that they stay
 Shapes: B batch, S sequence, P pending tokens, Hk and Hv heads of keys (and queries) and of values, each key head for
 Hv / Hk of the latter, K and V their dimensions, N channels (queries, keys, values).
 """
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -112,6 +113,11 @@ class DeltaState(nn.Module):
     def restore(self, saved: list[Tensor]) -> None:
         for tensor, old in zip(self.tensors(), saved, strict=True):
             tensor.copy_(old)
+
+    def use(self, tensors: Sequence[Tensor]) -> None:
+        """Takes these themselves, of any number of rows."""
+        for name, tensor in zip(BUFFERS, tensors, strict=True):
+            setattr(self, name, tensor)
 
     def invalidate(self) -> None:
         """After a pass that was cut short: nothing follows on it, until it begins anew or is restored."""

@@ -60,6 +60,9 @@ class Drafter:
     """What drafts for a text, which begins with what the verifying model has cached."""
     filled: int | None = None            # how many positions have all that it needs; None: it needs nothing
 
+    def prepare(self) -> None:
+        """Before a request, when the KV caches are large enough."""
+
     def begin(self, text: list[int], keep_cache: bool) -> None:
         """text: all of it, which the Speculator extends. keep_cache: what is known of it may be used."""
         self.text = text
@@ -157,12 +160,16 @@ class MTPDraft(Drafter):
     def __init__(self, engine: Decoder, compile: bool):
         self.engine, self.model, self.filled = engine, engine.model, 0     # filled: slots of the KV cache
         self.hidden = torch.empty(0)             # of the tokens from position `filled` on, [1, n, C]
+        self.fused: kernels.FusedLayers | None = None
         self.step = self.draft_step
         if compile and not runs_fused(self.model):
             self.step = compile_step(self.draft_step, self.model)
 
     def run_eagerly(self) -> None:
         self.step = self.draft_step
+
+    def prepare(self) -> None:
+        self.fused = self.model.fuse_mtp()
 
     def draft_step(self, fused: kernels.FusedLayers | None, idx: Tensor, hidden: Tensor, input_pos: Tensor,
                    choice: Choice, noise: Tensor) -> tuple[Tensor, ...]:
@@ -177,20 +184,20 @@ class MTPDraft(Drafter):
         hidden, device = self.model.hidden_states[:1, :end - begin], self.model.device
         if last > begin:
             idx, input_pos = torch.tensor([prompt[begin + 1:last + 1]]), torch.arange(begin, last)[None]
-            self.model.draft(idx.to(device), hidden[:, :last - begin], input_pos.to(device), self.model.fuse_mtp())
+            self.model.draft(idx.to(device), hidden[:, :last - begin], input_pos.to(device), self.fused)
         self.filled, self.hidden = last, hidden[:, last - begin:].clone()
 
     def uncached(self) -> int:
         return max(0, self.hidden.size(1) - 16)
 
     def propose(self, k: int, choice: Choice, rng: torch.Generator) -> Draft:
-        device, fused, begin = self.model.device, self.model.fuse_mtp(), self.filled or 0
+        device, begin = self.model.device, self.filled or 0
         idx, hidden = torch.tensor([self.text[begin + 1:]], device=device), self.hidden
         input_pos = torch.arange(begin, len(self.text) - 1, device=device)[None]
         noise = exponential_noise(k, choice.candidates, rng)
         steps = []
         for i in range(k):
-            hidden, *drawn = (t.clone() for t in self.step(fused, idx, hidden, input_pos, choice, noise[i:i + 1]))
+            hidden, *drawn = (t.clone() for t in self.step(self.fused, idx, hidden, input_pos, choice, noise[i:i + 1]))
             steps.append(drawn)
             idx, input_pos = drawn[0], input_pos[:, -1:] + 1
         tokens, *distribution = (torch.cat(column, dim=0) for column in zip(*steps))

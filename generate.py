@@ -30,6 +30,7 @@ import tp
 from chat import RowPrinter, chat, show_prefill
 from cli import UserError
 from config import ModelArgs, ntk_alpha
+from deltanet import MAX_PENDING
 from drafts import common_prefix
 from loading import DEMO, check_memory, free_memory, load_model, parse_device, parse_dtype
 from model import MoE, Transformer
@@ -245,6 +246,8 @@ class Engine:
             self.cached, self.snapshots = [], []
         self.model.cache_owner = self.cache_owner
         self.fused = self.model.fuse()
+        if self.speculator:
+            self.speculator.drafter.prepare()
 
     def fresh_seed(self) -> int:
         """The same on all ranks, so that they draw the same tokens."""
@@ -287,9 +290,12 @@ def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens
 
 
 def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.dtype) -> int:
-    """Of the keys and values; a DeltaNet's memory, a few MB a row, does not grow with them."""
+    """Of the keys and values, and of what the DeltaNets remember, a few MB a row however long it is."""
     layers = args.n_layer - len(args.delta_layers) + args.has_mtp
-    return 2 * layers * batch * args.n_local_heads * max_seq_length * args.head_dim * dtype.itemsize
+    keys, values = args.delta_key_heads * args.delta_key_dim, args.delta_value_heads * args.delta_value_dim
+    of_state = 4 * (values * args.delta_key_dim + MAX_PENDING * (keys + values + args.delta_channels))
+    of_token = 2 * layers * args.n_local_heads * args.head_dim * dtype.itemsize
+    return batch * (max_seq_length * of_token + len(args.delta_layers) * of_state)
 
 
 def reserve_caches(model: Transformer, batch: int, max_seq_length: int, max_pending: int = 0) -> None:
@@ -452,12 +458,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def list_models() -> None:
-    print(f"{'model':<20} {'family':<8} {'parameters':>11} {'bf16':>9} {'context':>8}")
+    print(f"{'model':<22} {'family':<16} {'parameters':>11} {'bf16':>9} {'context':>8}")
     for name in PUBLISHED:
         args = ModelArgs.from_name(name)
         with torch.device("meta"):
             size = sum(p.numel() for p in Transformer(args).parameters())
-        print(f"{name:<20} {args.model_type:<8} {size / 1e9:>9.2f} B {2 * size / 1e9:>6.1f} GB {args.max_position:>8}")
+        print(f"{name:<22} {args.model_type:<16} {size / 1e9:>9.2f} B {2 * size / 1e9:>6.1f} GB {args.max_position:>8}")
 
 
 def check_args(args: argparse.Namespace, ranks: tp.Ranks | None) -> Sampling:

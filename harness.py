@@ -193,10 +193,12 @@ class Scorer:
         """In two passes, one over the contexts, one over further continuations."""
         model, contexts = self.model, [group.context for group in batch]
         B, T = self.batch_shape(contexts)
+        T += bool(model.delta_states())                  # a position for the padding, see score_rows
         zeros = partial(torch.zeros, B, model.local.n_local_heads, T, model.args.head_dim, dtype=model.dtype,
                         device=model.device)
-        caches = [(zeros(), zeros()) for _ in model.layers]
-        self.score_rows(contexts, caches)
+        caches = [(zeros(), zeros()) for _ in model.full_layers()]
+        states = [[t.new_zeros(B, *t.shape[1:]) for t in state] for state in model.save()]
+        self.score_rows(contexts, caches, states)
         continuations = [(row, number) for number, group in enumerate(batch) for row in group.continuations]
         continuations.sort(key=lambda pair: -len(pair[0].tokens))
         step = self.batch_size or MAX_BATCH
@@ -204,7 +206,8 @@ class Scorer:
             rows, owners = zip(*continuations[begin:begin + step], strict=True)
             B, S = self.batch_shape(rows)
             owners = torch.tensor([*owners, *[0] * (B - len(rows))], device=model.device)
-            self.score_rows(rows, [(F.pad(k[owners], (0, 0, 0, S)), F.pad(v[owners], (0, 0, 0, S))) for k, v in caches])
+            self.score_rows(rows, [(F.pad(k[owners], (0, 0, 0, S)), F.pad(v[owners], (0, 0, 0, S))) for k, v in caches],
+                            [[t[owners] for t in state] for state in states])
 
     def batch_shape(self, rows: Sequence[Row]) -> tuple[int, int]:
         """(B, S) that hold the rows. For the compiler no size is 1, and B x S is more than decoding's kernels take: it
@@ -212,10 +215,13 @@ class Scorer:
         B, S = len(rows), max(len(row.tokens) for row in rows)
         return (max(B, 2), max(math.ceil(S / 8) * 8, kernels.MAX_TOKENS)) if self.compile else (B, S)
 
-    def score_rows(self, rows: Sequence[Row], caches: list[tuple[Tensor, Tensor]]) -> None:
-        """Runs the rows over the caches (k and v of each layer, [B, K, T, D]); adds to logprobs and is_greedy."""
+    def score_rows(self, rows: Sequence[Row], caches: list[tuple[Tensor, Tensor]], states: list[list[Tensor]]) -> None:
+        """Runs the rows over the caches (k and v of each layer that has them, [B, K, T, D]) and what the DeltaNets
+        remember, which keep what they read; adds to logprobs and is_greedy."""
         self.mark_dynamic(itertools.chain.from_iterable(caches), 0, 2)
+        self.mark_dynamic(itertools.chain.from_iterable(states), 0)
         self.model.use_caches(caches)
+        self.model.use_states(states)
         fused, (B, S) = self.model.fuse(), self.batch_shape(rows)
         self.model.set_prompt_lengths([row.length for row in rows] + [0] * (B - len(rows)))
         self.mark_dynamic([self.model.inv_freq], 0)
@@ -223,6 +229,8 @@ class Scorer:
         for i, row in enumerate(rows):
             idx[i, :len(row.tokens)] = torch.tensor(row.tokens)
             input_pos[i] += row.start
+            if states:                                   # padding must not follow on the text, which would remember it
+                input_pos[i, len(row.tokens):] = row.start + len(row.tokens) + 1
         min_positions = max(2, math.ceil((kernels.MAX_TOKENS + 1) / B)) if self.compile else 1       # as in batch_shape
         max_positions = MAX_LOGITS_BYTES // (4 * B * self.model.args.vocab_size)
         fits = max(len(row.targets) for row in rows) <= max_positions

@@ -59,6 +59,7 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     if mtp and "mtp.norm.weight" not in state:
         raise UserError(f"mtp: {path} has no head for multi-token prediction (mtp.*)", "draft")
     state = state if mtp else {name: tensor for name, tensor in state.items() if not name.startswith("mtp.")}
+    args = args.with_heads_of(state)
     model = empty_model(path, args, state, quantization)
     dtype = dtype or default_dtype(device)
     dtypes = {name: loaded_dtype(name, tensor, dtype) for name, tensor in state.items()}

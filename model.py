@@ -88,6 +88,11 @@ class Transformer(nn.Module):
         self.max_batch_size, self.max_seq_length, self.cache_owner = k_cache.size(0), k_cache.size(2), None
         self.cache_dtype = k_cache.dtype
 
+    def use_states(self, states: Sequence[Sequence[Tensor]]) -> None:
+        """Takes these for what the DeltaNets remember, as `save` returns it, of any number of rows."""
+        for state, tensors in zip(self.delta_states(), states, strict=True):
+            state.use(tensors)
+
     def full_layers(self) -> list["TransformerBlock"]:
         return [layer for layer in self.layers if isinstance(layer.attention, Attention)]
 

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 generate.py --compile
 
-wqkv and w13 are split by output rows (whole heads; the same rows of gate and up), wo and w2 by the input columns that
-meet those rows. So attention and the feed-forward need nothing from other ranks until their last product, whose partial
+wqkv and w13 are split by output rows (whole heads, of a DeltaNet key heads with their value heads; the same rows of
+gate and up), wo and w2 by the input columns that meet those rows. So attention and the feed-forward need nothing from other ranks until their last product, whose partial
 results are summed over the ranks: two all-reduces a layer (Megatron-LM, Shoeybi et al. 2019, section 3). The embedding
 and the output head are split over the vocabulary. A size that does not divide is padded with zeros, which is exact.
 """
@@ -39,11 +39,16 @@ SPLIT = {
     "output": (ROWS, "vocab"),
     "attention.wqkv": (ROWS, "qkv"),
     "attention.wo": (COLUMNS, "heads"),
+    "attention.wba": (ROWS, "delta_ba"),
+    "attention.conv": (ROWS, "delta_qkv"),
+    "attention.A_log": (ROWS, "delta_heads"),
+    "attention.dt_bias": (ROWS, "delta_heads"),
     "feed_forward.w13": (ROWS, "gate_up"),
     "feed_forward.w2": (COLUMNS, "ffn"),
     "feed_forward.shared.w13": (ROWS, "shared_gate_up"),
     "feed_forward.shared.w2": (COLUMNS, "shared_ffn"),
 }
+DELTA = {"qkv": "delta_qkvz", "heads": "delta_values"}                   # of layers with a Gated DeltaNet
 EXPERTS = {"gate_up": "expert_gate_up", "ffn": "expert_ffn"}             # every expert is split, not their list
 # Bytes of weights that a rank reads in the time of one collective: 0.6 ms (measured, gloo on one machine) at 30 GB/s;
 # 15 us (assumed, NCCL) at 2.7 TB/s.
@@ -64,23 +69,28 @@ class Plan:
     quantization: Quantization | None
     groupsize: int                       # of int4 and published weights, 0 for other formats
     wo_groupsize: int                    # the same of wo, smaller where a rank's heads end inside a group
+    delta_groupsize: int                 # and of a DeltaNet's
 
     def shard(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's shard of a tensor of the whole model's state dict, as a view where it is in one piece."""
         module, _, kind = name.rpartition(".")
-        split = SPLIT.get(module.split(".", 2)[-1] if module.startswith("layers.") else module)
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        place = name if layer < 0 else name.split(".", 2)[2]
+        split = SPLIT.get(place) or SPLIT.get(place.rpartition(".")[0])
         if split is None or kind == "order":                 # the order of columns, where the rows are split
             return tensor
         dim, counted = split
-        if module.startswith("layers.") and self.args.has_experts(int(module.split(".")[1])):
+        if layer >= 0 and self.args.has_experts(layer):
             counted = EXPERTS.get(counted, counted)
+        if layer in self.args.delta_layers:
+            counted = DELTA.get(counted, counted)
         if dim == ROWS:
             return select(tensor, ROWS, self.indices[counted])
         if tensor.dim() == 1:            # int8 scales, one a row, serve every rank; a bias must enter the sum only once
             return torch.zeros_like(tensor) if kind == "bias" and self.rank else tensor
         columns = 1                      # of the weight that one stored entry stands for
         if kind in ("scales", "zeros"):
-            columns = self.wo_groupsize if counted == "heads" else self.groupsize
+            columns = {"heads": self.wo_groupsize, "delta_values": self.delta_groupsize}.get(counted, self.groupsize)
             tensor = tensor.repeat_interleave(self.groupsize // columns, dim=1)
         elif tensor.dtype == torch.uint8 and self.quantization and self.quantization.mode.startswith("int4"):
             columns = 2
@@ -97,9 +107,11 @@ def plan(args: ModelArgs, rank: int, world_size: int, quantization: Quantization
     heads = head_rows(q_heads, args.head_dim)
     keys = head_rows(kv_heads, args.head_dim, offset=args.n_head)
     values = head_rows(kv_heads, args.head_dim, offset=args.n_head + args.n_local_heads)
+    gates = head_rows(q_heads, args.head_dim, offset=args.n_head + 2 * args.n_local_heads)
+    delta_keys = assign_units(args.delta_key_heads, rank, world_size, 1)
     indices = {
         "vocab": assign_units(args.vocab_size, rank, world_size),
-        "qkv": torch.cat((heads, keys, values)),
+        "qkv": torch.cat((heads, keys, values, gates) if args.output_gate else (heads, keys, values)),
         "heads": heads,
         "gate_up": gate_up_rows(ffn, args.intermediate_size),
         "ffn": ffn,
@@ -107,16 +119,19 @@ def plan(args: ModelArgs, rank: int, world_size: int, quantization: Quantization
         "expert_ffn": expert,
         "shared_gate_up": gate_up_rows(shared, args.shared_expert_size),
         "shared_ffn": shared,
+        **delta_indices(args, delta_keys),
     }
     local = replace(args, n_head=len(q_heads), n_local_heads=len(kv_heads), intermediate_size=len(ffn),
-                    expert_size=len(expert), shared_expert_size=len(shared), vocab_size=len(indices["vocab"]))
+                    expert_size=len(expert), shared_expert_size=len(shared), vocab_size=len(indices["vocab"]),
+                    delta_key_heads=len(delta_keys), delta_value_heads=len(indices["delta_heads"]))
     wo_groupsize = uncut_groupsize(args, rank, world_size, groupsize) if groupsize else 0
-    return Plan(args, local, rank, indices, quantization, groupsize, wo_groupsize)
+    return Plan(args, local, rank, indices, quantization, groupsize, wo_groupsize, delta_groupsize(args, groupsize))
 
 
 def check_world_size(args: ModelArgs, world_size: int, groupsize: int, reordered: tuple[str, ...]) -> None:
     def least_groupsize(n: int) -> int:
-        return min(uncut_groupsize(args, rank, n, groupsize) for rank in range(n))
+        of_delta = delta_groupsize(args, groupsize) if n > 1 else groupsize
+        return min(of_delta, *(uncut_groupsize(args, rank, n, groupsize) for rank in range(n)))
     if world_size > args.n_head:
         problem = f"leaves some ranks without any of the {args.n_head} attention heads (1 to {args.n_head} work)"
     elif any(name.endswith((".wo", ".w2")) for name in reordered):
@@ -167,6 +182,27 @@ def head_rows(heads: Tensor, head_dim: int, offset: int = 0) -> Tensor:
     """Indices of all rows of these heads, in a weight where they come after `offset` other heads."""
     heads = heads[:, None]
     return torch.where(heads < 0, -1, (offset + heads) * head_dim + torch.arange(head_dim)).flatten()
+
+
+def delta_indices(args: ModelArgs, keys: Tensor) -> dict[str, Tensor]:
+    """The rows and columns of a Gated DeltaNet with these key heads, and the value heads that go with them."""
+    K, V, Hk, per_key = args.delta_key_dim, args.delta_value_dim, args.delta_key_heads, 0
+    if Hk:
+        per_key = args.delta_value_heads // Hk
+    heads = torch.where(keys[:, None] < 0, -1, keys[:, None] * per_key + torch.arange(per_key)).flatten()
+    values = head_rows(heads, V)
+    v, z = (torch.where(values < 0, -1, values + first) for first in (2 * Hk * K, args.delta_channels))
+    qkv = torch.cat((head_rows(keys, K), head_rows(keys, K, offset=Hk), v))
+    ba = torch.cat((heads, torch.where(heads < 0, -1, heads + args.delta_value_heads)))
+    return {"delta_qkv": qkv, "delta_qkvz": torch.cat((qkv, z)), "delta_ba": ba, "delta_heads": heads,
+            "delta_values": values}
+
+
+def delta_groupsize(args: ModelArgs, groupsize: int) -> int:
+    """The largest fraction of wo's groups that ends where a key head's value heads do."""
+    if not args.delta_key_heads:
+        return groupsize
+    return math.gcd(groupsize, args.delta_value_heads // args.delta_key_heads * args.delta_value_dim)
 
 
 def gate_up_rows(ffn: Tensor, size: int, experts: int = 1) -> Tensor:
@@ -252,7 +288,8 @@ def build(plan: Plan, ranks: "Ranks") -> Transformer:
         for i, layer in enumerate(model.layers):
             wo = layer.attention.wo
             if plan.quantization and isinstance(wo, Int4Linear):
-                how, name = replace(plan.quantization, groupsize=plan.wo_groupsize), f"layers.{i}.attention.wo"
+                groupsize = plan.delta_groupsize if i in plan.args.delta_layers else plan.wo_groupsize
+                how, name = replace(plan.quantization, groupsize=groupsize), f"layers.{i}.attention.wo"
                 layer.attention.wo = how.linear(name, wo.in_features, wo.out_features, wo.bias is not None)
             layer.attention.reduce = layer.feed_forward.reduce = AllReduce(ranks)
     model.ranks = ranks

@@ -17,47 +17,52 @@ struct Strided {
     i64 row, step;
 };
 
-// c[r, i] = scale c[r, i] + sum over j < n of a(r, j) b[j, i], for NR rows and 16 * NC columns. A scale of 0 stands for
-// a c that was not there.
+// c[r, i] = scale c[r, i] + sum over j < n of a(r, j) b[j, i], for NR rows and NC registers of columns. A scale of 0
+// stands for a c that was not there.
 template <int NR, int NC>
 INLINE void add_tile(float* c, i64 c_row, float scale, Strided a, const float* b, i64 b_row, i64 n) {
-    f32x16 sums[NR][NC];
-    UNROLL2(r, NR, i, NC) sums[r][i] = scale == 0 ? f32x16{} : load16(c + r * c_row + 16 * i) * scale;
+    f32xL sums[NR][NC] = {};
+    if (scale != 0)
+        UNROLL2(r, NR, i, NC) sums[r][i] = load_lanes(c + r * c_row + LANES * i) * scale;
     for (i64 j = 0; j < n; j++) {
-        f32x16 bj[NC];
-        UNROLL(i, NC) bj[i] = load16(b + j * b_row + 16 * i);
+        f32xL bj[NC];
+        UNROLL(i, NC) bj[i] = load_lanes(b + j * b_row + LANES * i);
         UNROLL(r, NR) {
-            const f32x16 factor = splat(a.p[r * a.row + j * a.step]);
+            const f32xL factor = a.p[r * a.row + j * a.step] - f32xL{};
             UNROLL(i, NC) sums[r][i] += factor * bj[i];
         }
     }
-    UNROLL2(r, NR, i, NC) store16(c + r * c_row + 16 * i, sums[r][i]);
+    UNROLL2(r, NR, i, NC) store_lanes(c + r * c_row + LANES * i, sums[r][i]);
 }
 
-// The same for c [m, columns]: a [m, n], b [n, columns], columns a multiple of 16
+// The same for c [m, columns]: a [m, n], b [n, columns], columns a multiple of 16. Eight sums hide the latency of the
+// multiply-add.
 inline void add_product(float* c, i64 c_row, i64 m, i64 columns, float scale, Strided a, const float* b, i64 b_row,
                         i64 n) {
     tiles(m, [&](i64 r, auto rows) INLINE_LAMBDA {
-        constexpr int NC = rows <= 2 ? 2 * TILE_REGISTERS : TILE_REGISTERS;
+        constexpr int NC = rows <= 2 ? 4 : 2, ONE = 16 / LANES;
         float* to = c + r * c_row;
         const Strided from{a.p + r * a.row, a.row, a.step};
         i64 i = 0;
-        for (; i + 16 * NC <= columns; i += 16 * NC) add_tile<rows, NC>(to + i, c_row, scale, from, b + i, b_row, n);
-        for (; i < columns; i += 16) add_tile<rows, 1>(to + i, c_row, scale, from, b + i, b_row, n);
+        for (; i + NC * LANES <= columns; i += NC * LANES)
+            add_tile<rows, NC>(to + i, c_row, scale, from, b + i, b_row, n);
+        for (; i < columns; i += 16) add_tile<rows, ONE>(to + i, c_row, scale, from, b + i, b_row, n);
     });
 }
 
 // x / |x|, times scale
 INLINE void normalize(const float* x, float* y, i64 n, float scale) {
-    f32x16 squares = {};
-    for (i64 i = 0; i < n; i += 16) squares += load16(x + i) * load16(x + i);
-    scale /= std::sqrt(sum(squares) + 1e-6f);
-    for (i64 i = 0; i < n; i += 16) store16(y + i, load16(x + i) * scale);
+    f32xL squares = {};
+    for (i64 i = 0; i < n; i += LANES) squares += load_lanes(x + i) * load_lanes(x + i);
+    float total = 1e-6f;
+    UNROLL(i, LANES) total += squares[i];
+    scale /= std::sqrt(total);
+    for (i64 i = 0; i < n; i += LANES) store_lanes(y + i, load_lanes(x + i) * scale);
 }
 
 // e^x for x <= 0. What is less than e^-60 is 0: next to what the others add it is nothing, and numbers near the end of
 // the range are slow.
-INLINE f32x16 decay16(f32x16 x) { return select(x < splat(-60.0f), f32x16{}, exp16(x)); }
+INLINE f32xL decay(f32xL x) { return x < -60.0f - f32xL{} ? f32xL{} : exp_below_0(x); }
 INLINE float decay(float x) { return x < -60.0f ? 0.0f : std::exp(x); }
 
 // ---- memory
@@ -101,7 +106,7 @@ struct Taken {
         decay = ::decay(sums[n - 1]);
         for (i64 i = 0; i < n; i++) {
             const float factor = ::decay(sums[n - 1] - sums[i]);
-            for (i64 d = 0; d < K; d += 16) store16(keys + i * K + d, load16(k + i * k_row + d) * factor);
+            for (i64 d = 0; d < K; d += LANES) store_lanes(keys + i * K + d, load_lanes(k + i * k_row + d) * factor);
         }
     }
 };
@@ -284,11 +289,11 @@ template <typename T, typename U> struct DeltaPass {
         channels(h, [&](i64 first, i64 count, i64 to) {
             for (i64 i = 0; i < n; i++) {
                 convert(qkv + (m + i) * qkv_row + first, inputs + (s.size - 1 + i) * width + to, count);
-                for (i64 c = 0; c < count; c += 16) {
-                    f32x16 y = {};
+                for (i64 c = 0; c < count; c += LANES) {
+                    f32xL y = {};
                     for (i64 tap = 0; tap < s.size; tap++)
-                        y += load16(inputs + (i + tap) * width + to + c) * load16(conv + tap * s.N + first + c);
-                    store16(scratch.x + i * width + to + c, silu16(y));
+                        y += load_lanes(inputs + (i + tap) * width + to + c) * load_lanes(conv + tap * s.N + first + c);
+                    store_lanes(scratch.x + i * width + to + c, silu(y));
                 }
             }
         });
@@ -303,16 +308,18 @@ template <typename T, typename U> struct DeltaPass {
         std::fill(sums + n, sums + (n + 15) / 16 * 16, sum);
         for (i64 i = 0; i < n; i++) {
             const float strength = b[(m + i) * s.Hv + hv], decayed = decay(sums[i]);
-            for (i64 j = 0; j <= (i | 3); j += 16) {  // four rows are multiplied at once: zeros after the diagonal
-                const i32x16 column = (int)j + counted16();
-                const f32x16 L = select((int)i - i32x16{} < column, f32x16{}, decay16(sums[i] - load16(sums + j)));
+            for (i64 j = 0; j <= (i | 3); j += LANES) {  // four rows are multiplied at once: zeros after the diagonal
+                i32xL column;
+                UNROLL(lane, LANES) column[lane] = j + lane;
+                const f32xL L = column > (int)i ? f32xL{} : decay(sums[i] - load_lanes(sums + j));
                 const i64 at = i * padded + j;
-                store16(scratch.lower + at, L * load16(scratch.products + at) * -strength);
-                store16(scratch.upto + at, L * load16(scratch.products + n * padded + at));
+                store_lanes(scratch.lower + at, L * load_lanes(scratch.products + at) * -strength);
+                store_lanes(scratch.upto + at, L * load_lanes(scratch.products + n * padded + at));
             }
-            for (i64 c = 0; c < V; c += 16) {
-                store16(d + i * V + c, (load16(v + i * width + c) - load16(y + i * V + c) * decayed) * strength);
-                store16(o + i * V + c, load16(o + i * V + c) * decayed);
+            for (i64 c = 0; c < V; c += LANES) {
+                const f32xL read = load_lanes(y + i * V + c) * decayed;
+                store_lanes(d + i * V + c, (load_lanes(v + i * width + c) - read) * strength);
+                store_lanes(o + i * V + c, load_lanes(o + i * V + c) * decayed);
             }
         }
         for (i64 i = 0; i < n; i += 4) {

@@ -301,9 +301,9 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Atten
     if (layer.output_gate)
         step.each([&](i64 m) {
             const U* gate = from + m * layer.wqkv.N + (H + 2 * K) * D;
-            for (i64 i = 0; i < H * D; i += 16) {
+            for (i64 i = 0; i < H * D; i += LANES) {
                 U* to = out + m * H * D + i;
-                store16(to, load16(to) * sigmoid16(load16(gate + i)));
+                store_lanes(to, load_lanes(to) * sigmoid(load_lanes(gate + i)));
             }
         });
     return step.multiply(layer.wo, y);
@@ -331,7 +331,8 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Delta
     pass.run(step.pos.template const_data_ptr<i64>(), [&](i64 m, i64 i, float* o) {
         const U* gate = from + m * layer.wqkv.N + state.N + i * V;
         rms_norm(o, norm, o, V, Norm{step.fused.norm.eps, 0});
-        for (i64 v = 0; v < V; v += 16) store16(out + (m * Hv + i) * V + v, load16(o + v) * silu16(load16(gate + v)));
+        U* to = out + (m * Hv + i) * V;
+        for (i64 v = 0; v < V; v += LANES) store_lanes(to + v, load_lanes(o + v) * silu(load_lanes(gate + v)));
     });
     return step.multiply(layer.wo, y);
 }
@@ -340,7 +341,7 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Delta
 template <typename U> INLINE void silu_times(const U* gate_up, U* to, i64 F) {
     const U *gate = gate_up, *up = gate + F;
     i64 f = 0;
-    for (; f + 16 <= F; f += 16) store16(to + f, silu16(load16(gate + f)) * load16(up + f));
+    for (; f + LANES <= F; f += LANES) store_lanes(to + f, silu(load_lanes(gate + f)) * load_lanes(up + f));
     for (; f < F; f++) to[f] = (float)gate[f] / (1.0f + std::exp(-(float)gate[f])) * (float)up[f];
 }
 

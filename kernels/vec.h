@@ -32,6 +32,19 @@ constexpr bool NARROW = false;  // whether registers hold fewer than sixteen num
 #else
 constexpr bool NARROW = true;
 #endif
+// What one register holds: sums that live through a loop without AVX512 are best of this type, because a f32x16 takes
+// several.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float f32xL __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32xL __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32xL __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16xL __attribute__((vector_size(2 * LANES)));
 
 template <typename V> INLINE V load(const void* p) {
     V v;
@@ -200,6 +213,21 @@ INLINE void store16(BFloat16* p, f32x16 v) {  // to nearest, ties to even
 #endif
 }
 
+// The same for one register
+INLINE f32xL load_lanes(const float* p) { return load<f32xL>(p); }
+INLINE void store_lanes(float* p, f32xL v) { std::memcpy(p, &v, sizeof v); }
+#ifdef __AVX512F__
+INLINE f32xL load_lanes(const BFloat16* p) { return load16(p); }
+INLINE void store_lanes(BFloat16* p, f32xL v) { store16(p, v); }
+#else
+INLINE f32xL load_lanes(const BFloat16* p) { return (f32xL)(__builtin_convertvector(load<u16xL>(p), u32xL) << 16); }
+INLINE void store_lanes(BFloat16* p, f32xL v) {
+    const u32xL bits = (u32xL)v;
+    const u16xL upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16xL);
+    std::memcpy(p, &upper, sizeof upper);
+}
+#endif
+
 template <typename From, typename To> INLINE void convert(const From* from, To* to, i64 n) {
     i64 i = 0;
     for (; i + 16 <= n; i += 16) store16(to + i, load16(from + i));
@@ -208,10 +236,6 @@ template <typename From, typename To> INLINE void convert(const From* from, To* 
 
 // ---- arithmetic
 
-INLINE i32x16 counted16() {
-    constexpr int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return load64<i32x16>(numbers);
-}
 INLINE f32x16 splat(float value) { return value - f32x16{}; }
 INLINE f32x16 max16(f32x16 a, f32x16 b) { return select(b < a, a, b); }
 
@@ -267,36 +291,38 @@ INLINE f32x16 sums16(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3) {
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
 // exp(x) for x <= 0, within 2 ulp: 2^n * polynomial(f), n + f = x * log2(e), |f| <= 1/2 (Cephes' expf)
-INLINE f32x16 exp16(f32x16 x) {
+template <typename F> INLINE F exp_below_0(F x) {
+    typedef int32_t Int __attribute__((vector_size(sizeof(F))));
     constexpr float COEFFICIENTS[5] = {1.39819995e-3f, 8.33345191e-3f, 4.16657962e-2f, 1.66666657e-1f, 0.5f};
-    x = select(x < splat(-87.0f), splat(-87.0f), x);
-    f32x16 shifted = x * 1.44269504f + ROUND, n = shifted - ROUND;
-    f32x16 f = x - n * 0.693359375f + n * 2.12194440e-4f;
-    f32x16 p = splat(1.98756915e-4f);
+    const F least = -87.0f - F{};
+    x = x < least ? least : x;
+    F shifted = x * 1.44269504f + ROUND, n = shifted - ROUND;
+    F f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    F p = 1.98756915e-4f - F{};
     UNROLL(i, 5) p = p * f + COEFFICIENTS[i];
     p = p * f * f + f + 1.0f;
-    return bits<f32x16>(bits<i32x16>(p) + (bits<i32x16>(shifted) << 23));
+    return (F)((Int)p + ((Int)shifted << 23));
+}
+INLINE f32x16 exp16(f32x16 x) {
+#ifdef __AVX512F__
+    return exp_below_0(x);
+#else
+    UNROLL(i, f32x16::PARTS) x.part[i] = exp_below_0(x.part[i]);
+    return x;
+#endif
 }
 
-INLINE f32x16 silu16(f32x16 x) {
-    const f32x16 e = exp16(-max16(x, -x));  // exp(-|x|) does not overflow
-    return select(x < f32x16{}, x * e, x) / (e + 1.0f);
+// 1 / (1 + exp(-x)), and x times it; exp(-|x|) does not overflow
+INLINE f32xL sigmoid(f32xL x) {
+    const f32xL e = exp_below_0(x < f32xL{} ? x : -x);
+    return (x < f32xL{} ? e : 1.0f - f32xL{}) / (e + 1.0f);
 }
-
-INLINE f32x16 sigmoid16(f32x16 x) {
-    const f32x16 e = exp16(-max16(x, -x));
-    return select(x < f32x16{}, e, splat(1.0f)) / (e + 1.0f);
+INLINE f32xL silu(f32xL x) {
+    const f32xL e = exp_below_0(x < f32xL{} ? x : -x);
+    return (x < f32xL{} ? x * e : x) / (e + 1.0f);
 }
 
 // ---- products
-
-// How many f32x16 of a row are added up at once with those of four rows: eight sums in registers hide the latency of
-// the multiply-add.
-#ifdef __AVX512F__
-constexpr int TILE_REGISTERS = 2;
-#else
-constexpr int TILE_REGISTERS = 1;
-#endif
 
 // Whether PyTorch multiplies matrices in bf16 at full speed; without AVX512 it takes six times as long as in fp32.
 #if defined(__AVX512BW__) || defined(__ARM_FEATURE_BF16)

@@ -51,8 +51,12 @@ SIZES = ("prompt_length", "batch_size", "max_seq_length", "ranks")       # lists
 # ---- from raw figures to rows
 
 def bytes_per_step(weight_bytes: int, args: ModelArgs, position: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Every weight, and of each sequence's keys and values positions 0 .. position, as far back as the layer looks."""
-    attended = sum(min(position + 1, window or position + 1) for window in args.windows or (0,) * args.n_layer)
+    """Every weight, and of each sequence's keys and values positions 0 .. position, as far back as the layer looks.
+
+    weight_bytes: from bytes_read_per_token, with what DeltaNets remember, which is read and written."""
+    windows = [window for layer, window in enumerate(args.windows or (0,) * args.n_layer)
+               if layer not in args.delta_layers]
+    attended = sum(min(position + 1, window or position + 1) for window in windows)
     return weight_bytes + batch * attended * 2 * args.n_local_heads * args.head_dim * itemsize
 
 
@@ -150,8 +154,9 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     if args.layers:
         config, name = {**config, "num_hidden_layers": args.layers}, f"{name}-{args.layers}-layers"
     common |= dict(config=config, name=name, dtype=DTYPES[args.dtype])
-    has_experts = ModelArgs.from_hf(config).n_expert > 0                     # for which the plain program has no form
-    peers = [peer for peer in args.peers if not missing(peer)] + ["plain"] * (not args.no_plain and not has_experts)
+    shape = ModelArgs.from_hf(config)
+    is_plain = not shape.n_expert and not shape.delta_layers                 # else the plain program has no form for it
+    peers = [peer for peer in args.peers if not missing(peer)] + ["plain"] * (not args.no_plain and is_plain)
     points, jobs = itertools.product(*(getattr(args, size) for size in SIZES)), []
     for kind, point in itertools.product(args.quant, [dict(zip(SIZES, point, strict=True)) for point in points]):
         jobs += [job_of(args, common, kind, point, OURS, mode == "compile") for mode in args.modes]

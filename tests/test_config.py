@@ -1,4 +1,5 @@
 """config.json: what is read, what is refused; RoPE's frequencies; published shapes."""
+import dataclasses
 import math
 
 import pytest
@@ -16,7 +17,9 @@ BASE = dict(model_type="qwen2", hidden_size=64, num_hidden_layers=2, num_attenti
 
 
 @pytest.mark.parametrize("change, named", [
-    (dict(model_type="qwen4_exp"), "qwen4_exp"),
+    (dict(model_type="qwen4_exp"), "qwen4_exp .* hyper-connections"),
+    (dict(model_type="qwen4_exp", text_config=dict(BASE, model_type="qwen4_exp_text")), "qwen4_exp"),
+    (dict(model_type="qwen3_5", text_config=dict(BASE, model_type="qwen3_vl_text")), "qwen3_vl_text"),
     (dict(model_type=None), "None"), (dict(hidden_act="gelu"), "gelu"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "dynamic"),
     (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope"),
@@ -93,6 +96,55 @@ def test_what_cannot_run_is_refused(change, named):
     assert "\n" not in str(error.value)
 
 
+HYBRID = {**BASE, "model_type": "qwen3_5_text", "head_dim": 32, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(linear_num_key_heads=3, linear_num_value_heads=4), "linear_num_value_heads 4 are no multiple of .* 3"),
+    (dict(num_attention_heads=4, num_key_value_heads=3), "no multiple of num_key_value_heads 3"),
+    (dict(sliding_window=8), "sliding_window 8"), (dict(use_sliding_window=True), "use_sliding_window True"),
+    (dict(layer_types=["full_attention"] * 3), "layer_types has 3 full_attention in 3 entries, and there are 4 layers"),
+    (dict(layer_types=["linear_attention"] * 4), "layer_types has 0 full_attention"),
+    (dict(layer_types=["full_attention", "sliding_attention"] * 2), "layer_types.1 'sliding_attention'"),
+    (dict(layer_types="full_attention"), "layer_types 'full_attention'"), (dict(layer_types=[]), "layer_types has 0"),
+    (dict(full_attention_interval=0), "full_attention_interval 0"),
+    (dict(full_attention_interval=8), "layer_types has 0 full_attention"),
+    (dict(linear_conv_kernel_dim=1), "linear_conv_kernel_dim 1"), (dict(linear_key_head_dim=0), "linear_key_head_dim"),
+    (dict(linear_num_value_heads=1 << 20), "channels of linear attention are too many"),
+    (dict(partial_rotary_factor=0.05), "RoPE cannot turn 1 of 32"), (dict(partial_rotary_factor=1.5), "partial_rot"),
+    (dict(attn_output_gate=False), "attn_output_gate False"), (dict(output_gate_type="sigmoid"), "output_gate_type"),
+    (dict(mtp_num_hidden_layers=2), "mtp_num_hidden_layers 2"), (dict(attention_bias=True), "attention_bias True")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_hybrids_that_cannot_run_are_refused(change, named, nested):
+    config = {**HYBRID, **change}
+    with pytest.raises(UserError, match=named) as error:
+        ModelArgs.from_hf(dict(model_type="qwen3_5", text_config=config) if nested else config)
+    assert "\n" not in str(error.value)
+
+
+def test_layer_kinds_and_rope_of_hybrids():
+    assert ModelArgs.from_hf(HYBRID).delta_layers == (0, 1, 2)
+    own = ModelArgs.from_hf({**HYBRID, "layer_types": ["full_attention", *["linear_attention"] * 3],
+                             "full_attention_interval": 2})
+    assert own.delta_layers == (1, 2, 3)
+    for change, turned in (({}, 8), (dict(partial_rotary_factor=0.5), 16),
+                           (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=1.0)), 32),
+                           (dict(rope_scaling=dict(rope_type="yarn", factor=4.0,
+                                                   original_max_position_embeddings=32)), 8)):
+        args = ModelArgs.from_hf({**HYBRID, **change})
+        assert args.rotary_dim == turned and len(rope_frequencies(args)) == turned // 2
+    assert args.rope and args.max_position == 128
+
+
+def test_a_nested_config_is_the_text_models():
+    flat = ModelArgs.from_hf(HYBRID)
+    for outer, inner, tied in ((True, False, True), (False, True, False), (None, True, True), (None, None, False)):
+        text = HYBRID if inner is None else {**HYBRID, "tie_word_embeddings": inner}
+        config = dict(model_type="qwen3_5", text_config=text, vision_config=dict(depth=1), image_token_id=7)
+        args = ModelArgs.from_hf(config if outer is None else {**config, "tie_word_embeddings": outer})
+        assert dataclasses.replace(args, tie_word_embeddings=False) == flat and args.tie_word_embeddings == tied
+
+
 def test_both_spellings_of_rope_agree():
     yarn = dict(factor=4.0, original_max_position_embeddings=32)
     old = ModelArgs.from_hf({**BASE, "rope_theta": 5e5, "rope_scaling": {"type": "yarn", **yarn}})
@@ -115,6 +167,16 @@ def test_published_shapes_count_their_parameters():
         with torch.device("meta"):
             count = sum(p.numel() for p in Transformer(ModelArgs.from_name(name)).parameters())
         assert count / 1e9 == pytest.approx(billions, abs=0.006), name
+
+
+def test_hybrid_shapes_count_their_parameters():
+    """In billions, of the text model without its draft head."""
+    for name, billions in {"Qwen3-Next-80B-A3B": 79.67, "Qwen3.5-0.8B": 0.75, "Qwen3.5-2B": 1.88, "Qwen3.5-4B": 4.21,
+                           "Qwen3.5-9B": 8.95, "Qwen3.6-27B": 26.90, "Qwen3.5-35B-A3B": 34.66,
+                           "Qwen3.5-122B-A10B": 122.1, "Qwen3.5-397B-A17B": 396.4}.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in Transformer(ModelArgs.from_name(name)).parameters())
+        assert count / 1e9 == pytest.approx(billions, abs=0.006 if billions < 100 else 0.06), name
 
 
 def test_every_published_shape_builds():

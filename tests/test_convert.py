@@ -25,6 +25,7 @@ import convert as convert_module
 from cli import UserError
 from config import ModelArgs
 from convert import convert
+from loading import load_model
 from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,7 +233,7 @@ def fuse_experts(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe", "qwen3-moe-sparse"])
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe", "qwen3-moe-sparse", "qwen3-next", "qwen3.5-moe"])
 def test_experts_in_one_tensor_or_in_many(tiny_folder, tmp_path: Path, family: str) -> None:
     source = tiny_folder(family)
     expected = (source / "model.pth").read_bytes()
@@ -241,6 +242,76 @@ def test_experts_in_one_tensor_or_in_many(tiny_folder, tmp_path: Path, family: s
     assert any(name.endswith("gate_up_proj") for name in load_file(copy / "model.safetensors"))
     convert(copy, progress=False)
     assert (copy / "model.pth").read_bytes() == expected
+
+
+def wrapped(folder: Path, outer: bool | None = None, inner: bool | None = None) -> None:
+    """The same text model as a part of one with a vision tower, in a shard that only the index can find."""
+    config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    weights = {name.replace("model.", "model.language_model.", 1): t for name, t in load_file(file).items()}
+    weights |= {f"model.visual.blocks.0.{name}": torch.ones(4, 4) for name in ("attn.qkv.weight", "mlp.bias")}
+    file.unlink()
+    shard = "model.safetensors-00001-of-00001.safetensors"
+    save_file(weights, folder / shard)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, shard)}))
+    tied = config.pop("tie_word_embeddings", None)
+    text = {**config, "tie_word_embeddings": tied if inner is None else inner}
+    whole = dict(model_type=config["model_type"].removesuffix("_text"), text_config=text, vision_config=dict(depth=1),
+                 image_token_id=5, tie_word_embeddings=tied if outer is None else outer)
+    (folder / "config.json").write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3.5-moe"])
+def test_text_models_with_a_vision_tower(tiny_folder, tmp_path: Path, capsys, family: str) -> None:
+    """The same bytes as from a text-only folder, and a word about what is left out. A head is there, or it is tied,
+    whatever config.json says of either model."""
+    expected = (tiny_folder(family) / "model.pth").read_bytes()
+    for number, flags in enumerate(((None, None), (True, False), (False, True), (False, False), (True, True))):
+        copy = shutil.copytree(tiny_folder(family), tmp_path / str(number))
+        wrapped(copy, *flags)
+        capsys.readouterr()
+        convert(copy, progress=False)
+        assert (copy / "model.pth").read_bytes() == expected
+        assert capsys.readouterr().err == f"{copy}: vision tower left out: text only\n"
+        model, _ = load_model(copy)
+        assert (model.output is None) == (family == "qwen3.5")
+
+
+def test_a_tied_hybrid_with_a_head_all_the_same(tiny_folder, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_folder("qwen3.5"), tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    edit_weights(lambda w: w.update({"lm_head.weight": head}))(copy)
+    convert(copy, progress=False)
+    assert (copy / "model.pth").read_bytes() == (tiny_folder("qwen3.5") / "model.pth").read_bytes()
+    edit_weights(lambda w: w.update({"lm_head.weight": head + 1}))(copy)
+    convert(copy, progress=False)
+    assert torch.equal(load_model(copy, "cpu", torch.float32)[0].output.weight, head + 1)
+
+
+def test_numbers_of_the_recurrence_stay_fp32(tiny_folder, tmp_path: Path) -> None:
+    """As published: A_log and the gated norm in fp32, all else in bf16."""
+    copy = shutil.copytree(tiny_folder("qwen3.5"), tmp_path / "copy")
+    exact = ("linear_attn.A_log", "linear_attn.norm.weight")
+    edit_weights(lambda w: w.update({name: t.bfloat16() for name, t in w.items() if not name.endswith(exact)}))(copy)
+    source = load_file(copy / "model.safetensors")
+    convert(copy, progress=False)
+    state = torch.load(copy / "model.pth", weights_only=True)["state_dict"]
+    model, _ = load_model(copy, "cpu", torch.bfloat16)
+    loaded = model.state_dict()
+    for ours, theirs in (("A_log", "A_log"), ("norm.weight", "norm.weight")):
+        original = source[f"model.layers.0.linear_attn.{theirs}"]
+        assert original.dtype == torch.float32 and torch.equal(state[f"layers.0.attention.{ours}"], original)
+        assert torch.equal(loaded[f"layers.0.attention.{ours}"], original)
+    assert state["layers.0.attention.conv"].dtype == loaded["layers.0.attention.wba.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gone", ["conv1d.weight", "A_log", "dt_bias", "norm.weight", "in_proj_ba.weight"])
+def test_a_missing_tensor_of_a_recurrence_is_named(tiny_folder, tmp_path: Path, gone: str) -> None:
+    copy = shutil.copytree(tiny_folder("qwen3-next"), tmp_path / "copy")
+    edit_weights(lambda w: w.pop(f"model.layers.2.linear_attn.{gone}"))(copy)
+    with pytest.raises(UserError, match=rf"missing: layers\.2\.linear_attn\.{gone}") as error:
+        convert(copy, progress=False)
+    assert "\n" not in str(error.value)
 
 
 EXPERT = "model.layers.0.mlp.experts.{}.{}_proj.weight"

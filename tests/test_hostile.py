@@ -116,7 +116,7 @@ def mutations(config: dict):
 def config_cases(copy_of, number: int | None):
     """Every third converts the checkpoint first. number: of all cases, chosen at random; None for all of them."""
     cases = []
-    for family in ("qwen2-window", "qwen3", "llama3.1", "mistral-window", "qwen-v1", "qwen2-moe"):
+    for family in ("qwen2-window", "qwen3", "llama3.1", "mistral-window", "qwen-v1", "qwen2-moe", "qwen3.5-moe"):
         folder = copy_of(family)
         original = json.loads((folder / "config.json").read_text())
         cases += [(f"{family}: {name}", folder, config) for name, config in mutations(original)]

@@ -1,13 +1,13 @@
-"""The head for multi-token prediction, against a plain fp32 reference written from its formulas (transformers has none),
-and as a draft."""
+"""The head for multi-token prediction against a plain fp32 reference, from its formulas (transformers has none), and
+as a draft."""
 import copy
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 import generate
+import tiny
 from cli import UserError
 from convert import convert
 from generate import Engine
@@ -20,13 +20,13 @@ PREFIX = "mtp.layers.0."
 
 
 def add_head(folder, C=64):
-    """A random head beside a checkpoint's weights: a block like the model's last one, which has attention."""
+    """A random head beside a checkpoint's weights: a block like the model's first that has attention."""
     path, rng = folder / "model.safetensors", torch.Generator().manual_seed(5)
     tensors = load_file(path)
-    last = next(name for name in reversed(sorted(tensors)) if ".self_attn.q_proj." in name).split(".self_attn")[0] + "."
-    for name in [name for name in tensors if name.startswith(last)]:
+    alike = next(name for name in tensors if ".self_attn.q_proj." in name).partition("self_attn")[0]
+    for name in [name for name in tensors if name.startswith(alike)]:
         shape = tensors[name].shape
-        tensors[PREFIX + name.removeprefix(last)] = torch.randn(shape, generator=rng) * (0.05 if len(shape) > 1 else 0.3)
+        tensors[PREFIX + name.removeprefix(alike)] = torch.randn(shape, generator=rng) * (0.05 if len(shape) > 1 else 1)
     tensors["mtp.fc.weight"] = torch.randn(C, 2 * C, generator=rng) * 0.1
     for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
         tensors[f"mtp.{name}.weight"] = torch.randn(C, generator=rng) * 0.2
@@ -44,7 +44,7 @@ def reference(theirs, tensors, ids, hidden):
     x = torch.cat((normed(embedded, tensors["mtp.pre_fc_norm_embedding.weight"]),
                    normed(hidden[:len(ids) - 1], tensors["mtp.pre_fc_norm_hidden.weight"])), dim=-1)
     x = (x @ tensors["mtp.fc.weight"].t())[None]
-    block = copy.deepcopy(theirs.model.layers[-1])
+    block = copy.deepcopy(theirs.model.layers[theirs.config.layer_types.index("full_attention")])
     weights = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     if "mlp.experts.0.gate_proj.weight" in weights:                              # in memory they are joined
         experts = [[weights.pop(f"mlp.experts.{e}.{kind}_proj.weight") for kind in ("gate", "up", "down")]

@@ -78,7 +78,10 @@ def test_published_checkpoints_keep_their_weights(reference, tmp_path, variant):
     ("qwen3-moe", "", {}),
     ("qwen2-moe", "|shared_expert|attn", {
         "dynamic": {"-:.*shared_expert.*": {}, "-:.*attn.*": {}, "+:.*mlp.*": {"bits": 4}},
-        "modules_to_not_convert": ["shared_expert", "attn"]})])
+        "modules_to_not_convert": ["shared_expert", "attn"]}),
+    ("qwen3.5-moe", "|shared_expert|attn", {"dynamic": {
+        "lm_head": {}, "model.language_model.embed_tokens": {}, "-:.*attn.*": {}, "-:.*shared_expert.*": {},
+        "-:.*mtp.*": {}, "-:.*visual.*": {}}})])
 def test_published_experts(tmp_path, family, left, config, method):
     """What is not quantized is what has no integers, as `dynamic` and `modules_to_not_convert` say."""
     sizes = dict(SHAPE, moe_intermediate_size=64)

@@ -317,9 +317,9 @@ def test_the_test_of_the_distribution_fails_when_the_rule_is_broken(sampling, br
     assert chain_p_value(sampling, 1.5, broken) < 1e-6
 
 
-def random_model(seed, vocab=8, dim=32):
+def random_model(seed, vocab=8, dim=32, **more):
     args = ModelArgs("llama", dim=dim, n_layer=1, n_head=2, n_local_heads=1, head_dim=16, intermediate_size=48,
-                     vocab_size=vocab, max_position=64)
+                     vocab_size=vocab, max_position=64, **more)
     torch.manual_seed(seed)
     model = Transformer(args)
     for p in model.parameters():
@@ -330,18 +330,22 @@ def random_model(seed, vocab=8, dim=32):
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("sampling", [Sampling(1.0, None), Sampling(0.8, 5, 0.9)])
-@pytest.mark.parametrize("drafts", ["model", "ngram"])
+@pytest.mark.parametrize("drafts", ["model", "ngram", "mtp"])
 def test_samples_of_the_whole_program(sampling, drafts):
     """Rounds of a Speculator from the same text, against the model's own probabilities."""
-    target, prompt, rng = random_model(0), [1, 2, 3, 1, 2, 3, 1], torch.Generator().manual_seed(5)
-    engine = speculating(target, None, Engine(random_model(1)) if drafts == "model" else "ngram", 2)
+    prompt, rng = [1, 2, 3, 1, 2, 3, 1], torch.Generator().manual_seed(5)
+    target = random_model(0, has_mtp=drafts == "mtp")
+    engine = speculating(target, None, Engine(random_model(1)) if drafts == "model" else drafts, 2)
     speculator = engine.speculator
     list(engine.generate(prompt, 8, sampling))
     counts = {}
     with torch.inference_mode():
         probs = exact_probabilities(target, prompt, sampling)
+        engine.prefill([prompt[:-1]])
+        at_prompt = dict(vars(speculator.drafter))                       # mtp: the hidden states of its last tokens
         for _ in range(DRAWS):
             text = list(prompt)
+            vars(speculator.drafter).update(at_prompt)
             speculator.drafter.begin(text, True)
             while len(text) < len(prompt) + 3:
                 speculator.round(text, 50, sampling.choice(8), rng)

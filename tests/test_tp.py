@@ -48,7 +48,10 @@ def whole_model(args, quantization=None):
 
 
 def one_layer(name, **changes):
-    return tp.replace(ModelArgs.from_name(name), n_layer=1, windows=(), **changes)
+    """Of a hybrid one of each kind."""
+    args = ModelArgs.from_name(name)
+    delta = args.delta_layers[:1]
+    return tp.replace(args, n_layer=1 + len(delta), delta_layers=delta, windows=(), **changes)
 
 
 def ranks_on_paper(rank, world_size):
@@ -79,7 +82,8 @@ def test_every_published_shape_can_be_split(name):
 
 def check_shares(args, plans):
     assert len({plan.local for plan in plans}) == 1
-    sizes = {"vocab": args.vocab_size, "ffn": args.intermediate_size, "heads": args.n_head * args.head_dim}
+    sizes = {"vocab": args.vocab_size, "ffn": args.intermediate_size, "heads": args.n_head * args.head_dim,
+             "delta_heads": args.delta_value_heads, "delta_values": args.delta_value_heads * args.delta_value_dim}
     for counted, size in sizes.items():
         held = torch.cat([plan.indices[counted] for plan in plans])
         assert torch.equal(held[held >= 0], torch.arange(size)), counted               # each once, in order
@@ -91,13 +95,15 @@ def check_shares(args, plans):
     local = plans[0].local
     assert local.n_local_heads >= args.n_local_heads / len(plans)
     work = [(2 * a.n_head + 2 * a.n_local_heads) * a.head_dim + 3 * a.intermediate_size for a in (args, local)]
-    assert work[0] / len(plans) > 0.89 * work[1], "more than a ninth of a rank's work is padding"
+    least = 0.5 if args.delta_layers else 0.89       # attention is a fourth of a hybrid's layers, with 2 or 4 KV heads
+    assert work[0] / len(plans) > least * work[1], "more than a ninth of a rank's work is padding"
 
 
 # What a rank holds on 2, 3, 4 and 8 ranks, with a star where some ranks' share has padding: query / KV heads, by those
 # of the whole model; feed-forward width and vocabulary, by that of the whole.
 HEADS = {
-    (12, 2): "6/1 4/2 3/1 2/1*", (14, 2): "7/1 7/1* 4/1* 2/1*", (16, 2): "8/1 6/2* 4/1 2/1",
+    (8, 2): "4/1 4/1* 2/1 1/1", (16, 4): "8/2 6/3* 4/1 2/1", (24, 4): "12/2 9/3* 6/1 3/1",
+    (32, 2): "16/1 12/2* 8/1 4/1", (12, 2): "6/1 4/2 3/1 2/1*", (14, 2): "7/1 7/1* 4/1* 2/1*", (16, 2): "8/1 6/2* 4/1 2/1",
     (16, 8): "8/4 6/3* 4/2 2/1", (16, 16): "8/8 6/6* 4/4 2/2", (20, 20): "10/10 7/7* 5/5 3/3*",
     (24, 8): "12/4 9/3* 6/2 3/1", (28, 4): "14/2 12/3* 7/1 4/1*", (32, 8): "16/4 12/3* 8/2 4/1",
     (32, 4): "16/2 12/3* 8/1 4/1", (64, 4): "32/2 24/3* 16/1 8/1", (96, 8): "48/4 36/3* 24/2 12/1",
@@ -105,7 +111,8 @@ HEADS = {
     (64, 8): "32/4 24/3* 16/2 8/1", (64, 64): "32/32 22/22* 16/16 8/8",
 }
 SIZES = {
-    768: "384 256 192 96", 1408: "704 480* 352 176", 1536: "768 512 384 192", 2560: "1280 864* 640 320",
+    512: "256 176* 128 64", 1024: "512 352* 256 128", 3584: "1792 1200* 896 448", 9216: "4608 3072 2304 1152",
+    248320: "124160 82784* 62080 31040", 768: "384 256 192 96", 1408: "704 480* 352 176", 1536: "768 512 384 192", 2560: "1280 864* 640 320",
     2816: "1408 944* 704 352", 3072: "1536 1024 768 384", 4864: "2432 1632* 1216 608", 5504: "2752 1840* 1376 688",
     6144: "3072 2048 1536 768", 6912: "3456 2304 1728 864", 8192: "4096 2736* 2048 1024", 8960: "4480 2992* 2240 1120",
     9728: "4864 3248* 2432 1216", 11008: "5504 3680* 2752 1376", 12288: "6144 4096 3072 1536",
@@ -131,6 +138,27 @@ def test_the_table_of_published_sizes(name):
         padded = {name for name in found
                   if any(bool((plan.indices[counted.get(name, name)] < 0).any()) for plan in plans)}
         assert [heads, ffn, vocab] == [f"{size}{'*' * (name in padded)}" for name, size in found.items()]
+
+
+@pytest.mark.parametrize("Hk, Hv, found", [(16, 16, "8/8 6/6 4/4 2/2"), (16, 48, "8/24 6/18 4/12 2/6")])
+def test_a_deltanet_is_split_by_key_heads(Hk, Hv, found):
+    """Each with its value heads; conv, decay and gate with the channels and heads that they belong to."""
+    args = tp.replace(ModelArgs.from_name("Qwen3.5-27B"), delta_key_heads=Hk, delta_value_heads=Hv)
+    for world_size, sizes in zip((2, 3, 4, 8), found.split()):
+        for rank in range(world_size):
+            plan = tp.plan(args, rank, world_size)
+            assert f"{plan.local.delta_key_heads}/{plan.local.delta_value_heads}" == sizes
+            N, n = args.delta_channels, plan.local.delta_channels
+            row = torch.arange(N + Hv * 128)
+            qkvz = plan.shard("layers.0.attention.wqkv.weight", row[:, None] + 1)[:, 0] - 1
+            q, k, v, z = qkvz.split([n // (2 + Hv // Hk)] * 2 + [plan.local.delta_value_heads * 128] * 2)
+            real = q >= 0
+            assert torch.equal(k[real], q[real] + Hk * 128) and torch.equal(z[v >= 0], v[v >= 0] + Hv * 128)
+            heads = (v[v >= 0] - 2 * Hk * 128) // 128
+            assert set((heads // (Hv // Hk)).tolist()) == set((q[real] // 128).tolist())
+            assert torch.equal(plan.shard("layers.0.attention.conv", row[:N, None] + 1)[:, 0] - 1, qkvz[:n])
+            A_log = plan.shard("layers.0.attention.A_log", torch.arange(Hv) + 1) - 1
+            assert torch.equal(A_log[A_log >= 0], heads.unique())
 
 
 def test_few_heads_on_many_ranks():
@@ -301,6 +329,9 @@ FOLDERS = {
     "qwen2-moe": lambda folder: save(folder, "qwen2-moe"),
     "qwen3-moe": lambda folder: save(folder, "qwen3-moe"),
     "qwen3-tied": lambda folder: save(folder, "qwen3-tied", head_dim=32),
+    "qwen3-next": lambda folder: save(folder, "qwen3-next"),
+    "qwen3.5": lambda folder: save(folder, "qwen3.5"),
+    "uneven hybrid": lambda folder: save(folder, "qwen3.5", linear_num_key_heads=3, linear_num_value_heads=9),
     "llama3.1": lambda folder: save(folder, "llama3.1"),
     "llama-biases": lambda folder: save(folder, "llama-biases", head_dim=32),
     "mistral-window": lambda folder: save(folder, "mistral-window"),
@@ -314,8 +345,8 @@ FOLDERS = {
 }
 FORMATS = {"int8": ("int8", 32), "g32": ("int4", 32), "g128": ("int4", 128)}
 QUANTIZED = {f"{family}/{name}": (family, *how)
-             for family in ("llama-biases", "qwen3-tied", "qwen3-moe") for name, how in FORMATS.items()}
-COMPILED = ("qwen2-tied", "qwen3", "qwen2-moe")
+             for family in ("llama-biases", "qwen3-tied", "qwen3-moe", "qwen3.5") for name, how in FORMATS.items()}
+COMPILED = ("qwen2-tied", "qwen3", "qwen2-moe", "qwen3.5")
 LARGE = dict(model_type="llama", num_hidden_layers=2, hidden_size=2048, num_attention_heads=16, num_key_value_heads=8,
              intermediate_size=6144, vocab_size=16000, max_position_embeddings=512)
 
