@@ -94,7 +94,7 @@ def divisor(scales: Tensor) -> Tensor:
 # ---- linears
 
 class QuantizedLinear(nn.Module):
-    """Takes a model.Linear's place. On CPUs with VNNI, the activations of a few tokens may be quantized too.
+    """Takes a model.Linear's place. On CPUs with VNNI or AVX2, the activations of a few tokens may be quantized too.
 
     The methods take scales and zeros of [N, ceil(K / G)] in both formats; int8's zeros are 0.
     """

@@ -66,7 +66,7 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, quantize_activations: bool = True) -> Tensor:
     """x [..., K_in], weight int8 [N, K_in], scales fp32 [N] -> [..., N]; w = scale * q.
 
-    quantize_activations: may round up to 16 tokens to int16, in groups of 256 with a scale each (on CPUs with VNNI).
+    quantize_activations: may round up to 16 tokens to int16, in groups of 256 with a scale each (with VNNI or AVX2).
     """
     if on_cpu(x) and weight.is_contiguous() and available():
         return torch.ops.qwen_fast.linear(x, [weight, scales], weight.size(0), quantize_activations)
@@ -86,7 +86,8 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
                 quantize_activations: bool = True) -> Tensor:
     """x [..., K_in] and weights from pack_int4 -> [..., N].
 
-    quantize_activations: may round up to 16 tokens to int8, in groups of 32 with a scale each (on CPUs with VNNI).
+    quantize_activations: may round up to 16 tokens (with AVX2 any number, else with VNNI) to int8, in groups of 32
+    with a scale each.
     """
     if on_cpu(x) and available():
         return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, quantize_activations)
@@ -112,7 +113,7 @@ def quantize_activations_reference(x: Tensor, dtype: torch.dtype, group: int) ->
     most = 127 if dtype == torch.int8 else 127 * 257    # the latter is multiplied as two bytes, each up to 127
     padded = F.pad(x.float(), (0, -x.size(-1) % group)).unflatten(-1, (-1, group))
     high = padded.abs().amax(-1, keepdim=True)
-    rounded = torch.where(high > 1e-30, (padded * (most / high)).round() * (high / most), 0.0)
+    rounded = torch.where(high > 1e-30, (padded.double() * (most / high)).round().float() * (high / most), 0.0)
     return rounded.flatten(-2)[..., :x.size(-1)]
 
 

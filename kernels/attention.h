@@ -101,7 +101,7 @@ INLINE float softmax_block(float* s, i64 n, i64 from, i64 to, float& max, float&
     const float high = std::max(max, highest(highs));
     for (i64 i = 0; i < n; i += 16) {
         f32x16 x = load16(s + i) - high, e = exp16(x);
-        e = x < splat(-87.0f) ? f32x16{} : e;
+        e = select(x < splat(-87.0f), f32x16{}, e);
         sums += e;
         store16(s + i, e);
     }

@@ -1,6 +1,6 @@
 // Linears of every kind, and whole layers: between their matrices there is too little work to be worth operators of its
 // own. Up to 16 tokens go through the decoding kernels, and what passes between the matrices stays in fp32; more go
-// through PyTorch's products, in the model's own dtype.
+// through PyTorch's products, in the model's own dtype, or in fp32 where the CPU has no products of bf16.
 #pragma once
 #include <ATen/ops/from_blob.h>
 #include <variant>
@@ -56,7 +56,7 @@ struct Linear {
         return one;
     }
 
-    // One of the products that decode() computes: x [M, K] -> y [M, N], at most 16 tokens, with the weights of expert e
+    // One of the products that decode() computes: x [M, K] -> y [M, N] with the weights of expert e
     struct Product {
         i64 e, M;
         const float* x;
@@ -98,13 +98,18 @@ struct Linear {
         share_all(rows);
     }
     void decode(const std::vector<Product>& products, i64 E, bool quantize_activations) const {
-        if (scales.defined() && quantize_activations) decode_quantized<HAVE_VNNI>(products, E);
+        if (scales.defined() && quantize_activations) decode_quantized<INTEGERS>(products, E);
         else if (scales.defined()) decode_quantized<false>(products, E);
         else if (is(weight, at::kFloat)) decode_plain<float>(products, E);
         else decode_plain<BFloat16>(products, E);
     }
 
-    // x [M, K] -> y [M, N], at most 16 tokens
+    // Whether so many tokens go through decode()
+    bool decodes(i64 M, bool quantize_activations) const {
+        return M <= MAX_TOKENS || (INT4_FOR_ALL && zeros.defined() && quantize_activations);
+    }
+
+    // x [M, K] -> y [M, N]
     void decode(const float* x, float* y, i64 M, bool quantize_activations) const {
         decode({{0, M, x, y}}, 1, quantize_activations);
         if (!bias.defined()) return;
@@ -113,18 +118,19 @@ struct Linear {
             for (i64 n = 0; n < N; n++) y[m * N + n] += b[n];
     }
 
-    // x [M, K] -> [M, N], in fp32 for up to 16 tokens, in x's dtype (the model's) for more
+    // x [M, K] -> [M, N], in fp32 for up to 16 tokens, for more in x's dtype: the model's, or where that is slow, fp32
     Tensor multiply(const Tensor& x, bool quantize_activations) const {
         const i64 M = x.size(0);
-        if (M <= MAX_TOKENS) {
+        if (decodes(M, quantize_activations)) {
             const auto x32 = is(x, at::kFloat) ? x : x.to(at::kFloat);
             auto y = at::empty({M, N}, x32.options());
             if (M > 0) decode(x32.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, quantize_activations);
             return y;
         }
-        auto y = scales.defined() ? at::empty({M, N}, x.options()) : at::mm(x, weight.t());
+        const bool as_it_is = is(weight, x.scalar_type());
+        auto y = as_it_is ? at::mm(x, weight.t()) : at::empty({M, N}, x.options());
         if (zeros.defined()) by_dtype(x, [&](auto zero) { int4_prefill<decltype(zero)>(x, int4(), y); });
-        else if (scales.defined()) int8_prefill(x, weight, scales.view({N}), y);
+        else if (!as_it_is) converted_prefill(x, weight, scales, y);
         return bias.defined() ? y.add_(bias) : y;
     }
 };
@@ -136,7 +142,8 @@ Tensor linear(const Tensor& x, at::TensorList tensors, i64 N, bool quantize_acti
     const Linear linear(tensors, N, x.size(-1), dtype);
     auto sizes = x.sizes().vec();
     sizes.back() = N;
-    return linear.multiply(x.reshape({-1, linear.K}).contiguous(), quantize_activations).to(dtype).view(sizes);
+    const auto rows = x.reshape({-1, linear.K}).contiguous();
+    return linear.multiply(BF16_PRODUCTS ? rows : rows.to(at::kFloat), quantize_activations).to(dtype).view(sizes);
 }
 
 // What an RMS norm has besides its weights: x / sqrt(mean(x^2) + eps) * (weight + offset)
@@ -400,7 +407,7 @@ template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, 
     std::vector<Linear::Product> products;
     for (i64 e = 0; e < E; e++) {
         const i64 begin = routing.first[e], count = routing.first[e + 1] - begin;
-        if (count > MAX_TOKENS)
+        if (!w.decodes(count, quantize_activations))
             y.narrow(0, begin, count).copy_(w.expert(e, E).multiply(x.narrow(0, begin, count), quantize_activations));
         else if (count)
             products.push_back(
@@ -470,7 +477,7 @@ Tensor experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, at:
     const Routing routing({c, c + M * k}, {w, w + M * k}, M, k, n_expert);
     Tensor y;
     by_dtype(x, [&](auto zero) {
-        if (M > MAX_TOKENS) y = run<decltype(zero)>(all, routing, x, quantize_activations);
+        if (M > MAX_TOKENS && BF16_PRODUCTS) y = run<decltype(zero)>(all, routing, x, quantize_activations);
         else y = run<float>(all, routing, x.to(at::kFloat), quantize_activations);
     });
     return y.to(dtype);
@@ -601,7 +608,7 @@ Tensor run_fused(const Tensor& x, const Tensor& handle, const Tensor& cos_, cons
         }
     };
     by_dtype(x, [&](auto zero) {
-        if (M > MAX_TOKENS) run_all(zero, zero);
+        if (M > MAX_TOKENS && BF16_PRODUCTS) run_all(zero, zero);
         else run_all(zero, 0.0f);
     });
     return out;

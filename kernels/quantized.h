@@ -1,7 +1,8 @@
 // Linears with int8 and int4 weights.
-// Up to 16 tokens: with VNNI the activations are rounded to integers in groups along k, each with a scale of its own.
-// Without it, or where activations shall keep their precision, the weights are converted to fp32 on their way.
-// More tokens: a chunk of the weights at a time is converted to the model's dtype and multiplied by PyTorch.
+// Up to 16 tokens: with VNNI or AVX2 the activations are rounded to integers in groups along k, each with a scale of
+// its own. Without, or where activations shall keep their precision, the weights are converted to fp32 on their way.
+// More tokens: a chunk of the weights at a time is converted to the model's dtype and multiplied by PyTorch, but for
+// int4 with AVX2, which goes on as before (INT4_FOR_ALL).
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -22,6 +23,7 @@ template <typename Q> struct Activations {
         : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups),
           q(quantize ? M * padded : 0) {
         for (i64 m = 0; m < M; m++) std::copy_n(source + m * K, K, x.data() + m * padded);
+#pragma omp parallel for num_threads(at::get_num_threads()) if (M * padded > ONE_THREAD)
         for (i64 i = 0; i < M * groups; i++) {
             const float* from = x.data() + i * G;
             f32x16 high = {}, total = {};
@@ -37,14 +39,12 @@ template <typename Q> struct Activations {
 
     // Returns the sum of the integers.
     static INLINE f32x16 round_group(const float* from, float high, i64 G, Q* to, float& scale) {
-        typedef Q Q16 __attribute__((vector_size(16 * sizeof(Q))));
         constexpr float most = sizeof(Q) == 1 ? 127.0f : 32639.0f;  // whose upper byte is 127 and lower byte 127
         const float inverse = high > 1e-30f ? most / high : 0.0f;   // less is rounded to 0
         f32x16 total = {};
         for (i64 j = 0; j < G; j += 16) {
             const f32x16 shifted = load16(from + j) * inverse + ROUND;
-            const Q16 low = __builtin_convertvector((i32x16)shifted, Q16);  // the bits that are the integer
-            std::memcpy(to + j, &low, sizeof low);
+            narrow16(to + j, bits<i32x16>(shifted));  // the bits that are the integer
             total += shifted - ROUND;
         }
         scale = high / most;
@@ -54,51 +54,39 @@ template <typename Q> struct Activations {
 
 // ---- int8: w [N, K] as stored
 //
-// The activations are rounded to 16 bits, so that next to nothing of them is lost, and multiplied as two bytes each,
-// q = 256 u + l. dot_u8s8 wants one side unsigned: w + 128 stands in for w, and 128 sum(x) is taken off again.
-//   y[n] = scale[n] * (sum_g s[g] * (256 * sum_{k in g} (w + 128) u + sum_{k in g} (w + 128) l) - 128 * sum_k x[k])
+// The activations are rounded to 16 bits, so that next to nothing of them is lost. Where w + OFFSET stands in for w,
+// OFFSET * sum(x) is taken off again.
+//   y[n] = scale[n] * (sum_g s[g] * sum_{k in g} (w + OFFSET) q - OFFSET * sum_k x[k])
 constexpr int G8 = 256;  // activations to a scale
 
-// For every 64 activations their upper, then their lower bytes, each from -128 to 127
-inline std::vector<int8_t> in_bytes(const std::vector<int16_t>& q) {
-    std::vector<int8_t> bytes(2 * q.size());
-    for (size_t i = 0; i < q.size(); i++) {
-        const int upper = (q[i] + 128) >> 8;
-        int8_t* to = bytes.data() + i / 64 * 128 + i % 64;
-        to[0] = upper, to[64] = q[i] - 256 * upper;
-    }
-    return bytes;
-}
-
-// out[r * M + m] for R rows, `apart` rows from one another: as integers, still with w + 128 for w
+// out[r * M + m] for R rows, `apart` rows from one another: as integers, still with w + OFFSET for w
 template <int R, int M>
-INLINE void int8_rows_quantized(const int8_t* w, i64 apart, const Activations<int16_t>& a, const int8_t* bytes,
-                                i64 first, i64 K, float* out) {
+INLINE void int8_rows_quantized(const int8_t* w, i64 apart, const Activations<int16_t>& a, const int16_t* x, i64 first,
+                                i64 K, float* out) {
     f32x16 acc[R * M] = {};
-    const int8_t* q = bytes + first * 2 * a.padded;
+    x += first * a.padded;
     for (i64 g = 0; g * G8 < K; g++) {
-        i32x16 upper[R * M] = {}, lower[R * M] = {};
-        const auto add = [&](auto load64, i64 k) INLINE_LAMBDA {
+        WordSums sums[R * M];
+        const auto add = [&](auto pointer, i64 k) INLINE_LAMBDA {
             UNROLL(r, R) {
                 const int8_t* from = w + r * apart * K + k;
                 __builtin_prefetch(from + (M <= 2 ? AHEAD : FAR_AHEAD), 0, 2);
-                const u8x64 wv = (u8x64)load64(from) ^ 128;  // + 128
-                UNROLL(m, M) {
-                    const int i = r * M + m;
-                    upper[i] = dot_u8s8(upper[i], wv, load<i8x64>(q + 2 * (m * a.padded + k)));
-                    lower[i] = dot_u8s8(lower[i], wv, load<i8x64>(q + 2 * (m * a.padded + k) + 64));
-                }
+                const Weights64 weights(pointer(from));
+                UNROLL(m, M) sums[r * M + m].add(weights, x + m * a.padded + k);
             }
         };
         if (g * G8 + G8 <= K)
-            UNROLL(i, G8 / 64) add([](const int8_t* from) { return load<i8x64>(from); }, g * G8 + 64 * i);
+            UNROLL(i, G8 / 64) add([](const int8_t* from) { return from; }, g * G8 + 64 * i);
         else
-            for (i64 k = g * G8; k < K; k += 64)
-                add([&](const int8_t* from) { return load_first64(from, std::min<i64>(64, K - k)); }, k);
-        UNROLL(i, R * M) {
-            const i32x16 both = (upper[i] << 8) + lower[i];
-            acc[i] += __builtin_convertvector(both, f32x16) * a.scale[(first + i % M) * a.groups + g];
-        }
+            for (i64 k = g * G8; k < K; k += 64) {
+                int8_t padded[64] = {};
+                const auto copy = [&](const int8_t* from) {
+                    std::copy_n(from, std::min<i64>(64, K - k), padded);
+                    return padded;
+                };
+                add(copy, k);
+            }
+        UNROLL(i, R * M) acc[i] += to_float(sums[i].total()) * a.scale[(first + i % M) * a.groups + g];
     }
     UNROLL(i, R * M) out[i] = sum(acc[i]);
 }
@@ -125,25 +113,25 @@ template <bool quantize> struct Int8Rows {
     float* y;
     i64 M, N, K;
     Activations<int16_t> a;
-    std::vector<int8_t> halves = in_bytes(a.q);
-    float offset[MAX_TOKENS] = {};
+    std::vector<int16_t> arranged_q = arranged(a.q);
+    std::vector<float> offset = std::vector<float>(M);
 
     Int8Rows(const int8_t* w, const float* scales, const float* x, float* y, i64 M, i64 N, i64 K)
         : w(w), scales(scales), y(y), M(M), N(N), K(K), a(x, M, K, (K + G8 - 1) / G8 * G8, G8, quantize) {
         if (quantize)
-            for (i64 i = 0; i < M * a.groups; i++) offset[i / a.groups] += 128.0f * a.sums[i];
+            for (i64 i = 0; i < M * a.groups; i++) offset[i / a.groups] += OFFSET * a.sums[i];
     }
     i64 count() const { return N; }
     i64 unit() const { return 16; }
     i64 bytes() const { return K; }
     void operator()(i64 begin, i64 end) const {
-        const Halves rows(begin, end, M <= 2 || M > 4);  // a second tile finds them in the cache
+        const Halves rows(begin, end, M <= 2 || (M > 4 && !NARROW));  // a second tile finds them in the cache
         rows.each([&](i64 n, auto R) INLINE_LAMBDA {
             tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
                 float out[R * tokens];
                 const int8_t* from = w + n * K;
                 if constexpr (quantize)
-                    int8_rows_quantized<R, tokens>(from, rows.apart, a, halves.data(), first, K, out);
+                    int8_rows_quantized<R, tokens>(from, rows.apart, a, arranged_q.data(), first, K, out);
                 else int8_rows_fp32<R, tokens>(from, rows.apart, a, first, K, out);
                 UNROLL(i, R * tokens) {
                     const i64 row = n + i / tokens * rows.apart, m = first + i % tokens;
@@ -154,15 +142,16 @@ template <bool quantize> struct Int8Rows {
     }
 };
 
-// x [M, K], weight int8 [N, K], scales [N] -> y [M, N]
-inline void int8_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
+// x [M, K], weight [N, K] in int8 with scales [N], or in another dtype than x -> y [M, N]
+inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
     const i64 N = weight.size(0), step = std::max<i64>(64, CHUNK / std::max<i64>(weight.size(1), 1));
     auto chunk = at::empty({std::min(step, N), weight.size(1)}, x.options());
     for (i64 n = 0; n < N; n += step) {
         const i64 rows = std::min(step, N - n);
         const auto converted = chunk.narrow(0, 0, rows).copy_(weight.narrow(0, n, rows));
         auto of_rows = y.narrow(1, n, rows);
-        at::mul_out(of_rows, at::mm(x, converted.t()), scales.narrow(0, n, rows));
+        if (scales.defined()) at::mul_out(of_rows, at::mm(x, converted.t()), scales.view({N}).narrow(0, n, rows));
+        else of_rows.copy_(at::mm(x, converted.t()));
     }
 }
 
@@ -185,26 +174,25 @@ struct Int4 {
 
 // f(i, q[.., 8 j + i]) for the eight values of k in register j
 template <typename F> INLINE void each_of_eight(const uint8_t* p, F f) {
-    const auto eight = load<u32x16>(p);
-    UNROLL(i, 8) f(i, __builtin_convertvector((i32x16)((eight >> (i < 4 ? 8 * i : 8 * (i - 4) + 4)) & 15), f32x16));
+    const auto eight = load64<u32x16>(p);
+    UNROLL(i, 8) f(i, to_float(bits<i32x16>((eight >> (i < 4 ? 8 * i : 8 * (i - 4) + 4)) & 15)));
 }
 
 // dots[r * M + m] = sum over a unit's k of q[r, k] * x[m, k] in integers. p, q: weights and rounded x of the unit
 template <int R, int M>
 INLINE void int4_unit_quantized(const uint8_t* p, i64 stride, const int8_t* q, i64 padded, f32x16* dots) {
-    i32x16 lower_sums[R * M] = {}, upper_sums[R * M] = {};
+    ByteSums lower_sums[R * M] = {}, upper_sums[R * M] = {};
     UNROLL2(j, 4, r, R) {
         const uint8_t* from = p + r * stride + REGISTER * j;
         __builtin_prefetch(from + (M <= 2 ? AHEAD : FAR_AHEAD), 0, 2);
-        const auto both = load<u8x64>(from);
-        const u8x64 lower = both & 15, upper = (u8x64)((u16x32)both >> 4) & 15;
+        const auto both = load64<u8x64>(from), lower = both & 15, upper = bits<u8x64>(bits<u16x32>(both) >> 4) & 15;
         UNROLL(m, M) {
             const int i = r * M + m;
-            lower_sums[i] = dot_u8s8(lower_sums[i], lower, splat4(q + m * padded + 8 * j));
-            upper_sums[i] = dot_u8s8(upper_sums[i], upper, splat4(q + m * padded + 8 * j + 4));
+            lower_sums[i] = add_bytes(lower_sums[i], lower, splat4(q + m * padded + 8 * j));
+            upper_sums[i] = add_bytes(upper_sums[i], upper, splat4(q + m * padded + 8 * j + 4));
         }
     }
-    UNROLL(i, R * M) dots[i] = __builtin_convertvector(lower_sums[i] + upper_sums[i], f32x16);
+    UNROLL(i, R * M) dots[i] = to_float(total(lower_sums[i] + upper_sums[i]));
 }
 
 // The same in fp32
@@ -260,8 +248,13 @@ template <bool quantize> struct Int4Rows {
     i64 bytes() const { return w.units() * UNIT; }
     void operator()(i64 begin, i64 end) const {
         const Halves halves(begin, end, M <= 2);
+        for (i64 m = 0; m < M; m += MAX_TOKENS) some(halves, m, std::min<i64>(M - m, MAX_TOKENS));
+    }
+    // Tokens m .. m + count, which stay in the cache
+    void some(const Halves& halves, i64 m, i64 count) const {
         halves.each([&](i64 block, auto R) INLINE_LAMBDA {
-            tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
+            tiles(count, [&](i64 tile, auto tokens) INLINE_LAMBDA {
+                const i64 first = m + tile;
                 f32x16 out[R * tokens];
                 int4_blocks<R, tokens, quantize>(w, block, halves.apart, a, first, out);
                 UNROLL(i, R * tokens) {

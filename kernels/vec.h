@@ -1,6 +1,6 @@
 // Vectors of sixteen fp32 numbers. GCC's and Clang's vector types turn into AVX512, AVX2 or NEON, whatever
-// -march=native finds; where the compiler misses an instruction, or has none (the products of AVX512-BF16 and VNNI), it
-// is named here, so that the kernels themselves need no #ifdef.
+// -march=native finds; where the compiler misses an instruction, or has none (the products of AVX512-BF16, VNNI and
+// AVX2), it is named here, so that the kernels themselves need no #ifdef.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -8,7 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#ifdef __AVX512F__
+#include <vector>
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -26,9 +27,13 @@ namespace {
 
 using at::BFloat16;
 using at::Tensor;
-typedef float f32x16 __attribute__((vector_size(64)));
-// What one register holds: sums that live through a loop without AVX512 are best of this type, because compilers keep a
-// f32x16 in memory there.
+#ifdef __AVX512F__
+constexpr bool NARROW = false;  // whether registers hold fewer than sixteen numbers, and there are few of them
+#else
+constexpr bool NARROW = true;
+#endif
+// What one register holds: sums that live through a loop without AVX512 are best of this type, because a f32x16 takes
+// several.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -40,12 +45,6 @@ typedef float f32xL __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32xL __attribute__((vector_size(4 * LANES)));
 typedef uint32_t u32xL __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16xL __attribute__((vector_size(2 * LANES)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint16_t u16x32 __attribute__((vector_size(64)));
-typedef int8_t i8x64 __attribute__((vector_size(64)));
-typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
 template <typename V> INLINE V load(const void* p) {
     V v;
@@ -53,40 +52,165 @@ template <typename V> INLINE V load(const void* p) {
     return v;
 }
 
+#ifdef __AVX512F__
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int16_t i16x32 __attribute__((vector_size(64)));
+typedef uint16_t u16x32 __attribute__((vector_size(64)));
+typedef int8_t i8x64 __attribute__((vector_size(64)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+
+template <typename To, typename V> INLINE To bits(V v) { return (To)v; }
+template <typename V> INLINE f32x16 to_float(V v) { return __builtin_convertvector(v, f32x16); }
+template <typename Mask, typename V> INLINE V select(Mask mask, V a, V b) { return mask ? a : b; }
+template <typename V> INLINE V load64(const void* p) { return load<V>(p); }
+template <typename V> INLINE void store64(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+// As many narrower numbers
+template <typename To, typename From> INLINE To widen(const From* p) {
+    typedef From Narrow __attribute__((vector_size(sizeof(To) / sizeof(To{}[0]) * sizeof(From))));
+    return __builtin_convertvector(load<Narrow>(p), To);
+}
+template <typename To> INLINE void narrow16(To* p, i32x16 v) {
+    typedef To Narrow __attribute__((vector_size(16 * sizeof(To))));
+    const Narrow narrow = __builtin_convertvector(v, Narrow);
+    std::memcpy(p, &narrow, sizeof narrow);
+}
+#else
+// GCC sends a vector wider than the registers through memory at every step, which took most of the time: so here it is
+// made of as many as it needs.
+template <typename T> struct Wide {
+#ifdef __AVX2__
+    static constexpr int BYTES = 32;
+#else
+    static constexpr int BYTES = 16;
+#endif
+    static constexpr int PARTS = 64 / BYTES, LANES = BYTES / sizeof(T);
+    typedef T Part __attribute__((vector_size(BYTES)));
+    Part part[PARTS];
+
+    Wide() = default;
+    INLINE Wide(T value) { UNROLL(i, PARTS) part[i] = value - Part{}; }
+    INLINE T operator[](int i) const { return part[i / LANES][i % LANES]; }
+#define OPERATOR(op)                                               \
+    friend INLINE Wide operator op(Wide a, Wide b) {               \
+        UNROLL(i, PARTS) a.part[i] = a.part[i] op b.part[i];       \
+        return a;                                                  \
+    }
+    OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&) OPERATOR(|) OPERATOR(^)
+#undef OPERATOR
+    friend INLINE Wide operator>>(Wide a, int n) {
+        UNROLL(i, PARTS) a.part[i] = a.part[i] >> n;
+        return a;
+    }
+    friend INLINE Wide operator<<(Wide a, int n) {
+        UNROLL(i, PARTS) a.part[i] = a.part[i] << n;
+        return a;
+    }
+    friend INLINE Wide<int32_t> operator<(Wide a, Wide b) {
+        Wide<int32_t> mask;
+        UNROLL(i, PARTS) mask.part[i] = a.part[i] < b.part[i];
+        return mask;
+    }
+    INLINE Wide operator-() const { return Wide() - *this; }
+    INLINE Wide& operator+=(Wide b) { return *this = *this + b; }
+};
+using f32x16 = Wide<float>;
+using i32x16 = Wide<int32_t>;
+using u32x16 = Wide<uint32_t>;
+using i16x32 = Wide<int16_t>;
+using u16x32 = Wide<uint16_t>;
+using i8x64 = Wide<int8_t>;
+using u8x64 = Wide<uint8_t>;
+
+template <typename To, typename V> INLINE To bits(V v) {
+    To to;
+    UNROLL(i, V::PARTS) to.part[i] = (typename To::Part)v.part[i];
+    return to;
+}
+template <typename V> INLINE f32x16 to_float(V v) {
+    f32x16 to;
+    UNROLL(i, V::PARTS) to.part[i] = __builtin_convertvector(v.part[i], f32x16::Part);
+    return to;
+}
+template <typename V> INLINE V select(i32x16 mask, V a, V b) {
+    UNROLL(i, V::PARTS) a.part[i] = mask.part[i] ? a.part[i] : b.part[i];
+    return a;
+}
+template <typename V> INLINE V load64(const void* p) {
+    V v;
+    UNROLL(i, V::PARTS) v.part[i] = load<typename V::Part>((const char*)p + i * V::BYTES);
+    return v;
+}
+template <typename V> INLINE void store64(void* p, V v) {
+    UNROLL(i, V::PARTS) std::memcpy((char*)p + i * V::BYTES, &v.part[i], V::BYTES);
+}
+
+template <typename To, typename From> INLINE typename To::Part widen_part(const From* p) {
+    typedef From Narrow __attribute__((vector_size(To::LANES * sizeof(From))));
+    return __builtin_convertvector(load<Narrow>(p), typename To::Part);
+}
+#ifdef __AVX2__  // GCC 12 takes four instructions for one
+template <> INLINE u32x16::Part widen_part<u32x16>(const uint16_t* p) {
+    return (u32x16::Part)_mm256_cvtepu16_epi32(load<__m128i>(p));
+}
+template <> INLINE i32x16::Part widen_part<i32x16>(const uint8_t* p) {
+    return (i32x16::Part)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+template <> INLINE i32x16::Part widen_part<i32x16>(const int8_t* p) {
+    return (i32x16::Part)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+template <> INLINE i16x32::Part widen_part<i16x32>(const int8_t* p) {
+    return (i16x32::Part)_mm256_cvtepi8_epi16(load<__m128i>(p));
+}
+#endif
+template <typename To, typename From> INLINE To widen(const From* p) {
+    To to;
+    UNROLL(i, To::PARTS) to.part[i] = widen_part<To>(p + i * To::LANES);
+    return to;
+}
+template <typename To> INLINE void narrow16(To* p, i32x16 v) {
+    typedef To Narrow __attribute__((vector_size(i32x16::LANES * sizeof(To))));
+    UNROLL(i, i32x16::PARTS) {
+        const Narrow narrow = __builtin_convertvector(v.part[i], Narrow);
+        std::memcpy(p + i * i32x16::LANES, &narrow, sizeof narrow);
+    }
+}
+#endif
+
 // ---- loads and stores with conversion from and to fp32
 
-INLINE f32x16 load16(const float* p) { return load<f32x16>(p); }
+INLINE f32x16 load16(const float* p) { return load64<f32x16>(p); }
 
 INLINE f32x16 load16(const BFloat16* p) {  // a bf16 is the upper half of an fp32
-    const auto v = load<u16x16>(p);
 #ifdef __AVX512F__  // GCC 12 takes six instructions for the two
-    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
 #else
-    return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+    return bits<f32x16>(widen<u32x16>((const uint16_t*)p) << 16);
 #endif
 }
 
 template <typename Byte> INLINE std::enable_if_t<sizeof(Byte) == 1, f32x16> load16(const Byte* p) {
-    typedef Byte Bytes __attribute__((vector_size(16)));
-    const auto v = load<Bytes>(p);
 #ifdef __AVX512F__
     constexpr bool is_signed = std::is_signed_v<Byte>;
-    return (f32x16)_mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32((__m128i)v) : _mm512_cvtepu8_epi32((__m128i)v));
+    const auto v = load<__m128i>(p);
+    return (f32x16)_mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(v) : _mm512_cvtepu8_epi32(v));
 #else
-    return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
+    return to_float(widen<i32x16>(p));
 #endif
 }
 
-INLINE void store16(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+INLINE void store16(float* p, f32x16 v) { store64(p, v); }
 
 INLINE void store16(BFloat16* p, f32x16 v) {  // to nearest, ties to even
 #ifdef __AVX512BF16__
     const __m256bh upper = _mm512_cvtneps_pbh((__m512)v);
-#else
-    const u32x16 bits = (u32x16)v;
-    const u16x16 upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x16);
-#endif
     std::memcpy(p, &upper, sizeof upper);
+#else
+    const auto b = bits<u32x16>(v);
+    narrow16((uint16_t*)p, bits<i32x16>((b + 0x7fff + ((b >> 16) & 1)) >> 16));
+#endif
 }
 
 // The same for one register
@@ -113,7 +237,7 @@ template <typename From, typename To> INLINE void convert(const From* from, To* 
 // ---- arithmetic
 
 INLINE f32x16 splat(float value) { return value - f32x16{}; }
-INLINE f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
+INLINE f32x16 max16(f32x16 a, f32x16 b) { return select(b < a, a, b); }
 
 INLINE float highest(f32x16 v) {
 #ifdef __AVX512F__
@@ -129,9 +253,11 @@ INLINE float sum(f32x16 v) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);
 #else
+    float lanes[16];
+    store16(lanes, v);
     for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; i++) v[i] += v[i + half];
-    return v[0];
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
 #endif
 }
 
@@ -151,11 +277,14 @@ INLINE f32x16 sums16(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3) {
     return (f32x16)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
 }
 #else
-INLINE f32x16 sums4(const f32x16 v[4]) { return f32x16{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])}; }
+INLINE f32x16 sums4(const f32x16 v[4]) {
+    float sums[16] = {sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
+    return load16(sums);
+}
 INLINE f32x16 sums16(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3) {
-    f32x16 out;
+    float out[16];
     for (int i = 0; i < 4; i++) out[i] = v0[i], out[4 + i] = v1[i], out[8 + i] = v2[i], out[12 + i] = v3[i];
-    return out;
+    return load16(out);
 }
 #endif
 
@@ -174,7 +303,14 @@ template <typename F> INLINE F exp_below_0(F x) {
     p = p * f * f + f + 1.0f;
     return (F)((Int)p + ((Int)shifted << 23));
 }
-INLINE f32x16 exp16(f32x16 x) { return exp_below_0(x); }
+INLINE f32x16 exp16(f32x16 x) {
+#ifdef __AVX512F__
+    return exp_below_0(x);
+#else
+    UNROLL(i, f32x16::PARTS) x.part[i] = exp_below_0(x.part[i]);
+    return x;
+#endif
+}
 
 // 1 / (1 + exp(-x)), and x times it; exp(-|x|) does not overflow
 INLINE f32xL sigmoid(f32xL x) {
@@ -188,34 +324,99 @@ INLINE f32xL silu(f32xL x) {
 
 // ---- products
 
-// dot_u8s8: acc[i] + the sum of the four products of bytes 4 i .. 4 i + 3. load_first64: n bytes, then zeros.
+// Whether PyTorch multiplies matrices in bf16 at full speed; without AVX512 it takes six times as long as in fp32.
+#if defined(__AVX512BW__) || defined(__ARM_FEATURE_BF16)
+constexpr bool BF16_PRODUCTS = true;
+#else
+constexpr bool BF16_PRODUCTS = false;
+#endif
+
+// ByteSums: sums of u8 * s8 over bytes 4 i .. 4 i + 3, by add_bytes. AVX2 adds up neighbours in sixteen bits, where
+// eight products of numbers below 16 fit. total: as sixteen integers.
+// Weights64, WordSums: the same of 64 int8 weights, of which each stands for w + OFFSET, and int16 activations.
 #ifdef __AVX512VNNI__
-constexpr bool HAVE_VNNI = true;  // without it, integer activations are not worth while
-INLINE i32x16 dot_u8s8(i32x16 acc, u8x64 a, i8x64 b) {
+constexpr bool INTEGERS = true;  // whether activations in integers are worth while
+INLINE i32x16 dot_bytes(i32x16 acc, u8x64 a, i8x64 b) {
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
 }
-INLINE i8x64 load_first64(const int8_t* p, int n) {
-    return (i8x64)_mm512_maskz_loadu_epi8(n < 64 ? (1ull << n) - 1 : ~0ull, p);
+#elif defined(EMULATE_VNNI)  // a test of this path on other CPUs
+constexpr bool INTEGERS = true;
+INLINE i32x16 dot_bytes(i32x16 acc, u8x64 a, i8x64 b) {
+    int32_t sums[16];
+    store64(sums, acc);
+    for (int i = 0; i < 64; i++) sums[i / 4] += a[i] * b[i];
+    return load64<i32x16>(sums);
 }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define PAIRS_OF_WORDS
+constexpr bool INTEGERS = true;
 #else
-#ifdef EMULATE_VNNI  // a test of the integer path on other CPUs
-constexpr bool HAVE_VNNI = true;
-#else
-constexpr bool HAVE_VNNI = false;
+constexpr bool INTEGERS = false;
+INLINE i32x16 dot_bytes(i32x16 acc, u8x64, i8x64) { return acc; }
 #endif
-INLINE i32x16 dot_u8s8(i32x16 acc, u8x64 a, i8x64 b) {
-    for (int i = 0; i < 64; i++) acc[i / 4] += a[i] * b[i];
+
+#ifdef PAIRS_OF_WORDS
+constexpr bool INT4_FOR_ALL = true;  // numbers of tokens: products of integers are twice as fast as those of fp32
+using ByteSums = i16x32;
+INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) {
+    UNROLL(i, 2) acc.part[i] += (i16x32::Part)_mm256_maddubs_epi16((__m256i)a.part[i], (__m256i)b.part[i]);
     return acc;
 }
-INLINE i8x64 load_first64(const int8_t* p, int n) {
-    i8x64 v = {};
-    std::memcpy(&v, p, n);
-    return v;
+INLINE i32x16 add_words(i32x16 acc, i16x32 a, i16x32 b) {
+    UNROLL(i, 2) acc.part[i] += (i32x16::Part)_mm256_madd_epi16((__m256i)a.part[i], (__m256i)b.part[i]);
+    return acc;
+}
+INLINE i32x16 total(ByteSums sums) { return add_words(i32x16(0), sums, i16x32(1)); }
+
+constexpr int OFFSET = 0;
+struct Weights64 {
+    i16x32 first, second;
+    INLINE Weights64(const int8_t* w) : first(widen<i16x32>(w)), second(widen<i16x32>(w + 32)) {}
+};
+struct WordSums {
+    i32x16 sums = {};
+    INLINE void add(const Weights64& w, const int16_t* x) {
+        sums = add_words(add_words(sums, w.first, load64<i16x32>(x)), w.second, load64<i16x32>(x + 32));
+    }
+    INLINE i32x16 total() const { return sums; }
+};
+// The activations as add wants them
+inline std::vector<int16_t> arranged(std::vector<int16_t> x) { return x; }
+#else
+constexpr bool INT4_FOR_ALL = false;
+using ByteSums = i32x16;
+INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) { return dot_bytes(acc, a, b); }
+INLINE i32x16 total(ByteSums sums) { return sums; }
+
+// Activations are multiplied as two bytes each, x = 256 u + l, and weights as w + 128, because one side is unsigned.
+constexpr int OFFSET = 128;
+struct Weights64 {
+    u8x64 w;
+    INLINE Weights64(const int8_t* from) : w(load64<u8x64>(from) ^ 128) {}
+};
+struct WordSums {
+    i32x16 upper = {}, lower = {};
+    INLINE void add(const Weights64& w, const int16_t* x) {
+        upper = dot_bytes(upper, w.w, load64<i8x64>(x));
+        lower = dot_bytes(lower, w.w, load64<i8x64>(x + 32));
+    }
+    INLINE i32x16 total() const { return (upper << 8) + lower; }
+};
+// For every 64 activations their upper, then their lower bytes, each from -128 to 127
+inline std::vector<int16_t> arranged(const std::vector<int16_t>& x) {
+    std::vector<int16_t> out(x.size());
+    auto* bytes = (int8_t*)out.data();
+    for (size_t i = 0; i < x.size(); i++) {
+        const int upper = (x[i] + 128) >> 8;
+        int8_t* to = bytes + i / 64 * 128 + i % 64;
+        to[0] = upper, to[64] = x[i] - 256 * upper;
+    }
+    return out;
 }
 #endif
 
 // The same four bytes sixteen times
-INLINE i8x64 splat4(const int8_t* p) { return (i8x64)(load<int32_t>(p) - i32x16{}); }
+INLINE i8x64 splat4(const int8_t* p) { return bits<i8x64>(load<int32_t>(p) - i32x16{}); }
 
 // A register of weights or activations of type T, and its product with another, added to sixteen sums in fp32.
 template <typename T> struct Lanes {
@@ -262,6 +463,26 @@ template <> struct Lanes<BFloat16> {
         const auto a = (__m512)low, b = (__m512)high;
         low = (f32x16)_mm512_permutex2var_ps(a, first, b), high = (f32x16)_mm512_permutex2var_ps(a, second, b);
     }
+};
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <> struct Lanes<BFloat16> {  // the numbers in even places, then those in odd ones: two instructions, not four
+    static constexpr int N = 16;
+    static constexpr bool PAIRS = false;
+    using Reg = f32x16;
+    static INLINE Reg load(const BFloat16* p) {
+        const auto pairs = ::load<u32x16::Part>(p);
+        f32x16 v;
+        v.part[0] = (f32x16::Part)(pairs << 16), v.part[1] = (f32x16::Part)(pairs & 0xffff0000);
+        return v;
+    }
+    static INLINE Reg load_first(const BFloat16* p, int n) {
+        BFloat16 padded[N] = {};
+        std::memcpy(padded, p, n * sizeof(BFloat16));
+        return load(padded);
+    }
+    static INLINE f32x16 dot(f32x16 acc, Reg a, Reg b) { return acc + a * b; }
 };
 #endif
 

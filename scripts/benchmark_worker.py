@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 
 import kernels
-import quantize
 import tp
 from checkpoint import write_checkpoint
 from config import ModelArgs
+from formats import Quantization, replace_linears
 from generate import Engine, bytes_read_per_token, warm_up
 from loading import DEMO, load_model
 from model import Transformer
@@ -77,39 +78,51 @@ def token_times(tokens: Iterable, start: float, between: Callable = lambda: None
 # ---- this project
 
 def prepare_checkpoint(job: dict) -> Path:
-    """The file to load, in the work folder: random weights with the demo's tokenizer, quantized where asked."""
-    folder = Path(job["work_dir"]) / f"{job['name']}-{job['dtype']}"
-    plain = folder / "model.pth"
-    if not plain.exists():
+    """The file to load, in the work folder: random weights with the demo's tokenizer. Those of a quantized file are
+    drawn as they are stored, so that it may be of a model which is too large for this machine when not quantized."""
+    folder, quantization = Path(job["work_dir"]) / f"{job['name']}-{job['dtype']}", None
+    if job["quantization"] != "none":
+        quantization = Quantization(job["quantization"], job["groupsize"], job["lm_head"])
+    file = folder / ("{}-g{}-head-{}.pth".format(*astuple(quantization)[:3]) if quantization else "model.pth")
+    if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for file in DEMO.parent.glob("tokenizer*.json"):
-            shutil.copy(file, folder)
+        for tokenizer in DEMO.parent.glob("tokenizer*.json"):
+            shutil.copy(tokenizer, folder)
         (folder / "config.json").write_text(json.dumps(job["config"]))
-        write_random_checkpoint(ModelArgs.from_hf(job["config"]), getattr(torch, job["dtype"]), plain)
-    quantization = job["quantization"], job["groupsize"], job["lm_head"]
-    ready = folder / "{}-g{}-head-{}.pth".format(*quantization)
-    if job["quantization"] != "none" and not ready.exists():
-        quantize.quantize_checkpoint(plain, *quantization, progress=False).rename(ready)
-    return plain if job["quantization"] == "none" else ready
+        write_random_checkpoint(ModelArgs.from_hf(job["config"]), getattr(torch, job["dtype"]), file, quantization)
+    return file
 
 
-def random_weights(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Random signs and mantissas, +- 0.008 to 0.016: no NaN, no slow denormals, and no two pages alike, which virtual
-    machines would merge, and then read faster than their memory allows."""
-    if dtype == torch.float32:
-        bits = torch.empty(shape, dtype=torch.int32).random_(-1 << 31, (1 << 31) - 1)
-        return (bits & -0x7f800001 | 0x3c000000).view(dtype)
-    bits = torch.empty(shape, dtype=torch.int16).random_(-1 << 15, 1 << 15)
-    return (bits & -0x7f81 | 0x3c00 if dtype == torch.bfloat16 else bits & -0x7c01 | 0x2000).view(dtype)
+# Of random bits, those that are kept and those that are set, by dtype: of weights sign and mantissa, +- 0.008 to
+# 0.016; of scales the mantissa, so that the weights are as large: 2^-13 for int8, 2^-9 for int4; zeros of 7 to 8.
+WEIGHTS = {torch.float32: (-0x7f800001, 0x3c000000), torch.bfloat16: (-0x7f81, 0x3c00),
+           torch.float16: (-0x7c01, 0x2000), torch.int8: (255, 0), torch.uint8: (255, 0)}
+SCALES = {torch.float32: (0x7fffff, 0x39000000), torch.bfloat16: (0x7f, 0x3b00)}
+ZEROS = {torch.uint8: (15, 112)}
 
 
-def write_random_checkpoint(args: ModelArgs, dtype: torch.dtype, path: Path) -> None:
+def random_tensor(shape: torch.Size, dtype: torch.dtype, patterns: dict[torch.dtype, tuple[int, int]]) -> Tensor:
+    """No NaN, no slow denormals, and no two pages alike, which virtual machines would merge, and then read faster than
+    their memory allows."""
+    words = torch.empty(-(-shape.numel() * dtype.itemsize // 8), dtype=torch.int64).random_(-1 << 63, None)
+    integers = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[dtype.itemsize]
+    kept, also = patterns[dtype]
+    bits = words.view(integers)[:shape.numel()].bitwise_and_(kept).bitwise_or_(also)
+    return bits.view(dtype).view(shape)
+
+
+def write_random_checkpoint(args: ModelArgs, dtype: torch.dtype, path: Path,
+                            quantization: Quantization | None = None) -> None:
     with torch.device("meta"):
-        state = Transformer(args).state_dict()
+        model = Transformer(args).to(dtype)
+    if quantization:
+        replace_linears(model, quantization)
+    state = model.state_dict()
     for name, tensor in state.items():
-        matrix = tensor.dim() == 2
-        state[name] = random_weights(tensor.shape, dtype) if matrix else torch.ones(tensor.shape, dtype=dtype)
-    write_checkpoint(path, state, None)
+        patterns = dict(scales=SCALES, zeros=ZEROS).get(name.rpartition(".")[2], WEIGHTS)
+        state[name] = (torch.ones(tensor.shape, dtype=dtype) if tensor.dim() == 1 and patterns is WEIGHTS else
+                       random_tensor(tensor.shape, tensor.dtype, patterns))
+    write_checkpoint(path, state, quantization)
 
 
 def read_rate(tensor: Tensor) -> float:

@@ -31,7 +31,10 @@ ROUNDED = 2e-3
 HAVE_OPS = kernels.available()
 needs_ops = pytest.mark.skipif(not HAVE_OPS, reason="the C++ kernels could not be built here")
 CPU = os.environ.get("TEST_CPU", "")               # which other CPU test_other_cpus has built for
-vnni = HAVE_OPS and (CPU in ("cascadelake", "emulated") or not CPU and "avx512_vnni" in build.cpu_flags().split())
+flags = set(build.cpu_flags().split())
+vnni, narrow = "avx512_vnni" in flags, "avx2" in flags and "avx512f" not in flags
+rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "emulated") or not CPU and (vnni or narrow))  # activations
+MOST_ROUNDED = 1 << 30 if CPU == "haswell" or not CPU and narrow else kernels.MAX_TOKENS  # tokens, beside int4 weights
 # [N, K_in] with tails in both, one large enough to be shared out, and K_in beyond what two rows at once are for
 SHAPES = [(64, 64), (33, 78), (7, 1024), (300, 896), (37, 2100), (21, 6200)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 9, 16]
@@ -94,7 +97,7 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
         x = torch.randn(M, K_in).to(dtype)
         few, tolerance = HAVE_OPS and M <= 16, TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int8_linear(x, weight, scales, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if few and vnni else x
+        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if few and rounds else x
         assert error(kernels.int8_linear(x, weight, scales), rounded.double() @ w.T) < tolerance + ROUNDED / 256, M
         assert error(kernels.int8_linear_reference(x, weight, scales), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -109,9 +112,9 @@ def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> N
     assert torch.equal(kernels.dequantize_packed_int4(*packed, N, K_in, torch.float64), w)
     for M in [*TOKENS, 40] if groupsize == 32 else [1, 3, 16, 40]:
         x = torch.randn(M, K_in).to(dtype)
-        few, tolerance = HAVE_OPS and M <= 16, TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
+        tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int4_linear(x, *packed, N, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if few and vnni else x
+        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if rounds and M <= MOST_ROUNDED else x
         assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
     assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype]
 
@@ -308,7 +311,7 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
     """Two layers against their definition: prefill of 20 tokens, then one and five more, in one row and in two. With
     gates, also RoPE of a part and norms with an offset."""
     tolerance, rounding = 3e-2 if dtype == BF16 else 2e-5, None
-    if vnni and quantize_activations and kind != "plain":
+    if rounds and quantize_activations and kind != "plain":
         rounding = (torch.int16, 256) if kind == "int8" else (torch.int8, 32)
         tolerance += 2e-4 if kind == "int8" else 2e-2
     for B, norms, biases, logn, gate in ((1, True, False, False, False), (2, False, True, True, False),
@@ -322,7 +325,7 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
             y, expected = kernels.run_fused(fused, x, cos, sin, factors, input_pos), x.double()
             for (layer, weights), cache in zip(both, caches):
                 expected = layer_in_fp64(layer, weights, cache, expected, cos, sin, factors, input_pos,
-                                         rounding if B * S <= kernels.MAX_TOKENS else None)
+                                         rounding if B * S <= (MOST_ROUNDED if kind == "int4" else 16) else None)
             assert kernels.accepts(fused, x) and y.dtype == dtype and error(y, expected) < tolerance, (B, S)
         for layer, cache in zip(layers, caches):
             assert error(layer.attention.k_cache, cache[0]) < tolerance
@@ -428,6 +431,16 @@ E_, SIZE, WIDTH = 6, 24, 48                       # experts' rows: whole blocks 
 @pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
 def test_experts(kind: str, dtype: torch.dtype) -> None:
     """The operator and both of its twins against the definition, for few and many tokens and one-sided choices."""
+    rounding = dict(int8=(torch.int16, 256), int4=(torch.int8, 32)).get(kind) if rounds else None
+
+    def in_fp64(x: Tensor, rounding: tuple | None) -> Tensor:
+        """Of each token and each of its experts [M, k, WIDTH]."""
+        def multiply(w: Tensor, x: Tensor) -> Tensor:
+            x = kernels.quantize_activations_reference(x, *rounding).double() if rounding else x
+            return (w @ x[..., None])[..., 0]
+        gate, up = multiply(gate_up[chosen], x.double()[:, None]).chunk(2, dim=2)
+        return multiply(down[chosen], torch.nn.functional.silu(gate) * up)
+
     def make(N: int, K_in: int) -> tuple[list[Tensor], Tensor]:
         if kind == "int4":
             weight, scales, zeros, w = int4_weights(N, K_in, 32)
@@ -443,14 +456,15 @@ def test_experts(kind: str, dtype: torch.dtype) -> None:
         x, weights = torch.randn(M, WIDTH).to(dtype), torch.rand(M, k)
         chosen = torch.stack([torch.randperm(E_)[:k] for _ in range(M)])
         chosen[M // 2:] = torch.arange(k)         # an expert of many tokens
-        h = x.double()[:, None, :, None]
-        gate, up = (gate_up[chosen] @ h).chunk(2, dim=2)
-        expected = ((down[chosen] @ (torch.nn.functional.silu(gate) * up))[..., 0] * weights[..., None]).sum(1)
+        exact = in_fp64(x, None)
+        expected = (exact * weights[..., None]).sum(1)
         tolerance = 3e-2 if dtype == BF16 else 2e-5
         for compute in (kernels.experts, kernels.experts_gathered, kernels.experts_one_by_one):
             unrounded = (False,) if compute is kernels.experts else ()
             y = compute(x, chosen, weights, w13, w2, E_, SIZE, *unrounded)
             assert y.dtype == dtype and error(y, expected) < tolerance, (compute, M, k)
+        few = chosen.flatten().bincount()[chosen] <= (MOST_ROUNDED if kind == "int4" else 16)    # of an expert
+        expected = (torch.where(few[..., None], in_fp64(x, rounding), exact) * weights[..., None]).sum(1)
         assert error(kernels.experts(x, chosen, weights, w13, w2, E_, SIZE), expected) < tolerance + ROUNDED, (M, k)
 
 
@@ -640,7 +654,6 @@ def test_other_cpus(tmp_path: Path, cpu: str) -> None:
 
     On a CPU without VNNI, also its path with plain C++ in the place of its instruction. -O1 compiles in half the time.
     """
-    flags = build.cpu_flags().split()
     needed = {"haswell": "avx512f", "skylake-avx512": "avx512bw", "cascadelake": "avx512_vnni"}
     if cpu == "emulated" and vnni or needed.get(cpu, "fpu") not in flags:
         pytest.skip("this CPU's own build is that one, or cannot run it")
