@@ -244,7 +244,7 @@ def make_layer(kind: str, dtype: torch.dtype, B: int = 1, T: int = 48, window: i
     def make_linear(name: str, N: int, K_in: int) -> list[Tensor]:
         if kind == "int4":
             weight, scales, zeros, w = int4_weights(N, K_in, 32)
-            tensors, weights[name] = list(kernels.pack_int4(weight, scales / 2, zeros, 32)), w / 2
+            tensors, weights[name] = list(kernels.pack_int4(weight, scales / 4, zeros, 32)), w / 4
         elif kind == "int8":
             weight, scales, w = int8_weights(N, K_in)
             tensors, weights[name] = [weight, scales / 4], w / 4
