@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -44,7 +45,7 @@ from loading import parse_device
 from shapes import PUBLISHED
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("transformers",)}
+NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "ik_llama.cpp": ("gguf",), "transformers": ("transformers",)}
 SIZES = ("prompt_length", "batch_size", "max_seq_length", "ranks")       # lists: all combinations are measured
 
 
@@ -149,22 +150,27 @@ def missing(program: str) -> str | None:
 
 def plan(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     """The jobs in the order in which a round runs them, and one line for each one left out."""
-    common = {key: getattr(args, key) for key in ("device", "threads", "tokens", "groupsize", "lm_head", "work_dir")}
+    common = {key: getattr(args, key) for key in ("device", "threads", "tokens", "groupsize", "lm_head", "work_dir",
+                                                 "llama_bench")}
     config, name = PUBLISHED[args.model], args.model
     if args.layers:
         config, name = {**config, "num_hidden_layers": args.layers}, f"{name}-{args.layers}-layers"
     common |= dict(config=config, name=name, dtype=DTYPES[args.dtype])
     shape = ModelArgs.from_hf(config)
     is_plain = not shape.n_expert and not shape.delta_layers                 # else the plain program has no form for it
-    peers = [peer for peer in args.peers if not missing(peer)] + ["plain"] * (not args.no_plain and is_plain)
+    lacks = {peer: f"{name} is not installed (pip install -r requirements-bench.txt)"
+             for peer in args.peers if (name := missing(peer))}
+    if "ik_llama.cpp" in args.peers and not args.llama_bench:
+        lacks["ik_llama.cpp"] = "its llama-bench is neither on the PATH nor given by --llama_bench"
+    peers = [peer for peer in args.peers if peer not in lacks] + ["plain"] * (not args.no_plain and is_plain)
     points, jobs = itertools.product(*(getattr(args, size) for size in SIZES)), []
     for kind, point in itertools.product(args.quant, [dict(zip(SIZES, point, strict=True)) for point in points]):
         jobs += [job_of(args, common, kind, point, OURS, mode == "compile") for mode in args.modes]
         if (point["max_seq_length"], point["ranks"]) == (args.max_seq_length[0], args.ranks[0]):  # once
             jobs += [job_of(args, common, kind, point | dict(ranks=1), peer) for peer in peers
-                     if kind == "none" or peer == "llama.cpp"]
-    skipped = [f"{peer}: {missing(peer)} is not installed (pip install -r requirements-bench.txt)"
-               for peer in args.peers if missing(peer)]
+                     if (kind == "none" or peer in ("llama.cpp", "ik_llama.cpp"))
+                     and (point["batch_size"] == 1 or peer != "ik_llama.cpp")]
+    skipped = [f"{peer}: {reason}" for peer, reason in lacks.items()]
     if "transformers" in peers and "none" not in args.quant:
         skipped.append("transformers: runs without quantization (--quant none)")
     return jobs, skipped
@@ -208,7 +214,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--groupsize", type=int, default=32, choices=formats.GROUPSIZES, help="of int4")
     add("--lm_head", default="int8", choices=formats.LM_HEADS, help="of the quantized models, llama.cpp's too")
     add("--modes", nargs="*", default=["compile", "eager"], choices=["compile", "eager"], help="of this project")
-    add("--peers", nargs="*", default=[], choices=["llama.cpp", "transformers"])
+    add("--peers", nargs="*", default=[], choices=["llama.cpp", "ik_llama.cpp", "transformers"])
+    add("--llama_bench", default=shutil.which("llama-bench"), help="of ik_llama.cpp (default: the one on the PATH)")
     add("--no_plain", action="store_true", help="leave out the plain PyTorch program")
     add("--tokens", type=int, default=64, help="tokens to time")
     add("--prompt_length", type=int, nargs="+", default=[256], help="tokens before them, e.g. 64 4096")

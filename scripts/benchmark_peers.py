@@ -2,10 +2,14 @@
 
     python scripts/benchmark_peers.py '{"program": "llama.cpp", "config": {...}, ...}'
 
-Programs: llama.cpp (through llama-cpp-python, on a GGUF written here), transformers' `generate` with a static cache,
-and "plain", the formulas of a straightforward PyTorch program. They report as benchmark_worker.py does.
+Programs: llama.cpp (through llama-cpp-python, on a GGUF written here), ik_llama.cpp (its llama-bench, on the same
+file), transformers' `generate` with a static cache, and "plain", the formulas of a straightforward PyTorch program.
+They report as benchmark_worker.py does.
 """
 import itertools
+import json
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -138,6 +142,13 @@ def write_gguf(args: ModelArgs, types: tuple[str, str], path: Path) -> None:
         writer.close()
 
 
+def gguf_file(job: dict, args: ModelArgs) -> Path:
+    path = Path(job["work_dir"]) / f"{job['name']}-{'-'.join(gguf_types(job))}.gguf"
+    if not path.exists():
+        write_gguf(args, gguf_types(job), path)
+    return path
+
+
 def load_llama(lib, path: Path, on_gpu: bool):
     if on_gpu and not lib.llama_supports_gpu_offload():
         raise RuntimeError("this llama-cpp-python was built without CUDA")
@@ -153,9 +164,7 @@ def run_llama_cpp(job: dict, args: ModelArgs) -> dict:
     of weights) as llama.cpp chooses."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
     from llama_cpp import llama_cpp as lib  # pyright: ignore[reportMissingImports]
-    path = Path(job["work_dir"]) / f"{job['name']}-{'-'.join(gguf_types(job))}.gguf"
-    if not path.exists():
-        write_gguf(args, gguf_types(job), path)
+    path = gguf_file(job, args)
     quiet = lib.llama_log_callback(lambda level, text, data: None)
     lib.llama_log_set(quiet, None)
     lib.llama_backend_init()
@@ -190,6 +199,20 @@ def run_llama_cpp(job: dict, args: ModelArgs) -> dict:
     ttft_s = prefill(length)
     seconds = [evaluate(position, position + 1) for position in range(length, length + tokens)]
     return measured(seconds, ttft_s, f"llama-cpp-python {llama_cpp.__version__}", load_s=load_s)
+
+
+def run_ik_llama_cpp(job: dict, args: ModelArgs) -> dict:
+    """Weights repacked when they are loaded, and flash attention, which is how it is fastest. It tells the time of all
+    steps together, so that each has their mean."""
+    length, tokens = job["prompt_length"], job["tokens"]
+    options = dict(m=gguf_file(job, args), t=job["threads"], p=length, n=0, gp=f"{length},{tokens}", r=1, rtr=1, fa=1,
+                   o="json")
+    command = [job["llama_bench"], *(text for name, value in options.items() for text in (f"-{name}", str(value)))]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    prefill, decode = json.loads(out[out.index("["):])
+    seconds = [decode["samples_ns"][0] / 1e9 / tokens] * tokens
+    result = measured(seconds, prefill["samples_ns"][0] / 1e9, f"ik_llama.cpp {decode['build_commit']}")
+    return result | dict(peak_bytes=1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 # ---- transformers
@@ -279,7 +302,8 @@ def run_plain(job: dict, args: ModelArgs) -> dict:
 
 
 def main() -> None:
-    serve({"llama.cpp": run_llama_cpp, "transformers": run_transformers, "plain": run_plain})
+    serve({"llama.cpp": run_llama_cpp, "ik_llama.cpp": run_ik_llama_cpp, "transformers": run_transformers,
+           "plain": run_plain})
 
 
 if __name__ == "__main__":

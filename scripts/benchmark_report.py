@@ -3,7 +3,7 @@ import html
 from pathlib import Path
 
 OURS = "qwen-fast"
-PEERS = ("llama.cpp", "transformers", "plain")
+PEERS = ("llama.cpp", "ik_llama.cpp", "transformers", "plain")
 LABELS = {"plain": "plain PyTorch"}
 
 

@@ -245,6 +245,17 @@ def test_a_missing_peer_is_named_and_left_out(monkeypatch):
     assert [j["program"] for j in jobs] == ["qwen-fast"] and "without quantization" in skipped[0]
 
 
+def test_ik_llama_cpp_runs_one_sequence_and_needs_its_program(monkeypatch):
+    monkeypatch.setitem(benchmark.NEEDS, "ik_llama.cpp", ())
+    args = benchmark.parse_args(["--peers", "ik_llama.cpp", "--modes", "eager", "--no_plain", "--batch_size", "1", "4",
+                                 "--quant", "int4", "--llama_bench", "/bin/llama-bench"])
+    jobs, skipped = benchmark.plan(args)
+    assert [j["program"] for j in jobs] == ["qwen-fast", "ik_llama.cpp", "qwen-fast"] and not skipped
+    args.llama_bench = None
+    jobs, skipped = benchmark.plan(args)
+    assert [j["program"] for j in jobs] == ["qwen-fast"] * 2 and "--llama_bench" in skipped[0]
+
+
 def test_all_combinations_are_measured(monkeypatch):
     monkeypatch.setitem(benchmark.NEEDS, "llama.cpp", ())
     args = benchmark.parse_args(["--modes", "eager", "--ranks", "2", "4", "--batch_size", "1", "4", "--no_plain",
@@ -366,6 +377,20 @@ def test_llama_cpp_is_given_every_position_once(monkeypatch, tmp_path):
     assert [row[:2] for call in calls[4:] for row in call] == [(p, s) for p in range(303) for s in range(2)]
     assert [len(call) for call in calls[4:]] == [512, 88, 2, 2, 2]
     assert all(logits == (position == call[-1][0]) for call in calls[4:] for position, _, logits in call)
+
+
+def test_ik_llama_cpp_is_asked_for_prefill_and_for_decoding_after_it(monkeypatch, tmp_path):
+    """A stand-in for its llama-bench: what it is called with, and what it prints."""
+    program, called = tmp_path / "llama-bench", tmp_path / "called"
+    results = [dict(samples_ns=[2_000_000_000], build_commit="abc"), dict(samples_ns=[500_000_000], build_commit="abc")]
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {called}\necho 'warning'\necho '{json.dumps(results)}'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(benchmark_peers, "write_gguf", lambda args, types, path: path.write_text(""))
+    done = serve(benchmark_peers, tiny_job(tmp_path, "ik_llama.cpp", "int4", llama_bench=str(program)), monkeypatch)
+    assert (done["seconds"], done["ttft_s"], done["version"]) == ([0.1] * 5, 2.0, "ik_llama.cpp abc")
+    assert done["peak_bytes"] > 1e6
+    assert called.read_text().split() == (f"-m {tmp_path}/tiny-Q4_0-Q8_0.gguf -t 1 -p 12 -n 0 -gp 12,5 -r 1 -rtr 1 "
+                                          "-fa 1 -o json").split()
 
 
 def test_the_gguf_can_be_read(tmp_path):
