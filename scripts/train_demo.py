@@ -1,15 +1,17 @@
-"""Makes checkpoints/demo and checkpoints/demo-draft: two small Qwen3 models of Python code, trained from scratch.
+"""Makes checkpoints/demo, demo-draft and demo-hybrid: small Qwen3 models and a Qwen3.5 of Python code, from scratch.
 
     python scripts/train_demo.py --name demo                 # more than an hour on two CPU cores
     python scripts/train_demo.py --name demo-draft --teacher checkpoints/demo --steps 800      # half an hour
+    python scripts/train_demo.py --name demo-hybrid --steps 800     # with a head for multi-token prediction
     python scripts/train_demo.py --dump_heldout FILE         # the text that neither has seen
 
 The text is the Python standard library of the interpreter that runs this script, its tests included. The modules in
 quantize.HELD_OUT and their tests are left out. Functions with a docstring are also shown as chat turns, so that the
-models end a turn. Training runs on transformers' Qwen3: the result is an ordinary Hugging Face folder, which
+models end a turn. Training runs on transformers' models: the result is an ordinary Hugging Face folder, which
 scripts/convert_hf_checkpoint.py converts like any other.
 """
 import ast
+import copy
 import json
 import math
 import sys
@@ -24,6 +26,7 @@ import cli  # first: from here on Ctrl-C ends the command without a traceback
 # isort: split
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import (
     AddedToken,
@@ -36,6 +39,7 @@ from tokenizers import (
     trainers,
 )
 
+from kernels.build import cpu_has_bf16
 from quantize import read_sources, source_files
 from tokenizer import QWEN_SPLIT
 
@@ -53,7 +57,11 @@ SHAPES = {
                  intermediate_size=768),
     "demo-draft": dict(num_hidden_layers=3, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
                        intermediate_size=384),
+    "demo-hybrid": dict(num_hidden_layers=4, hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=64,
+                        intermediate_size=512, linear_num_key_heads=2, linear_num_value_heads=4,
+                        linear_key_head_dim=64, linear_value_head_dim=64, mtp_num_hidden_layers=1),
 }
+MTP_WEIGHT = 0.3                # of the loss of multi-token prediction
 
 
 def chat_turns(texts: list[str]) -> list[str]:
@@ -160,19 +168,50 @@ def learning_rate(step: int, steps: int, warmup: int = 40, decay: float = 0.6) -
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
+class MTP(nn.Module):
+    """Multi-token prediction as Qwen3.5 has it: from the hidden state of a token and the embedding of the next one, the
+    hidden state of that. Parameters have their published names, less `mtp.`"""
+
+    def __init__(self, config):
+        super().__init__()
+        from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
+        C, attention = config.hidden_size, copy.copy(config)
+        attention.layer_types = ["full_attention"]
+        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden, self.norm = (
+            Qwen3_5RMSNorm(C, eps=config.rms_norm_eps) for _ in range(3))
+        self.fc, self.layers = nn.Linear(2 * C, C, bias=False), nn.ModuleList([Qwen3_5DecoderLayer(attention, 0)])
+
+    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor, rotary) -> torch.Tensor:
+        x = self.fc(torch.cat((self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)), dim=-1))
+        positions = torch.arange(x.size(1))[None].expand(len(x), -1)
+        return self.norm(self.layers[0](x, position_embeddings=rotary(x, positions)))
+
+
 def build_model(name: str):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
     end, im_end = VOCAB_SIZE - len(SPECIAL_TOKENS), VOCAB_SIZE - len(SPECIAL_TOKENS) + 2
     shape: dict = dict(rope_theta=10000.0, **SHAPES[name])
-    config = Qwen3Config(vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=im_end, pad_token_id=end, **shape)
-    model = Qwen3ForCausalLM(config)
+    shape |= dict(vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=None,
+                  eos_token_id=im_end, pad_token_id=end)
+    if "mtp_num_hidden_layers" in shape:
+        model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**shape))
+        model.mtp = MTP(model.config)
+    else:
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
     model.generation_config.eos_token_id = [im_end, end]
     for key, p in model.named_parameters():            # residual outputs start small, the rest at 1/sqrt(fan_in)
         if p.ndim == 2:
             std = 0.02 if "embed" in key else p.size(1) ** -0.5
-            torch.nn.init.normal_(p, std=std * (0.1 if "o_proj" in key or "down_proj" in key else 1.0))
+            small = any(output in key for output in ("o_proj", "down_proj", "out_proj"))
+            torch.nn.init.normal_(p, std=std * (0.1 if small else 1.0))
     return model
+
+
+def mtp_loss(model, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """ids [B, S + 1], hidden [B, S, C]: from that of token i and token i + 1, token i + 2 is predicted."""
+    embedded = model.model.embed_tokens(ids[:, 1:-1])
+    y = model.mtp(embedded, hidden[:, :-1], model.model.rotary_emb)
+    return F.cross_entropy(model.lm_head(y).float().flatten(0, 1), ids[:, 2:].flatten())
 
 
 def distribution_loss(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
@@ -189,18 +228,23 @@ def train(args, folder: Path, state_file: Path) -> None:
     save_tokenizer(tokenizer, folder)
     corpus, heldout = Corpus(tokenizer, args.seed), heldout_text()
     model = build_model(args.name)
+    has_mtp = hasattr(model, "mtp")
     print(f"{args.name}: {sum(p.numel() for p in model.parameters()):,} parameters, {corpus.tokens_per_epoch:,} tokens "
           "an epoch", flush=True)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher).eval().requires_grad_(False) if args.teacher else None
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=inputs, use_cache=False).logits.float().flatten(0, 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
+            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden).float().flatten(0, 1)
+            more = MTP_WEIGHT * mtp_loss(model, ids, hidden) if has_mtp else 0.0
             taught = teacher(input_ids=inputs, use_cache=False).logits.float().flatten(0, 1) if teacher else None
-        return F.cross_entropy(logits, targets) if taught is None else distribution_loss(logits, taught)
+        return more + (F.cross_entropy(logits, targets) if taught is None else distribution_loss(logits, taught))
 
-    compiled, optimizers = torch.compile(loss_of, dynamic=False), make_optimizers(model, args.muon_lr, args.adam_lr)
+    # The recurrence of a hybrid is a loop, which the compiler would unroll.
+    compiled = loss_of if has_mtp else torch.compile(loss_of, dynamic=False)
+    optimizers = make_optimizers(model, args.muon_lr, args.adam_lr)
     first = 0
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
@@ -246,7 +290,7 @@ def make_optimizers(model, muon_lr: float, adam_lr: float) -> list[torch.optim.O
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--name", choices=SHAPES, default="demo", help="which of the two to train")
+    parser.add_argument("--name", choices=SHAPES, default="demo", help="which one to train")
     parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens a step")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="peak learning rate of the layers' matrices")

@@ -27,7 +27,7 @@ CORPUS = (Path(__file__).read_text("utf-8").splitlines() + (ROOT / "tokenizer.py
           + ["今日は 세계 привет мир 😀👍🏽 🇨🇭"] * 20)
 TEXTS = ["Hello world", "def quicksort(arr):\n    return sorted(arr)\n\n\n", "  leading and trailing  ",
          "tab\tand 12345 digits", "你好,世界!😀👍🏽", "Größe naïve", "a    b", "\n", " ",
-         "I'LL don't we've", "مرحبا 𝔘𝔫𝔦", "x"]
+         "I'LL don't we've", "हिन्दी नमस्ते", "e\u0301a\u0308x", "مرحبا 𝔘𝔫𝔦", "x"]
 QWEN3_TEMPLATE = """{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}
@@ -57,6 +57,10 @@ QWEN3_TEMPLATE = """{%- if messages[0].role == 'system' %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}"""
+QWEN35_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")              # marks belong to their letters
+QWEN35_TEMPLATE = QWEN3_TEMPLATE.replace(              # the prompt opens the thinking, unless told not to
+    "</think>\\n\\n' }}{%- endif %}", "</think>\\n\\n' }}{%- else %}{{- '<think>\\n' }}{%- endif %}")
 LLAMA3_TEMPLATE = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
@@ -80,10 +84,10 @@ THOUGHT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content
            {"role": "assistant", "content": "<think>\nadd them\n</think>\n\n42"}]
 
 
-def byte_bpe(special: list[str], plain_added: tuple[str, ...] = ()) -> Backend:
+def byte_bpe(special: list[str], plain_added: tuple[str, ...] = (), split: str = QWEN_SPLIT) -> Backend:
     backend = Backend(models.BPE())
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
                                                      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -138,12 +142,15 @@ def tiktoken_file(ranks: dict[bytes, int]) -> bytes:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
-    backend = byte_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ("<think>", "</think>", "<tool_call>"))
-    qwen3 = write(root / "qwen3", tokenizer=backend,
-                  tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-                                    "pad_token": "<|endoftext|>", "bos_token": None, "add_bos_token": False,
-                                    "chat_template": QWEN3_TEMPLATE},
-                  config={"model_type": "qwen3", "bos_token_id": 700, "eos_token_id": 702})
+    def qwen(name: str, split: str, template: str, config: dict) -> Path:
+        thinking = ("<think>", "</think>", "<tool_call>")
+        return write(root / name, tokenizer=byte_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], thinking, split),
+                     tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+                                       "pad_token": "<|endoftext|>", "bos_token": None, "add_bos_token": False,
+                                       "chat_template": template}, config=config)
+    qwen3 = qwen("qwen3", QWEN_SPLIT, QWEN3_TEMPLATE, dict(model_type="qwen3", bos_token_id=700, eos_token_id=702))
+    qwen35 = qwen("qwen3.5", QWEN35_SPLIT, QWEN35_TEMPLATE,
+                  dict(model_type="qwen3_5", text_config=dict(model_type="qwen3_5_text", eos_token_id=700)))
     bos = "<|begin_of_text|>"
     backend = byte_bpe([bos, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"])
     template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
@@ -174,8 +181,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
                   tokenizer_config={"model_max_length": 8192, "tokenizer_class": "QWenTokenizer",
                                     "auto_map": {"AutoTokenizer": ["code.Evil", None]}},
                   generation_config={"eos_token_id": 700}, config={"model_type": "qwen"})
-    return {"demo": ROOT / "checkpoints" / "demo", "qwen3": qwen3, "llama3": llama3, "llama2": llama2,
-            "open_llama": open_llama, "qwen1": qwen1, "llama2_json": llama2_json, "llama2_legacy": llama2_legacy}
+    return {"demo": ROOT / "checkpoints" / "demo", "qwen3": qwen3, "qwen3.5": qwen35, "llama3": llama3,
+            "llama2": llama2, "open_llama": open_llama, "qwen1": qwen1, "llama2_json": llama2_json,
+            "llama2_legacy": llama2_legacy}
 
 
 @pytest.fixture(scope="session")
@@ -183,8 +191,8 @@ def loaded(folders) -> dict[str, Tokenizer]:
     return {name: Tokenizer.from_dir(folder) for name, folder in folders.items()}
 
 
-FAST = ["demo", "qwen3", "llama3", "llama2_json", "llama2_legacy"]
-BYTE_LEVEL = ["demo", "qwen3", "llama3", "qwen1"]
+FAST = ["demo", "qwen3", "qwen3.5", "llama3", "llama2_json", "llama2_legacy"]
+BYTE_LEVEL = ["demo", "qwen3", "qwen3.5", "llama3", "qwen1"]
 SENTENCEPIECE = ["llama2", "open_llama"]
 EVERY = [*FAST, *SENTENCEPIECE, "qwen1"]
 
@@ -309,7 +317,7 @@ def test_bos_once_as_the_files_say(loaded, folders, tmp_path):
 def test_stop_ids(loaded, folders, tmp_path):
     def names(tokenizer):
         return {tokenizer.decode([id]) for id in tokenizer.stop_ids}
-    assert names(loaded["demo"]) == names(loaded["qwen3"]) == {"<|im_end|>", "<|endoftext|>"}
+    assert all(names(loaded[name]) == {"<|im_end|>", "<|endoftext|>"} for name in ("demo", "qwen3", "qwen3.5"))
     assert names(loaded["llama3"]) == {"<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
     assert names(loaded["llama2"]) == names(loaded["open_llama"]) == {"</s>"}
     backend = byte_bpe(["<a>", "<b>", "<c>"])
@@ -378,7 +386,7 @@ def test_skip_special(loaded):
     assert "<|im_" not in text and "<think>" in text      # <think> is an added token, but not a special one
 
 
-@pytest.mark.parametrize("name", ["demo", "qwen3", "llama3", "llama2_json", "llama2_legacy"])
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("messages", [TALK[:1], TALK, THOUGHT, [*THOUGHT[1:], *TALK]])
 def test_chat_equals_transformers(name, messages, folders, loaded):
     if name.startswith("llama2") and messages[0]["role"] == "system":
