@@ -175,7 +175,8 @@ class MTPDraft(Drafter):
                    choice: Choice, noise: Tensor) -> tuple[Tensor, ...]:
         """The hidden state [1, 1, C] that is expected of the last of idx [1, S], then as draw returns it."""
         expected = self.model.draft(idx, hidden, input_pos, fused)[:, -1:]
-        logits = self.model.head(expected, DRAFT_ROWS)[:, -1, :self.engine.vocab_size]
+        rows = None if self.model.ranks else DRAFT_ROWS      # a rank holds few of them or none of the commonest
+        logits = self.model.gather(self.model.head(expected, rows))[:, -1, :self.engine.vocab_size]
         missing = choice.candidates - logits.size(-1)
         return expected, *draw(F.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits, choice, noise)
 

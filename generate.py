@@ -480,8 +480,6 @@ def check_args(args: argparse.Namespace, ranks: tp.Ranks | None) -> Sampling:
             raise UserError("needs --chat", field)
     if args.speculate_k is not None and not (args.draft_checkpoint_path or args.draft):
         raise UserError(f"{args.speculate_k} needs --draft_checkpoint_path or --draft", "speculate_k")
-    if args.draft == "mtp" and ranks:
-        raise UserError("mtp runs in one process, not under torchrun", "draft")
     if args.draft_checkpoint_path and args.draft:
         raise UserError("and --draft are two ways to draft: give one", "draft_checkpoint_path")
     parse_speculate_k(args.speculate_k)

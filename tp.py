@@ -75,13 +75,13 @@ class Plan:
     def shard(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's shard of a tensor of the whole model's state dict, as a view where it is in one piece."""
         module, _, kind = name.rpartition(".")
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-        place = name if layer < 0 else name.split(".", 2)[2]
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1          # also the MTPHead's, see there
+        place = name.split(".", 2)[2] if name.startswith(("layers.", "mtp.layer.")) else name
         split = SPLIT.get(place) or SPLIT.get(place.rpartition(".")[0])
         if split is None or kind == "order":                 # the order of columns, where the rows are split
             return tensor
         dim, counted = split
-        if layer >= 0 and self.args.has_experts(layer):
+        if self.args.has_experts(layer):
             counted = EXPERTS.get(counted, counted)
         if layer in self.args.delta_layers:
             counted = DELTA.get(counted, counted)
@@ -286,11 +286,14 @@ def build(plan: Plan, ranks: "Ranks") -> Transformer:
         model: Any = Transformer(plan.args, plan.local)
         if plan.quantization:
             replace_linears(model, plan.quantization)
-        for i, layer in enumerate(model.layers):
+        blocks = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
+        if model.mtp is not None:
+            blocks["mtp.layer"] = model.mtp.layer
+        for i, (name, layer) in enumerate(blocks.items()):
             wo = layer.attention.wo
             if plan.quantization and isinstance(wo, Int4Linear):
                 groupsize = plan.delta_groupsize if i in plan.args.delta_layers else plan.wo_groupsize
-                how, name = replace(plan.quantization, groupsize=groupsize), f"layers.{i}.attention.wo"
+                how, name = replace(plan.quantization, groupsize=groupsize), f"{name}.attention.wo"
                 layer.attention.wo = how.linear(name, wo.in_features, wo.out_features, wo.bias is not None)
             layer.attention.reduce = layer.feed_forward.reduce = AllReduce(ranks)
     model.ranks = ranks

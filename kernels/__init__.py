@@ -66,7 +66,8 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, quantize_activations: bool = True) -> Tensor:
     """x [..., K_in], weight int8 [N, K_in], scales fp32 [N] -> [..., N]; w = scale * q.
 
-    quantize_activations: may round up to 16 tokens to int16, in groups of 256 with a scale each (with VNNI or AVX2).
+    quantize_activations: may round up to 16 tokens (with AVX2 any number, else with VNNI) to int16, in groups of 256
+    with a scale each.
     """
     if on_cpu(x) and weight.is_contiguous() and available():
         return torch.ops.qwen_fast.linear(x, [weight, scales], weight.size(0), quantize_activations)

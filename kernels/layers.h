@@ -85,15 +85,18 @@ struct Linear {
         const i64 n = N / E;
         std::vector<Rows<T>> rows;
         std::vector<std::vector<T>> rounded(products.size());
+        std::vector<std::vector<float>> x32(products.size());
         for (size_t i = 0; i < products.size(); i++) {
             const auto& p = products[i];
             const T* x = (const T*)p.x;
-            if (!std::is_same_v<T, float>) {
+            if (NARROW && p.M > 2) x32[i] = arranged<T>(p.x, p.M, K);
+            else if (!std::is_same_v<T, float>) {
                 rounded[i].resize(p.M * K);
                 convert(p.x, rounded[i].data(), p.M * K);
                 x = rounded[i].data();
             }
-            rows.push_back({weight.const_data_ptr<T>() + p.e * n * K, x, p.y, p.M, n, K});
+            rows.push_back({weight.const_data_ptr<T>() + p.e * n * K, x, x32[i].empty() ? nullptr : x32[i].data(), p.y,
+                            p.M, n, K});
         }
         share_all(rows);
     }
@@ -106,7 +109,8 @@ struct Linear {
 
     // Whether so many tokens go through decode()
     bool decodes(i64 M, bool quantize_activations) const {
-        return M <= MAX_TOKENS || (INT4_FOR_ALL && zeros.defined() && quantize_activations);
+        return M <= (NARROW && is(weight, at::kBFloat16) ? MAX_TOKENS_BF16 : MAX_TOKENS) ||
+               (INTEGERS_FOR_ALL && scales.defined() && quantize_activations);
     }
 
     // x [M, K] -> y [M, N]

@@ -83,6 +83,39 @@ INLINE void dot_rows(const T* w, i64 apart, const T* x, float* y, i64 K, i64 N, 
     UNROLL2(r, R, m, M) y[m * N + r * apart] = R > 2 ? sums[r * M + m] : sum(acc[0][r * M + m]);
 }
 
+// The same where registers are few and NARROW: two rows, one of them for the sums of each product. x in fp32, in the
+// order of Lanes<T>, each token padded with zeros.
+template <typename T, int R, int M>
+INLINE void dot_rows_narrow(const T* w, i64 apart, const float* x, i64 padded, float* y, i64 K, i64 N) {
+    f32xL acc[R * M] = {};
+    const auto add = [&](i64 k, auto load_weights) INLINE_LAMBDA {
+        f32x16 wv[R];
+        UNROLL(r, R) wv[r] = load_weights(w + r * apart * K + k);
+        UNROLL2(i, 16 / LANES, m, M) {
+            const auto xv = load<f32xL>(x + m * padded + k + i * LANES);
+            UNROLL(r, R) acc[r * M + m] += wv[r].part[i] * xv;
+        }
+    };
+    i64 k = 0;
+    for (; k + 16 <= K; k += 16) add(k, [](const T* from) INLINE_LAMBDA { return Lanes<T>::load(from); });
+    if (k < K) add(k, [&](const T* from) INLINE_LAMBDA { return Lanes<T>::load_first(from, K - k); });
+    UNROLL2(r, R, m, M) {
+        f32x16 all = {};
+        all.part[0] = acc[r * M + m];
+        y[m * N + r * apart] = sum(all);
+    }
+}
+
+// x [M, K] for it
+template <typename T> std::vector<float> arranged(const float* x, i64 M, i64 K) {
+    const i64 padded = (K + 15) / 16 * 16;
+    std::vector<float> out(M * padded);
+    for (i64 m = 0; m < M; m++)
+        for (i64 k = 0; k < K; k++)
+            out[m * padded + k / 16 * 16 + (Lanes<T>::ODD_LAST ? k % 2 * 8 + k % 16 / 2 : k % 16)] = x[m * K + k];
+    return out;
+}
+
 // R neighbouring rows against M tokens, which find the rows in the cache after the first four
 template <typename T, int R> void dot_tokens(const T* w, const T* x, float* y, i64 M, i64 K, i64 N) {
     tiles(M, [&](i64 m, auto tokens) INLINE_LAMBDA {
@@ -94,12 +127,15 @@ template <typename T, int R> void dot_tokens(const T* w, const T* x, float* y, i
 // This and its like in quantized.h are what a thread computes of y for the rows it is given, 0 .. count.
 template <typename T> struct Rows {
     const T *w, *x;
+    const float* x32;  // in the place of x, for dot_rows_narrow
     float* y;
     i64 M, N, K;
     i64 count() const { return N; }
     i64 unit() const { return 16; }
     i64 bytes() const { return K * sizeof(T); }  // of a row
     void operator()(i64 n, i64 end) const {
+        if constexpr (NARROW)
+            if (x32) return narrow(n, end);
         if (M == 1 ? K <= TWO_ROWS_MAX_K : M == 2 && K <= TWO_ROWS_TWO_TOKENS_MAX_K) {
             const Halves rows(n, end, true);
             rows.each([&](i64 n, auto R) INLINE_LAMBDA {
@@ -110,6 +146,21 @@ template <typename T> struct Rows {
         }
         for (; n + 4 <= end; n += 4) dot_tokens<T, 4>(w + n * K, x, y + n, M, K, N);
         for (; n < end; n++) dot_tokens<T, 1>(w + n * K, x, y + n, M, K, N);
+    }
+    // Of the rows and the tokens so many at a time as stay in the cache
+    void narrow(i64 n, i64 end) const {
+        const i64 padded = (K + 15) / 16 * 16;
+        for (; n < end; n += ROWS_IN_CACHE)
+            for (i64 first = 0; first < M; first += MAX_TOKENS) {
+                const Halves rows(n, std::min(end, n + ROWS_IN_CACHE), true);
+                rows.each([&](i64 row, auto R) INLINE_LAMBDA {
+                    tiles(std::min<i64>(M - first, MAX_TOKENS), [&](i64 tile, auto tokens) INLINE_LAMBDA {
+                        const i64 m = first + tile;
+                        dot_rows_narrow<T, R, tokens>(w + row * K, rows.apart, x32 + m * padded, padded, y + m * N + row,
+                                                      K, N);
+                    });
+                });
+            }
     }
 };
 

@@ -1,8 +1,8 @@
 // Linears with int8 and int4 weights.
 // Up to 16 tokens: with VNNI or AVX2 the activations are rounded to integers in groups along k, each with a scale of
 // its own. Without, or where activations shall keep their precision, the weights are converted to fp32 on their way.
-// More tokens: a chunk of the weights at a time is converted to the model's dtype and multiplied by PyTorch, but for
-// int4 with AVX2, which goes on as before (INT4_FOR_ALL).
+// More tokens: a chunk of the weights at a time is converted to the model's dtype and multiplied by PyTorch. Only where
+// integers are faster even then, they go on in integers (INTEGERS_FOR_ALL).
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -57,7 +57,8 @@ template <typename Q> struct Activations {
 // The activations are rounded to 16 bits, so that next to nothing of them is lost. Where w + OFFSET stands in for w,
 // OFFSET * sum(x) is taken off again.
 //   y[n] = scale[n] * (sum_g s[g] * sum_{k in g} (w + OFFSET) q - OFFSET * sum_k x[k])
-constexpr int G8 = 256;  // activations to a scale
+constexpr int G8 = 256;   // activations to a scale
+constexpr int ROWS = 16;  // whose products are a register
 
 // out[r * M + m] for R rows, `apart` rows from one another: as integers, still with w + OFFSET for w
 template <int R, int M>
@@ -107,6 +108,36 @@ INLINE void int8_rows_fp32(const int8_t* w, i64 apart, const Activations<int16_t
     }
 }
 
+// Sixteen rows of weights (fewer at the end) side by side: panel[k / 2][row][k % 2]
+inline void interleave(const int8_t* w, i64 rows, i64 K, i64 padded, int16_t* panel) {
+    std::fill_n(panel, padded * ROWS, 0);
+    for (i64 r = 0; r < rows; r++) {
+        int16_t* to = panel + 2 * r;
+        i64 k = 0;
+        for (; k + 32 <= K; k += 32) {
+            int16_t wide[32];
+            store64(wide, widen<i16x32>(w + r * K + k));
+            UNROLL(i, 16) std::memcpy(to + (k / 2 + i) * 2 * ROWS, wide + 2 * i, 4);
+        }
+        for (; k < K; k++) to[k / 2 * 2 * ROWS + k % 2] = w[r * K + k];
+    }
+}
+
+// out[m] = the products of the panel's rows with M tokens, without the rows' scales
+template <int M>
+INLINE void int8_panel(const int16_t* panel, const Activations<int16_t>& a, i64 first, f32x16* out) {
+    UNROLL(m, M) out[m] = f32x16{};
+    for (i64 g = 0; g < a.groups; g++) {
+        i32x16 sums[M] = {};
+        const int16_t* x = a.q.data() + first * a.padded + g * G8;
+        for (i64 k = 0; k < G8; k += 2) {
+            const auto w = load64<i16x32>(panel + (g * G8 + k) * ROWS);
+            UNROLL(m, M) sums[m] = add_words(sums[m], w, bits<i16x32>(i32x16(load<int32_t>(x + m * a.padded + k))));
+        }
+        UNROLL(m, M) out[m] += to_float(sums[m]) * a.scale[(first + m) * a.groups + g];
+    }
+}
+
 template <bool quantize> struct Int8Rows {
     const int8_t* w;
     const float* scales;
@@ -125,6 +156,7 @@ template <bool quantize> struct Int8Rows {
     i64 unit() const { return 16; }
     i64 bytes() const { return K; }
     void operator()(i64 begin, i64 end) const {
+        if (quantize && M > MAX_TOKENS) return many(begin, end);
         const Halves rows(begin, end, M <= 2 || (M > 4 && !NARROW));  // a second tile finds them in the cache
         rows.each([&](i64 n, auto R) INLINE_LAMBDA {
             tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
@@ -140,18 +172,42 @@ template <bool quantize> struct Int8Rows {
             });
         });
     }
+    // For so many tokens that weights are worth being rearranged
+    void many(i64 begin, i64 end) const {
+        std::vector<int16_t> panel(a.padded * ROWS);
+        for (i64 n = begin; n < end; n += ROWS) {
+            const i64 rows = std::min<i64>(ROWS, end - n);
+            interleave(w + n * K, rows, K, a.padded, panel.data());
+            float scale[ROWS] = {};
+            std::copy_n(scales + n, rows, scale);
+            const auto some = [&](i64 m, auto tokens) INLINE_LAMBDA {
+                f32x16 out[tokens];
+                int8_panel<tokens>(panel.data(), a, m, out);
+                UNROLL(i, tokens) {
+                    float values[ROWS];
+                    store16(values, out[i] * load16(scale));
+                    std::copy_n(values, rows, y + (m + i) * N + n);
+                }
+            };
+            i64 m = 0;
+            for (; m + 6 <= M; m += 6) some(m, std::integral_constant<int, 6>());  // as many as there are registers
+            tiles(M - m, [&](i64 tile, auto tokens) INLINE_LAMBDA { some(m + tile, tokens); });
+        }
+    }
 };
 
 // x [M, K], weight [N, K] in int8 with scales [N], or in another dtype than x -> y [M, N]
 inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
-    const i64 N = weight.size(0), step = std::max<i64>(64, CHUNK / std::max<i64>(weight.size(1), 1));
-    auto chunk = at::empty({std::min(step, N), weight.size(1)}, x.options());
+    const i64 M = x.size(0), N = weight.size(0), K = weight.size(1);
+    const i64 step = std::min(N, std::max<i64>(64, CHUNK / std::max<i64>(K, 1)));
+    auto chunk = at::empty({step, K}, x.options()), product = at::empty({M, step}, x.options());
     for (i64 n = 0; n < N; n += step) {
         const i64 rows = std::min(step, N - n);
         const auto converted = chunk.narrow(0, 0, rows).copy_(weight.narrow(0, n, rows));
-        auto of_rows = y.narrow(1, n, rows);
-        if (scales.defined()) at::mul_out(of_rows, at::mm(x, converted.t()), scales.view({N}).narrow(0, n, rows));
-        else of_rows.copy_(at::mm(x, converted.t()));
+        auto of_rows = y.narrow(1, n, rows), out = product.narrow(1, 0, rows);
+        at::mm_out(out, x, converted.t());
+        if (scales.defined()) at::mul_out(of_rows, out, scales.view({N}).narrow(0, n, rows));
+        else of_rows.copy_(out);
     }
 }
 
@@ -162,7 +218,7 @@ inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tenso
 // its upper half. scales, zeros [N / 16, K / G, 16]. Sixteen lanes are sixteen rows throughout:
 //   y[n] = sum_g scale[n, g] * (sum_{k in g} q[n, k] x[k] - zero[n, g] / 16 * sum_{k in g} x[k])
 constexpr int G4 = 32;                               // activations to a scale
-constexpr int ROWS = 16, REGISTER = 64, UNIT = 256;  // rows of a block, bytes
+constexpr int REGISTER = 64, UNIT = 256;  // bytes
 
 struct Int4 {
     const uint8_t* packed;

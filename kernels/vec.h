@@ -356,7 +356,7 @@ INLINE i32x16 dot_bytes(i32x16 acc, u8x64, i8x64) { return acc; }
 #endif
 
 #ifdef PAIRS_OF_WORDS
-constexpr bool INT4_FOR_ALL = true;  // numbers of tokens: products of integers are twice as fast as those of fp32
+constexpr bool INTEGERS_FOR_ALL = true;  // numbers of tokens: integers are multiplied twice as fast as fp32
 using ByteSums = i16x32;
 INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) {
     UNROLL(i, 2) acc.part[i] += (i16x32::Part)_mm256_maddubs_epi16((__m256i)a.part[i], (__m256i)b.part[i]);
@@ -383,7 +383,8 @@ struct WordSums {
 // The activations as add wants them
 inline std::vector<int16_t> arranged(std::vector<int16_t> x) { return x; }
 #else
-constexpr bool INT4_FOR_ALL = false;
+constexpr bool INTEGERS_FOR_ALL = false;
+INLINE i32x16 add_words(i32x16 acc, i16x32, i16x32) { return acc; }
 using ByteSums = i32x16;
 INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) { return dot_bytes(acc, a, b); }
 INLINE i32x16 total(ByteSums sums) { return sums; }
@@ -422,6 +423,7 @@ INLINE i8x64 splat4(const int8_t* p) { return bits<i8x64>(load<int32_t>(p) - i32
 template <typename T> struct Lanes {
     static constexpr int N = 16;
     static constexpr bool PAIRS = false;  // whether the product adds up pairs of neighbours
+    static constexpr bool ODD_LAST = false;
     using Reg = f32x16;
     static INLINE Reg load(const T* p) { return load16(p); }
     static INLINE Reg load_first(const T* p, int n) {
@@ -437,7 +439,7 @@ INLINE f32x16 dot_bf16(f32x16 acc, __m512bh a, __m512bh b) { return (f32x16)_mm5
 
 template <> struct Lanes<BFloat16> {
     static constexpr int N = 32;
-    static constexpr bool PAIRS = true;
+    static constexpr bool PAIRS = true, ODD_LAST = false;
     using Reg = __m512bh;
     static INLINE Reg load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static INLINE Reg load_first(const BFloat16* p, int n) {
@@ -469,7 +471,7 @@ template <> struct Lanes<BFloat16> {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 template <> struct Lanes<BFloat16> {  // the numbers in even places, then those in odd ones: two instructions, not four
     static constexpr int N = 16;
-    static constexpr bool PAIRS = false;
+    static constexpr bool PAIRS = false, ODD_LAST = true;
     using Reg = f32x16;
     static INLINE Reg load(const BFloat16* p) {
         const auto pairs = ::load<u32x16::Part>(p);

@@ -244,7 +244,7 @@ def train(args, folder: Path, state_file: Path) -> None:
 
     # The recurrence of a hybrid is a loop, which the compiler would unroll.
     compiled = loss_of if has_mtp else torch.compile(loss_of, dynamic=False)
-    optimizers = make_optimizers(model, args.muon_lr, args.adam_lr)
+    optimizers = make_optimizers(model, 0 if args.adam else args.muon_lr, args.adam_lr)
     first = 0
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
@@ -259,9 +259,9 @@ def train(args, folder: Path, state_file: Path) -> None:
         length = 256 if step < 0.55 * args.steps else 512 if step < 0.85 * args.steps else CONTEXT
         loss = compiled(corpus.batch(args.batch_tokens // length, length))
         loss.backward()
-        for optimizer, peak in zip(optimizers, (args.muon_lr, args.adam_lr), strict=True):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate(step, args.steps)
+                group["lr"] = optimizer.defaults["lr"] * learning_rate(step, args.steps)
             optimizer.step()
             optimizer.zero_grad()
         recent = (recent + [loss.item()])[-50:]
@@ -281,11 +281,11 @@ def train(args, folder: Path, state_file: Path) -> None:
 
 
 def make_optimizers(model, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
-    matrices = [p for key, p in model.named_parameters() if p.ndim == 2 and "embed" not in key]
-    others = [p for key, p in model.named_parameters() if p.ndim != 2 or "embed" in key]
-    return [torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    """Muon for the layers' matrices, unless its rate is 0, AdamW for the embedding and the norms."""
+    matrices = [p for key, p in model.named_parameters() if p.ndim == 2 and "embed" not in key and muon_lr]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01), adam] if matrices else [adam]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -295,6 +295,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens a step")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="peak learning rate of the layers' matrices")
     parser.add_argument("--adam_lr", type=float, default=0.004, help="peak learning rate of all else")
+    parser.add_argument("--adam", action="store_true",
+                        help="without Muon, whose products in bf16 take seconds a step on CPUs that have none")
     parser.add_argument("--seed", type=int, default=1234, help="of weights and batches")
     parser.add_argument("--teacher", type=Path, metavar="FOLDER",
                         help="learn this model's distribution instead of the text alone")

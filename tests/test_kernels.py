@@ -34,7 +34,7 @@ CPU = os.environ.get("TEST_CPU", "")               # which other CPU test_other_
 flags = set(build.cpu_flags().split())
 vnni, narrow = "avx512_vnni" in flags, "avx2" in flags and "avx512f" not in flags
 rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "emulated") or not CPU and (vnni or narrow))  # activations
-MOST_ROUNDED = 1 << 30 if CPU == "haswell" or not CPU and narrow else kernels.MAX_TOKENS  # tokens, beside int4 weights
+MOST_ROUNDED = 1 << 30 if CPU == "haswell" or not CPU and narrow else kernels.MAX_TOKENS  # tokens
 # [N, K_in] with tails in both, one large enough to be shared out, and K_in beyond what two rows at once are for
 SHAPES = [(64, 64), (33, 78), (7, 1024), (300, 896), (37, 2100), (21, 6200)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 9, 16]
@@ -95,9 +95,9 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
     weight, scales, w = int8_weights(N, K_in)
     for M in [*TOKENS, 17, 40]:
         x = torch.randn(M, K_in).to(dtype)
-        few, tolerance = HAVE_OPS and M <= 16, TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
+        tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int8_linear(x, weight, scales, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if few and rounds else x
+        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if rounds and M <= MOST_ROUNDED else x
         assert error(kernels.int8_linear(x, weight, scales), rounded.double() @ w.T) < tolerance + ROUNDED / 256, M
         assert error(kernels.int8_linear_reference(x, weight, scales), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -325,7 +325,7 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
             y, expected = kernels.run_fused(fused, x, cos, sin, factors, input_pos), x.double()
             for (layer, weights), cache in zip(both, caches):
                 expected = layer_in_fp64(layer, weights, cache, expected, cos, sin, factors, input_pos,
-                                         rounding if B * S <= (MOST_ROUNDED if kind == "int4" else 16) else None)
+                                         rounding if B * S <= MOST_ROUNDED else None)
             assert kernels.accepts(fused, x) and y.dtype == dtype and error(y, expected) < tolerance, (B, S)
         for layer, cache in zip(layers, caches):
             assert error(layer.attention.k_cache, cache[0]) < tolerance
@@ -463,7 +463,7 @@ def test_experts(kind: str, dtype: torch.dtype) -> None:
             unrounded = (False,) if compute is kernels.experts else ()
             y = compute(x, chosen, weights, w13, w2, E_, SIZE, *unrounded)
             assert y.dtype == dtype and error(y, expected) < tolerance, (compute, M, k)
-        few = chosen.flatten().bincount()[chosen] <= (MOST_ROUNDED if kind == "int4" else 16)    # of an expert
+        few = chosen.flatten().bincount()[chosen] <= MOST_ROUNDED                                # of an expert
         expected = (torch.where(few[..., None], in_fp64(x, rounding), exact) * weights[..., None]).sum(1)
         assert error(kernels.experts(x, chosen, weights, w13, w2, E_, SIZE), expected) < tolerance + ROUNDED, (M, k)
 

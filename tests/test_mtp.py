@@ -16,22 +16,6 @@ from sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 FAMILIES = ["qwen3-next", "qwen3.5", "qwen3.5-moe"]
-PREFIX = "mtp.layers.0."
-
-
-def add_head(folder, C=64):
-    """A random head beside a checkpoint's weights: a block like the model's first that has attention."""
-    path, rng = folder / "model.safetensors", torch.Generator().manual_seed(5)
-    tensors = load_file(path)
-    alike = next(name for name in tensors if ".self_attn.q_proj." in name).partition("self_attn")[0]
-    for name in [name for name in tensors if name.startswith(alike)]:
-        shape = tensors[name].shape
-        tensors[PREFIX + name.removeprefix(alike)] = torch.randn(shape, generator=rng) * (0.05 if len(shape) > 1 else 1)
-    tensors["mtp.fc.weight"] = torch.randn(C, 2 * C, generator=rng) * 0.1
-    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
-        tensors[f"mtp.{name}.weight"] = torch.randn(C, generator=rng) * 0.2
-    save_file(tensors, path, metadata={"format": "pt"})
-    return tensors
 
 
 def normed(x, weight):
@@ -45,7 +29,7 @@ def reference(theirs, tensors, ids, hidden):
                    normed(hidden[:len(ids) - 1], tensors["mtp.pre_fc_norm_hidden.weight"])), dim=-1)
     x = (x @ tensors["mtp.fc.weight"].t())[None]
     block = copy.deepcopy(theirs.model.layers[theirs.config.layer_types.index("full_attention")])
-    weights = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+    weights = {name.removeprefix(tiny.MTP_PREFIX): t for name, t in tensors.items() if name.startswith(tiny.MTP_PREFIX)}
     if "mlp.experts.0.gate_proj.weight" in weights:                              # in memory they are joined
         experts = [[weights.pop(f"mlp.experts.{e}.{kind}_proj.weight") for kind in ("gate", "up", "down")]
                    for e in range(theirs.config.num_experts)]
@@ -72,7 +56,7 @@ def models(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mtp")
     theirs = tiny.reference(request.param)
     tiny.save(theirs, folder)
-    tensors = add_head(folder)
+    tensors = tiny.add_mtp_head(folder)
     ours = load_model(folder, dtype=torch.float32, mtp=True)[0]
     return theirs, tensors, ours, load_model(folder, dtype=torch.float32)[0], folder
 

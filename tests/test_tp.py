@@ -371,6 +371,9 @@ def folder(tmp_path_factory):
     for name, make in FOLDERS.items():
         (folder / name).mkdir()
         make(folder / name)
+    (folder / "mtp").mkdir()
+    save(folder / "mtp", "qwen3.5-moe")
+    tiny.add_mtp_head(folder / "mtp")
     (folder / "one-head").mkdir()
     save(folder / "one-head", "qwen2", num_attention_heads=1, num_key_value_heads=1)
     for rank, name in enumerate(("qwen3", "qwen2")):         # a checkpoint path that is not the same on two machines
@@ -431,6 +434,14 @@ def speculation(folder: Path, ranks: tp.Ranks) -> dict[str, list]:
     return out
 
 
+def drafts_by_mtp(folder: Path, ranks: tp.Ranks | None) -> list:
+    """Texts that a hybrid's own head drafts for, greedy and drawn, and how many drafted tokens were accepted."""
+    model, tokenizer = load_model(folder / "mtp", "cpu", torch.float32, ranks, mtp=True)
+    engine = Engine(model, tokenizer, draft="mtp", speculate_k=3)
+    out = [tokens(engine, PROMPTS[0], 17, GREEDY), tokens(engine, PROMPTS[0], 9, Sampling(1.0, 20), seed=3)]
+    return [*out, engine.speculator.statistics.mean_accepted]
+
+
 def mistakes(folder: Path, ranks: tp.Ranks) -> dict[str, str]:
     """What each mistake is called, by this rank."""
     good = ["--device", "cpu", "--checkpoint_path", str(folder / "qwen3" / "model.pth")]
@@ -487,6 +498,7 @@ def check_everything(path: str) -> None:
         found[name] = results(checkpoint(folder, name), ranks, name in COMPILED and ranks.world_size == 2)
     with mock.patch.object(speculate, "AUTO_K", range(1, 3)):
         found["speculation"] = speculation(folder, ranks)
+    found["mtp"] = drafts_by_mtp(folder, ranks)
     logits = {name: r.pop("logits") for name, r in found.items() if isinstance(r, dict) and "logits" in r}
     everyone = ranks.gather(found)
     if ranks.first:
@@ -540,6 +552,12 @@ def test_speculation_writes_the_models_own_text(folder, parallel):
     for name, text in texts.items():
         assert (text == expected) == name.startswith("greedy"), name
     assert found[0]["accepted by greedy split 3"] == 3 > found[0]["accepted by greedy whole 3"]
+
+
+@pytest.mark.slow
+def test_the_models_own_head_drafts_as_in_one_process(folder, parallel):
+    expected = drafts_by_mtp(folder, None)
+    assert all(of_rank["mtp"] == expected for of_rank in parallel["found"])
 
 
 @pytest.mark.slow

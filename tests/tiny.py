@@ -109,3 +109,22 @@ def save_qwen_v1(model, folder: Path, **config) -> Path:
         "tie_word_embeddings": False, **config}))
     add_tokenizer(folder)
     return folder
+
+
+MTP_PREFIX = "mtp.layers.0."
+
+
+def add_mtp_head(folder: Path, C: int = 64) -> dict[str, torch.Tensor]:
+    """A random head beside a checkpoint's weights: a block like the model's first that has attention."""
+    path, rng = folder / "model.safetensors", torch.Generator().manual_seed(5)
+    tensors = load_file(path)
+    alike = next(name for name in tensors if ".self_attn.q_proj." in name).partition("self_attn")[0]
+    for name in [name for name in tensors if name.startswith(alike)]:
+        shape = tensors[name].shape
+        values = torch.randn(shape, generator=rng) * (0.05 if len(shape) > 1 else 1)
+        tensors[MTP_PREFIX + name.removeprefix(alike)] = values
+    tensors["mtp.fc.weight"] = torch.randn(C, 2 * C, generator=rng) * 0.1
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        tensors[f"mtp.{name}.weight"] = torch.randn(C, generator=rng) * 0.2
+    save_file(tensors, path, metadata={"format": "pt"})
+    return tensors
