@@ -7,7 +7,7 @@
 #include <limits>
 #include <memory>
 #include <vector>
-#include "vec.h"
+#include "linear.h"
 
 namespace {
 
@@ -74,8 +74,17 @@ template <typename T> INLINE float dot(const T* a, const T* b, i64 D) {
     return sum(acc[0] + acc[1]);
 }
 
-// The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]
-template <typename T> INLINE void score_block(const T* q, const T* k, i64 R, i64 n, i64 D, float scale, float* out) {
+// The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. scaled: scale * q in the
+// order of Lanes<T>, if NARROW
+template <typename T>
+INLINE void score_block(const T* q, const float* scaled, const T* k, i64 R, i64 n, i64 D, float scale, float* out) {
+    if constexpr (NARROW)
+        return tiles(R, [&](i64 r, auto queries) INLINE_LAMBDA {
+            for (i64 j = 0; j + 2 <= n; j += 2)
+                dot_rows_narrow<T, 2, queries>(k + j * D, 1, scaled + r * D, D, out + r * BLOCK + j, D, BLOCK);
+            if (n % 2)
+                dot_rows_narrow<T, 1, queries>(k + (n - 1) * D, 1, scaled + r * D, D, out + r * BLOCK + n - 1, D, BLOCK);
+        });
     i64 j = 0;
     for (; j + 16 <= n; j += 16) {
         i64 r = 0;
@@ -165,7 +174,8 @@ INLINE void add_values(float* acc, const float* correction, const float* p, cons
         for (; d + 32 * C <= D; d += 32 * C) add_value_pairs<T, NR, C>(acc, correction, p, v, n, d, D);
         for (; d + 32 <= D; d += 32) add_value_pairs<T, NR, 1>(acc, correction, p, v, n, d, D);
     }
-    for (; d + 64 <= D; d += 64) add_values<T, NR, 4>(acc, correction, p, v, n, d, D);
+    constexpr int C = NARROW ? 4 / NR : 4;
+    for (; d + 16 * C <= D; d += 16 * C) add_values<T, NR, C>(acc, correction, p, v, n, d, D);
     for (; d < D; d += 16) add_values<T, NR, 1>(acc, correction, p, v, n, d, D);
 }
 
@@ -179,9 +189,12 @@ void attend_range(const Queries& a, const T* q, const T* keys, const T* values, 
     std::fill_n(out.max, R, -INFINITE);
     std::fill_n(out.total, R, 0.0f);
     std::fill_n(out.acc, R * D, 0.0f);
+    std::vector<float> scaled(NARROW ? R * D : 0);
+    if constexpr (NARROW)
+        for (i64 i = 0; i < R * D; i += 16) store16(scaled.data() + i, Lanes<T>::load(q + i) * scale);
     for (i64 t = begin; t < end; t += BLOCK) {
         const i64 n = std::min<i64>(BLOCK, end - t);
-        score_block(q, keys + t * D, R, n, D, scale, scores);
+        score_block(q, scaled.data(), keys + t * D, R, n, D, scale, scores);
         for (i64 r = 0; r < R; r++) {
             const i64 from = std::clamp<i64>(a.first(r) - t, 0, n), to = std::clamp<i64>(a.last(r) - t, from, n);
             correction[r] = softmax_block(scores + r * BLOCK, n, from, to, out.max[r], out.total[r]);

@@ -111,8 +111,12 @@ template <typename T> std::vector<float> arranged(const float* x, i64 M, i64 K) 
     const i64 padded = (K + 15) / 16 * 16;
     std::vector<float> out(M * padded);
     for (i64 m = 0; m < M; m++)
-        for (i64 k = 0; k < K; k++)
-            out[m * padded + k / 16 * 16 + (Lanes<T>::ODD_LAST ? k % 2 * 8 + k % 16 / 2 : k % 16)] = x[m * K + k];
+        for (i64 k = 0; k < K; k += 16) {
+            float in[16] = {}, *to = out.data() + m * padded + k;
+            std::copy_n(x + m * K + k, std::min<i64>(16, K - k), in);
+            if (Lanes<T>::ODD_LAST) UNROLL(i, 8) to[i] = in[2 * i], to[8 + i] = in[2 * i + 1];
+            else std::copy_n(in, 16, to);
+        }
     return out;
 }
 
