@@ -1,6 +1,8 @@
 """The head for multi-token prediction against a plain fp32 reference, from its formulas (transformers has none), and
 as a draft."""
 import copy
+import shutil
+import sys
 
 import pytest
 import torch
@@ -9,10 +11,14 @@ from safetensors.torch import load_file, save_file
 import generate
 import tiny
 from cli import UserError
+from conftest import ROOT
 from convert import convert
 from generate import Engine
 from loading import load_model
 from sampling import Sampling
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import train_demo
 
 GREEDY = Sampling(temperature=0)
 FAMILIES = ["qwen3-next", "qwen3.5", "qwen3.5-moe"]
@@ -144,3 +150,22 @@ def test_what_is_not_there_is_said(models, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="missing: mtp.fc.weight"):
         convert(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_head_is_trained_as_it_is_used(tmp_path):
+    """What scripts/train_demo.py trains and saves, a hybrid with a head, computes the same when it is loaded."""
+    torch.manual_seed(0)
+    theirs, ids = train_demo.build_model("demo-hybrid"), torch.randint(0, 4096, (1, 40))
+    hidden = theirs.model(input_ids=ids, use_cache=False).last_hidden_state
+    expected = theirs.mtp(theirs.model.embed_tokens(ids[:, 1:]), hidden[:, :-1], theirs.model.rotary_emb)
+    theirs.save_pretrained(tmp_path)
+    for file in (ROOT / "checkpoints" / "demo").glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path)
+    ours, _ = load_model(tmp_path, dtype=torch.float32, mtp=True)
+    ours.setup_caches(1, 64)
+    positions = torch.arange(40)
+    with torch.inference_mode():
+        logits = ours(ids, positions, positions)
+        drafts = ours.draft(ids[:, 1:], ours.hidden_states[:1, :39], positions[None, :39])
+    assert (logits - theirs.lm_head(hidden)).abs().max() < 1e-4 and (drafts - expected).abs().max() < 1e-4
