@@ -82,8 +82,9 @@ INLINE void score_block(const T* q, const float* scaled, const T* k, i64 R, i64 
         return tiles(R, [&](i64 r, auto queries) INLINE_LAMBDA {
             for (i64 j = 0; j + 2 <= n; j += 2)
                 dot_rows_narrow<T, 2, queries>(k + j * D, 1, scaled + r * D, D, out + r * BLOCK + j, D, BLOCK);
+            const i64 last = n - 1;
             if (n % 2)
-                dot_rows_narrow<T, 1, queries>(k + (n - 1) * D, 1, scaled + r * D, D, out + r * BLOCK + n - 1, D, BLOCK);
+                dot_rows_narrow<T, 1, queries>(k + last * D, 1, scaled + r * D, D, out + r * BLOCK + last, D, BLOCK);
         });
     i64 j = 0;
     for (; j + 16 <= n; j += 16) {

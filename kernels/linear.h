@@ -89,7 +89,7 @@ template <typename T, int R, int M>
 INLINE void dot_rows_narrow(const T* w, i64 apart, const float* x, i64 padded, float* y, i64 K, i64 N) {
     f32xL acc[R * M] = {};
     const auto add = [&](i64 k, auto load_weights) INLINE_LAMBDA {
-        f32x16 wv[R];
+        typename Lanes<T>::Reg wv[R];
         UNROLL(r, R) wv[r] = load_weights(w + r * apart * K + k);
         UNROLL2(i, 16 / LANES, m, M) {
             const auto xv = load<f32xL>(x + m * padded + k + i * LANES);
@@ -99,11 +99,7 @@ INLINE void dot_rows_narrow(const T* w, i64 apart, const float* x, i64 padded, f
     i64 k = 0;
     for (; k + 16 <= K; k += 16) add(k, [](const T* from) INLINE_LAMBDA { return Lanes<T>::load(from); });
     if (k < K) add(k, [&](const T* from) INLINE_LAMBDA { return Lanes<T>::load_first(from, K - k); });
-    UNROLL2(r, R, m, M) {
-        f32x16 all = {};
-        all.part[0] = acc[r * M + m];
-        y[m * N + r * apart] = sum(all);
-    }
+    UNROLL2(r, R, m, M) y[m * N + r * apart] = sum(acc[r * M + m]);
 }
 
 // x [M, K] for it
@@ -160,8 +156,8 @@ template <typename T> struct Rows {
                 rows.each([&](i64 row, auto R) INLINE_LAMBDA {
                     tiles(std::min<i64>(M - first, MAX_TOKENS), [&](i64 tile, auto tokens) INLINE_LAMBDA {
                         const i64 m = first + tile;
-                        dot_rows_narrow<T, R, tokens>(w + row * K, rows.apart, x32 + m * padded, padded, y + m * N + row,
-                                                      K, N);
+                        float* to = y + m * N + row;
+                        dot_rows_narrow<T, R, tokens>(w + row * K, rows.apart, x32 + m * padded, padded, to, K, N);
                     });
                 });
             }

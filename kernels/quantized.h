@@ -132,7 +132,7 @@ INLINE void int8_panel(const int16_t* panel, const Activations<int16_t>& a, i64 
         const int16_t* x = a.q.data() + first * a.padded + g * G8;
         for (i64 k = 0; k < G8; k += 2) {
             const auto w = load64<i16x32>(panel + (g * G8 + k) * ROWS);
-            UNROLL(m, M) sums[m] = add_words(sums[m], w, bits<i16x32>(i32x16(load<int32_t>(x + m * a.padded + k))));
+            UNROLL(m, M) sums[m] = add_words(sums[m], w, bits<i16x32>(splat4((const int8_t*)(x + m * a.padded + k))));
         }
         UNROLL(m, M) out[m] += to_float(sums[m]) * a.scale[(first + m) * a.groups + g];
     }

@@ -249,17 +249,21 @@ INLINE float highest(f32x16 v) {
 #endif
 }
 
-INLINE float sum(f32x16 v) {
 #ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
+INLINE float sum(f32x16 v) { return _mm512_reduce_add_ps((__m512)v); }
 #else
-    float lanes[16];
-    store16(lanes, v);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
-#endif
+INLINE float sum(f32xL v) {
+    typedef float f32x4 __attribute__((vector_size(16)));
+    f32x4 four = load<f32x4>(&v);
+    if (LANES == 8) four += load<f32x4>((const float*)&v + LANES / 2);
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
+INLINE float sum(f32x16 v) {
+    f32xL all = v.part[0];
+    UNROLL(i, f32x16::PARTS - 1) all += v.part[i + 1];
+    return sum(all);
+}
+#endif
 
 // Sixteen sums over lanes at once: lane i of sums16(sums4(v), sums4(v + 4), ...) is the sum of v[i]'s lanes.
 #ifdef __AVX512F__
