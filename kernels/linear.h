@@ -83,8 +83,8 @@ INLINE void dot_rows(const T* w, i64 apart, const T* x, float* y, i64 K, i64 N, 
     UNROLL2(r, R, m, M) y[m * N + r * apart] = R > 2 ? sums[r * M + m] : sum(acc[0][r * M + m]);
 }
 
-// The same where registers are few and NARROW: two rows, one of them for the sums of each product. x in fp32, in the
-// order of Lanes<T>, each token padded with zeros.
+// The same if NARROW: each sum takes one register, so that the sums of two rows and four tokens stay in registers.
+// x in fp32, in the order in which Lanes<T> loads, each token padded with zeros to a multiple of 16.
 template <typename T, int R, int M>
 INLINE void dot_rows_narrow(const T* w, i64 apart, const float* x, i64 padded, float* y, i64 K, i64 N) {
     f32xL acc[R * M] = {};
@@ -102,7 +102,7 @@ INLINE void dot_rows_narrow(const T* w, i64 apart, const float* x, i64 padded, f
     UNROLL2(r, R, m, M) y[m * N + r * apart] = sum(acc[r * M + m]);
 }
 
-// x [M, K] for it
+// x [M, K] as dot_rows_narrow reads it
 template <typename T> std::vector<float> arranged(const float* x, i64 M, i64 K) {
     const i64 padded = (K + 15) / 16 * 16;
     std::vector<float> out(M * padded);
@@ -123,7 +123,7 @@ template <typename T, int R> void dot_tokens(const T* w, const T* x, float* y, i
     });
 }
 
-// w [N, K], x [M, K] -> y [M, N], at most 16 tokens: two distant rows at once where x is small, else four neighbours.
+// w [N, K], x [M, K] -> y [M, N]: two distant rows at once where x is small, else four neighbours.
 // This and its like in quantized.h are what a thread computes of y for the rows it is given, 0 .. count.
 template <typename T> struct Rows {
     const T *w, *x;
@@ -147,7 +147,7 @@ template <typename T> struct Rows {
         for (; n + 4 <= end; n += 4) dot_tokens<T, 4>(w + n * K, x, y + n, M, K, N);
         for (; n < end; n++) dot_tokens<T, 1>(w + n * K, x, y + n, M, K, N);
     }
-    // Of the rows and the tokens so many at a time as stay in the cache
+    // As many rows and tokens at a time as stay in the cache
     void narrow(i64 n, i64 end) const {
         const i64 padded = (K + 15) / 16 * 16;
         for (; n < end; n += ROWS_IN_CACHE)

@@ -2,7 +2,7 @@
 
     python scripts/train_demo.py --name demo                 # more than an hour on two CPU cores
     python scripts/train_demo.py --name demo-draft --teacher checkpoints/demo --steps 800      # half an hour
-    python scripts/train_demo.py --name demo-hybrid --steps 800     # with a head for multi-token prediction
+    python scripts/train_demo.py --name demo-hybrid --steps 800     # with a multi-token head; not bundled
     python scripts/train_demo.py --dump_heldout FILE         # the text that neither has seen
 
 The text is the Python standard library of the interpreter that runs this script, its tests included. The modules in
