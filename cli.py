@@ -14,9 +14,19 @@ def _is_command() -> bool:
     return bool(file) and os.path.dirname(os.path.realpath(file)) in (here, os.path.join(here, "scripts"))
 
 
+def _spin_briefly() -> None:
+    """Before OpenMP is loaded: a thread that waits for the others spins for a moment, which saves waking it again, then
+    sleeps. By default it spins for milliseconds, and beside other busy processes keeps the core that the late one
+    needs."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 PARENT = os.getppid()                            # before the imports, during which it may end
 # Commands import this file first: while they import the others (seconds), Ctrl-C ends them without a traceback.
 IS_COMMAND = _is_command()
+if IS_COMMAND:
+    _spin_briefly()
 if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _exit_quietly)
 

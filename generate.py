@@ -199,7 +199,7 @@ class Engine:
 
     def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
         """Through the compiled model, which takes any length but 1: the compiler would make a special case of it."""
-        if idx.size(1) == 1:
+        if idx.size(1) == 1 or not self.compiled_prefill:                      # nor import the compiler
             return self.model(idx, input_pos, logits_at, self.fused)
         torch._dynamo.maybe_mark_dynamic(idx, 1)
         torch._dynamo.maybe_mark_dynamic(input_pos, input_pos.dim() - 1)

@@ -281,7 +281,7 @@ class Speculator:
         idx, input_pos = torch.cat((last, draft.tokens), dim=1), first_pos + torch.arange(k + 1, device=device)
         uniform = torch.rand(k, dtype=torch.float32, device=device, generator=rng)
         noise = exponential_noise(1, choice.candidates, rng)
-        if device.type == "cpu":
+        if device.type == "cpu" and self.verify != self.verify_step:           # compiled
             for tensor, dim in ((idx, 1), (input_pos, 1), (uniform, 0), (draft.probs, 0), (draft.ids, 0)):
                 if tensor is not None:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -25,6 +25,7 @@ if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("trito
 GPU_KERNELS = ("auto", "triton", "plain")
 chosen = {"gpu": "auto"}          # of GPU_KERNELS: auto times candidates, triton takes the first, plain is PyTorch
 MAX_TOKENS, MAX_HEAD = 16, 512    # tokens of a matrix-vector product, dimensions of a head: as in tuning.h
+PACK_BYTES = 1 << 18              # of int4 weights that are packed at a time
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -150,15 +151,25 @@ def groupsize_of(in_features: int, groups: int) -> int:
 
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
     """The stored form to the CPU's packed form. groupsize: a multiple of 32."""
-    N, groups = scales.shape
-    q = F.pad(unpack_nibbles(weight), (0, groups * groupsize - 2 * weight.size(1), 0, -N % 16))
-    q = q.view(-1, 16, groups * groupsize // 32, 4, 2, 4)       # block, row, unit, register, half, byte
-    lower, upper = q.permute(4, 0, 2, 3, 1, 5)                  # block, unit, register, row, byte
+    (N, groups), width = scales.shape, scales.size(1) * groupsize // 2
+    packed = huge_zeros((-(-N // 16), width // 16, 4, 16, 4), torch.uint8)
+    rows = max(1, PACK_BYTES // (16 * width))                   # blocks at a time, so that all stays in the cache
+    for stored, out in zip(weight.split(16 * rows), packed.split(rows), strict=True):
+        stored = F.pad(stored, (0, width - stored.size(1), 0, -len(stored) % 16))
+        words = interleave_halves(stored.view(torch.int32)).view(len(out), 16, width // 16, 4)
+        out.view(torch.int32).squeeze(4).copy_(words.permute(0, 2, 3, 1))      # block, unit, register, row
 
     def in_blocks(t: Tensor) -> Tensor:
         return F.pad(t, (0, 0, 0, -N % 16)).view(-1, 16, groups).transpose(1, 2)
-    packed = torch.bitwise_or(lower, upper << 4, out=huge_zeros(lower.shape, torch.uint8))
     return packed, copy_to(in_blocks(scales), "cpu", torch.bfloat16), copy_to(in_blocks(zeros), "cpu", torch.uint8)
+
+
+def interleave_halves(words: Tensor) -> Tensor:
+    """Of int32 words of eight columns each, nibbles 0 1 2 3 4 5 6 7 -> 0 4 1 5 2 6 3 7."""
+    for shift, low in ((8, 0x0000ff00), (4, 0x00f000f0)):       # swaps middle bytes, then middle nibbles
+        swapped = (words ^ words >> shift) & low
+        words = words ^ swapped ^ swapped << shift
+    return words
 
 
 def dequantize_packed_int4(packed: Tensor, scales: Tensor, zeros: Tensor, out_features: int, in_features: int,

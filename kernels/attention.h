@@ -245,15 +245,15 @@ template <typename P, typename Y> INLINE void merge_splits(const P& partial, i64
 template <typename T, typename Y>
 void attend_heads(const T* q, const Tensor& k_cache, const Tensor& v_cache, i64 H, const Tensor& pos, i64 window,
                   Y* y) {
-    const i64 threads = at::get_num_threads(), S = pos.numel() / k_cache.size(0), *p = pos.const_data_ptr<i64>();
+    const i64 S = pos.numel() / k_cache.size(0), *p = pos.const_data_ptr<i64>();
     const i64 longest = *std::max_element(p, p + pos.numel()) + 1;
-    const Schedule plan(k_cache, H, S, longest, threads);
+    const Schedule plan(k_cache, H, S, longest, at::get_num_threads());  // not threads(): it decides how sums are split
     const i64 D = plan.D, G = plan.G, R = plan.tile * G, splits = plan.splits, partial_size = Partial::size(R, D);
     const T *keys = k_cache.const_data_ptr<T>(), *values = v_cache.const_data_ptr<T>();
     const std::unique_ptr<float[]> partials(new float[plan.jobs * splits * partial_size]);
     const auto partial = [&](i64 i) { return Partial(partials.get() + i * partial_size, R); };
     const i64 work = longest * pos.numel() * H * D;
-#pragma omp parallel num_threads(threads) if (work > ONE_THREAD)
+#pragma omp parallel num_threads(threads()) if (work > ONE_THREAD)
     {
         std::vector<float> scores(R * (BLOCK + 1));
         std::vector<T> queries(R * D);

@@ -49,10 +49,13 @@ def unavailable_reason() -> str | None:
         return reason
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the C++ kernels run on this CPU. The first call loads or builds them."""
     return unavailable_reason() is None
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: a second that eager runs need not spend.
+available._dynamo_marked_constant = True
 
 
 def built_library() -> Path:

@@ -176,7 +176,7 @@ template <typename T, typename U> struct DeltaPass {
             most = std::max({most, rows.back().kept, rows.back().left, std::min<i64>(rows.back().taken, DELTA_CHUNK)});
         }
         const i64 work = s.B * S * s.Hv * s.K * s.V, jobs = s.B * s.Hk;
-#pragma omp parallel num_threads(at::get_num_threads()) if (work > ONE_THREAD)
+#pragma omp parallel num_threads(threads()) if (work > ONE_THREAD)
         {
             DeltaScratch<T> scratch(s, most, width);
 #pragma omp for schedule(dynamic)

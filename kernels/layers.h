@@ -230,6 +230,7 @@ struct FusedLayers {
     at::ScalarType dtype = at::kFloat;
     i64 C = 0, B = 0;
     Tensor cache;
+    mutable std::array<Team, MAX_TOKENS + 1> teams;  // for passes of so many tokens
 
     static FusedLayers* of(const Tensor& handle) {
         auto* fused = (FusedLayers*)handle.const_data_ptr();
@@ -252,7 +253,7 @@ template <typename T, typename U> struct Step {
 
     // f(m) for every token
     template <typename F> void each(F f) const {
-#pragma omp parallel for num_threads(at::get_num_threads()) if (M > MAX_TOKENS)
+#pragma omp parallel for num_threads(threads()) if (M > MAX_TOKENS)
         for (i64 m = 0; m < M; m++) f(m);
     }
     Tensor empty(i64 width) const { return at::empty({M, width}, c10::CppTypeToScalarType<U>::value); }
@@ -355,7 +356,7 @@ template <typename U> Tensor silu_times(const Tensor& gate_up) {
     Tensor y = at::empty({rows, F}, gate_up.options());
     const U* from = gate_up.const_data_ptr<U>();
     U* to = y.mutable_data_ptr<U>();
-#pragma omp parallel for num_threads(at::get_num_threads()) if (rows * F > ONE_THREAD)
+#pragma omp parallel for num_threads(threads()) if (rows * F > ONE_THREAD)
     for (i64 i = 0; i < rows; i++) silu_times(from + i * 2 * F, to + i * F, F);
     return y;
 }
@@ -438,7 +439,7 @@ template <typename U> Tensor run(const FeedForward& experts, const Routing& rout
     const Tensor out = by_expert<U>(experts.w2, routing, hidden, quantize_activations);
     const U* outs = out.const_data_ptr<U>();
     float* sums = y.mutable_data_ptr<float>();
-#pragma omp parallel for num_threads(at::get_num_threads()) if (pairs * C > ONE_THREAD)
+#pragma omp parallel for num_threads(threads()) if (pairs * C > ONE_THREAD)
     for (i64 m = 0; m < routing.M; m++)
         for (i64 c = 0; c < C; c++) {
             float sum = 0;
@@ -613,7 +614,8 @@ Tensor run_fused(const Tensor& x, const Tensor& handle, const Tensor& cos_, cons
     };
     by_dtype(x, [&](auto zero) {
         if (M > MAX_TOKENS && BF16_PRODUCTS) run_all(zero, zero);
-        else run_all(zero, 0.0f);
+        else if (M > MAX_TOKENS) run_all(zero, 0.0f);
+        else fused->teams[M].run([&] { run_all(zero, 0.0f); });
     });
     return out;
 }

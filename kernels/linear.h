@@ -1,10 +1,10 @@
 // y[m, n] = sum_k x[m, k] w[n, k] for few tokens and weights in bf16 or fp32, and how the rows of any weight are shared
 // out between threads.
 #pragma once
-#include <ATen/Parallel.h>
 #include <omp.h>
 #include <atomic>
 #include <vector>
+#include "threads.h"
 #include "vec.h"
 
 namespace {
@@ -14,11 +14,11 @@ namespace {
 // result. row_bytes: of one of the n.
 template <typename F> void share(i64 n, i64 unit, i64 row_bytes, F f) {
     std::atomic<i64> next{0};
-#pragma omp parallel num_threads(at::get_num_threads())
+#pragma omp parallel num_threads(threads())
     {
-        const i64 threads = omp_get_num_threads();
+        const i64 size_of_team = omp_get_num_threads();
         for (i64 begin = next; begin < n;) {
-            const i64 size = std::max((n - begin) / (2 * threads), LEAST_SHARE / row_bytes);
+            const i64 size = std::max((n - begin) / (2 * size_of_team), LEAST_SHARE / row_bytes);
             const i64 end = std::min(n, begin + (size / unit + 1) * unit);
             if (next.compare_exchange_weak(begin, end)) {
                 f(begin, end);

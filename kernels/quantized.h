@@ -23,7 +23,7 @@ template <typename Q> struct Activations {
         : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups),
           q(quantize ? M * padded : 0) {
         for (i64 m = 0; m < M; m++) std::copy_n(source + m * K, K, x.data() + m * padded);
-#pragma omp parallel for num_threads(at::get_num_threads()) if (M * padded > ONE_THREAD)
+#pragma omp parallel for num_threads(threads()) if (M * padded > ONE_THREAD)
         for (i64 i = 0; i < M * groups; i++) {
             const float* from = x.data() + i * G;
             f32x16 high = {}, total = {};
@@ -334,7 +334,7 @@ template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& 
     T* to = chunk.mutable_data_ptr<T>();
     for (i64 n = 0; n < N; n += step) {
         const i64 rows = std::min(step, N - n);
-#pragma omp parallel for num_threads(at::get_num_threads())
+#pragma omp parallel for num_threads(threads())
         for (i64 r = 0; r < rows; r += ROWS) {
             const i64 block = (n + r) / ROWS;
             for (i64 unit = 0; unit < w.units(); unit++) {

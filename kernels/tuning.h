@@ -29,6 +29,11 @@ constexpr i64 TILE_QUERIES = 64;     // queries of one KV head that share a pass
 constexpr i64 LEAST_SPLIT = 128;     // positions that are worth a thread of their own
 constexpr i64 ONE_THREAD = 1 << 15;  // multiply-adds up to which waking the other threads takes longer
 
+// Threads beside other busy processes
+constexpr double CPU_SHARE = 0.9;  // of the time of all threads: less, and fewer threads are tried
+constexpr i64 WINDOW_PASSES = 8, MOST_WINDOWS = 8, TRIAL_PASSES = 4;
+constexpr double TRIAL_FASTER = 0.97;  // of the time: less is noise
+
 // Gated DeltaNet
 constexpr i64 DELTA_CHUNK = 64;  // tokens at once
 constexpr i64 MEMORY_ROWS = 32;  // that stay in the first-level cache between being changed and being read

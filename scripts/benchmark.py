@@ -46,7 +46,8 @@ from shapes import PUBLISHED
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "ik_llama.cpp": ("gguf",), "transformers": ("transformers",)}
-SIZES = ("prompt_length", "batch_size", "max_seq_length", "ranks")       # lists: all combinations are measured
+SIZES = ("prompt_length", "batch_size", "neighbours", "max_seq_length", "ranks")   # lists; all combinations are run
+OF_ALL = 3                                                                         # the others are this project's only
 
 
 # ---- from raw figures to rows
@@ -92,7 +93,7 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs) -> dict:
 def compare(rows: list[dict]) -> None:
     """Adds to each row how many times as fast as the peers it is at the same, by the median over the rounds."""
     def same(row: dict) -> tuple:
-        return row["quantization"], row["prompt_length"], row["batch_size"]
+        return row["quantization"], *(row[size] for size in SIZES[:OF_ALL])
     for row, peer in itertools.permutations(rows, 2):
         if peer["program"] in PEERS and same(row) == same(peer):
             pairs = {what: zip(row[f"{what}_tok_s_rounds"], peer[f"{what}_tok_s_rounds"], strict=True)
@@ -122,6 +123,7 @@ def work(job: dict, caches: str) -> dict:
                OMP_NUM_THREADS=str(job["threads"]))
     worker = Path(__file__).with_name("benchmark_peers.py" if job["program"] in PEERS else "benchmark_worker.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job['ranks']}"]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(job["neighbours"])]
     process = subprocess.Popen([sys.executable, *torchrun * (job["ranks"] > 1), str(worker), json.dumps(job)],
                                env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -130,6 +132,10 @@ def work(job: dict, caches: str) -> dict:
         process.terminate()                              # unlike a kill, it ends torchrun's processes too
         process.wait()
         raise
+    finally:
+        for neighbour in busy:
+            neighbour.kill()
+            neighbour.wait()
     if process.returncode:
         print(err[-4000:], file=sys.stderr)
         return dict(failed=cause(err) or f"exit status {process.returncode}")
@@ -177,8 +183,9 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
 
 
 def job_of(args: argparse.Namespace, common: dict, kind: str, point: dict, program: str, compile: bool = False) -> dict:
-    """The label names the sizes that differ from job to job; other programs vary the first two of them only."""
-    varied = [f", {size} {point[size]}" for size in SIZES[:4 if program == OURS else 2] if len(getattr(args, size)) > 1]
+    """The label names the sizes that differ from job to job."""
+    sizes = SIZES if program == OURS else SIZES[:OF_ALL]
+    varied = [f", {size} {point[size]}" for size in sizes if len(getattr(args, size)) > 1]
     label = "".join([LABELS.get(program, program), " --compile" * compile, *varied])
     return dict(common, **point, program=program, quantization=kind, compile=compile, label=label)
 
@@ -220,6 +227,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=64, help="tokens to time")
     add("--prompt_length", type=int, nargs="+", default=[256], help="tokens before them, e.g. 64 4096")
     add("--batch_size", type=int, nargs="+", default=[1], help="sequences at a time, e.g. 1 4 16")
+    add("--neighbours", type=int, nargs="+", default=[0], help="other processes that keep a core busy, e.g. 0 1 2")
     add("--max_seq_length", type=int, nargs="+", default=[512], help="least capacity of the KV cache, e.g. 1024 32768")
     add("--ranks", type=int, nargs="+", default=[1], help="spread this project over so many processes, e.g. 1 2")
     add("--rounds", type=int, default=3)
@@ -234,8 +242,9 @@ def check_args(args: argparse.Namespace) -> None:
     """Errors: UserError."""
     for field in (*SIZES, "tokens", "rounds", "threads"):
         value = getattr(args, field)
-        if (least := min(value) if isinstance(value, list) else value) < 1:
-            raise UserError(f"{least} must be 1 or more", field)
+        least = 0 if field == "neighbours" else 1
+        if (smallest := min(value) if isinstance(value, list) else value) < least:
+            raise UserError(f"{smallest} must be {least} or more", field)
     shape, most = ModelArgs.from_name(args.model), {size: max(getattr(args, size)) for size in SIZES}
     if parse_device(args.device).type == "cuda" and most["ranks"] > torch.cuda.device_count():
         raise UserError(f"{most['ranks']}: there are {torch.cuda.device_count()} CUDA devices", "ranks")

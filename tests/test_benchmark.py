@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,7 +113,8 @@ def test_percentile_is_one_of_the_values():
 
 def job(program="qwen-fast", quantization="none", compile=False, **more) -> dict:
     return dict(program=program, label=program, quantization=quantization, compile=compile, ranks=1, dtype="bfloat16",
-                groupsize=32, lm_head="int8", prompt_length=256, batch_size=1, max_seq_length=512, tokens=64) | more
+                groupsize=32, lm_head="int8", prompt_length=256, batch_size=1, neighbours=0, max_seq_length=512,
+                tokens=64) | more
 
 
 def raw(seconds: list[float], ttft: float = 0.5, **more) -> dict:
@@ -267,6 +269,21 @@ def test_all_combinations_are_measured(monkeypatch):
         for label, ranks in of_batch]
 
 
+def test_neighbours_keep_cores_busy_until_the_worker_has_ended(monkeypatch, tmp_path):
+    monkeypatch.setitem(benchmark.NEEDS, "llama.cpp", ())
+    args = benchmark.parse_args(["--modes", "eager", "--neighbours", "0", "2", "--no_plain", "--peers", "llama.cpp"])
+    labels = [j["label"] for j in benchmark.plan(args)[0]]
+    assert labels == [f"{program}, neighbours {n}" for n in (0, 2) for program in ("qwen-fast", "llama.cpp")]
+    started, popen = [], subprocess.Popen
+
+    def start(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+    monkeypatch.setattr(benchmark.subprocess, "Popen", start)
+    assert "failed" in benchmark.work(job(neighbours=2, threads=1), str(tmp_path))       # it has no model to run
+    assert [process.returncode for process in started] == [-signal.SIGKILL, -signal.SIGKILL, 1]
+
+
 def test_a_worker_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
     calls = []
 
@@ -287,6 +304,7 @@ def test_a_worker_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path
     (["--model", "Llama-2-7B", "--prompt_length", "4050"], "prompt_length", "4050 and 65 new tokens exceed"),
     (["--max_seq_length", "512", "50000"], "max_seq_length", "50000 .* exceed"),
     (["--rounds", "0"], "rounds", "0 must"), (["--batch_size", "0", "2"], "batch_size", "0 must"),
+    (["--neighbours", "-1"], "neighbours", "-1 must"),
     (["--ranks", "0", "2"], "ranks", "0 must be 1 or more"),
     (["--ranks", "1", "32"], "ranks", "32 .*16 attention heads")])
 def test_flags_that_cannot_be_are_refused(flags, field, said):

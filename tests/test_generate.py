@@ -641,6 +641,18 @@ def test_the_command_exits_with_2_and_one_line(folder):
     assert done.stderr.startswith("error: --checkpoint_path /nowhere/model.pth")
 
 
+def test_what_only_compile_needs_is_not_imported_without_it():
+    """The compiler takes a second to import, transformers and what the other commands need take seconds."""
+    program = """
+import runpy, sys
+sys.argv = ["generate.py", "--max_new_tokens", "4", "--num_samples", "1", "--quiet"]
+runpy.run_path("generate.py", run_name="__main__")
+print(*sorted({"torch._dynamo", "torch._inductor", "transformers", "lm_eval", "huggingface_hub"} & {*sys.modules}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_default_dtype_never_picks_fp16_on_a_cpu(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
