@@ -74,6 +74,7 @@ def test_a_window_ends_the_cache():
     args, slot = ModelArgs.from_hf(config), 2 * 2 * 64 * 2
     assert benchmark.bytes_per_step(0, args, position=999) == (20 * 1000 + 4 * 100) * slot
     assert benchmark.bytes_per_step(0, args, position=99) == 24 * 100 * slot
+    assert benchmark.bytes_per_step(0, args, position=99, kv_dtype=torch.int8) == 24 * 100 * 2 * 2 * (64 + 4)
 
 
 # Of 24 layers 6 have a cache; what 18 DeltaNets remember is read and written: 16 heads of 128 x 128 fp32 numbers each.
@@ -112,7 +113,8 @@ def test_percentile_is_one_of_the_values():
 
 def job(program="qwen-fast", quantization="none", compile=False, **more) -> dict:
     return dict(program=program, label=program, quantization=quantization, compile=compile, ranks=1, dtype="bfloat16",
-                groupsize=32, lm_head="int8", prompt_length=256, batch_size=1, max_seq_length=512, tokens=64) | more
+                kv_cache="none", groupsize=32, lm_head="int8", prompt_length=256, batch_size=1, max_seq_length=512,
+                tokens=64) | more
 
 
 def raw(seconds: list[float], ttft: float = 0.5, **more) -> dict:
@@ -265,6 +267,12 @@ def test_all_combinations_are_measured(monkeypatch):
     assert [(j["label"], j["quantization"], j["ranks"]) for j in benchmark.plan(args)[0]] == [
         (label.format(batch), kind, ranks) for kind in ("none", "int4") for batch in (1, 4)
         for label, ranks in of_batch]
+
+
+def test_kv_caches_are_compared():
+    args = benchmark.parse_args(["--modes", "eager", "--kv_cache", "none", "int8"])
+    assert [(j["label"], j["kv_cache"]) for j in benchmark.plan(args)[0]] == [
+        ("qwen-fast", "none"), ("qwen-fast --kv_cache int8", "int8"), ("plain PyTorch", "none")]
 
 
 def test_a_worker_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
