@@ -92,17 +92,31 @@ template <typename T> INLINE float dot(const T* a, const T* b, i64 D) {
     return sum(acc[0] + acc[1]);
 }
 
+// out[r * BLOCK + i] = q[r] . k[i] for NR queries, in the order of Lanes<E>, and as many keys as sums fit into registers
+template <typename E, int NR, int KEYS> INLINE void dot_keys(const E* k, const float* q, i64 D, float* out) {
+    f32xL acc[NR * KEYS] = {};
+    for (i64 d = 0; d < D; d += 16) {
+        typename Lanes<E>::Reg key[KEYS];
+        UNROLL(i, KEYS) key[i] = Lanes<E>::load(k + i * D + d);
+        UNROLL2(p, 16 / LANES, r, NR) {
+            const auto x = load<f32xL>(q + r * D + d + p * LANES);
+            UNROLL(i, KEYS) acc[r * KEYS + i] += key[i].part[p] * x;
+        }
+    }
+    UNROLL(r, NR) store_sums<KEYS>(out + r * BLOCK, acc + r * KEYS);
+}
+
 // The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. scaled: scale * q in the
 // order of Lanes<E>, if NARROW; q otherwise, and E = T
 template <typename T, typename E>
 INLINE void score_block(const T* q, const float* scaled, const E* k, i64 R, i64 n, i64 D, float scale, float* out) {
     if constexpr (NARROW) {
         tiles(R, [&](i64 r, auto queries) INLINE_LAMBDA {
-            for (i64 j = 0; j + 2 <= n; j += 2)
-                dot_rows_narrow<E, 2, queries>(k + j * D, 1, scaled + r * D, D, out + r * BLOCK + j, D, BLOCK);
-            const i64 last = n - 1;
-            if (n % 2)
-                dot_rows_narrow<E, 1, queries>(k + last * D, 1, scaled + r * D, D, out + r * BLOCK + last, D, BLOCK);
+            constexpr int KEYS = queries <= 2 ? 4 : 2;
+            const float* q = scaled + r * D;
+            i64 j = 0;
+            for (; j + KEYS <= n; j += KEYS) dot_keys<E, queries, KEYS>(k + j * D, q, D, out + r * BLOCK + j);
+            for (; j < n; j++) dot_keys<E, queries, 1>(k + j * D, q, D, out + r * BLOCK + j);
         });
     } else {
         i64 j = 0;

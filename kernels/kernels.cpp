@@ -11,7 +11,7 @@ TORCH_LIBRARY(qwen_fast, m) {
     // clang-format off
     m.def("experts(Tensor x, Tensor chosen, Tensor weights, Tensor[] w13, Tensor[] w2, int n_expert, int size, "
           "bool quantize_activations) -> Tensor", tags);
-    m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window, Tensor[] scales=[]) -> "
+    m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window, Tensor[] scales) -> "
           "Tensor", tags);
     // The state is written to, which the compiler must not know: it cannot copy it, and refuses in a nested region.
     m.def("delta_net(Tensor qkv, Tensor g, Tensor b, Tensor conv, Tensor input_pos, Tensor[] state) -> Tensor", tags);

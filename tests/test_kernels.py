@@ -248,14 +248,14 @@ def test_attend_refuses_what_does_not_fit() -> None:
                       (q, cache[:, :0], cache[:, :0], one), (q, cache, cache, one.int()),
                       (q, cache, cache, torch.tensor([1, 2]))):
         with pytest.raises((RuntimeError, IndexError)):
-            torch.ops.qwen_fast.attend(*arguments, 0)
+            torch.ops.qwen_fast.attend(*arguments, 0, [])
     (int8, scale) = kernels.quantize_heads(cache)
     assert torch.ops.qwen_fast.attend(q, int8, int8, one, 0, [scale, scale]).isfinite().all()
     for key, scales in ((cache, [scale, scale]), (int8, []), (int8, [scale]), (int8, [scale, scale[:, :3]]),
-                        (int8, [scale, scale.double()]), (int8, [scale, scale.expand(1, 4, 8, 2)[..., :1]])):
+                        (int8, [scale, scale.double()]), (int8, [scale, torch.cat((scale, scale), -1)[..., :1]])):
         with pytest.raises(RuntimeError, match="caches"):
             torch.ops.qwen_fast.attend(q, key, int8, one, 0, scales)
-    assert torch.ops.qwen_fast.attend(q[:, :0], cache, cache, one[:0], 0).shape == (1, 0, 256)
+    assert torch.ops.qwen_fast.attend(q[:, :0], cache, cache, one[:0], 0, []).shape == (1, 0, 256)
 
 
 # ---- whole layers
@@ -570,10 +570,10 @@ def test_fakes_agree_with_the_ops() -> None:
     packed = kernels.pack_int4(weight, scales, zeros, 32)
     for tensors, N in (([torch.randn(5, 64)], 5), (int8_weights(5, 64)[:2], 5), (packed, 32)):
         torch.library.opcheck(ops.linear, (x, list(tensors), N, True), test_utils=checks)
-    torch.library.opcheck(ops.attend, (torch.randn(2, 1, 4, 16), cache, cache, torch.tensor([3]), 0), test_utils=checks)
     int8, scales = kernels.quantize_heads(cache)
-    torch.library.opcheck(ops.attend, (torch.randn(2, 1, 4, 16), int8, int8, torch.tensor([3]), 0, [scales, scales]),
-                          test_utils=checks)
+    for keys, both in ((cache, []), (int8, [scales, scales])):
+        torch.library.opcheck(ops.attend, (torch.randn(2, 1, 4, 16), keys, keys, torch.tensor([3]), 0, both),
+                              test_utils=checks)
     fused = kernels.fuse([make_layer("plain", FP32)[0]], H, EPS, 0.0, True)
     cos, sin, input_pos = step_inputs(1, 2, 3)
     arguments = (torch.randn(1, C, 2).transpose(1, 2), fused.handle, cos, sin, None, input_pos)

@@ -68,7 +68,7 @@ def test_perplexity_of_the_demo_stays_within_a_thousandth(chunk, characters):
 def test_scores_of_tasks_are_close():
     """The adapter to lm-eval, which makes caches of its own and copies their rows."""
     exact, rounded = load(DEMO, False), load(DEMO)
-    requests = [(None, context, rest) for context in PROMPTS for rest in ([5, 6, 7], [9], [200, 201])]
+    requests = [(context, rest) for context in PROMPTS for rest in ([5, 6, 7], [9], [200, 201])]
     expected, found = (Scorer(model).score(requests) for model in (exact, rounded))
     for (a, _), (b, _) in zip(expected, found, strict=True):
         assert a != b and b == pytest.approx(a, rel=0.01)
