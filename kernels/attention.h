@@ -156,7 +156,8 @@ INLINE float softmax_block(float* s, i64 n, i64 from, i64 to, float& max, float&
 }
 
 // acc[r, d .. d + 16 * C) += sum over j < n of p[r, j] v[j, d ..], for NR queries
-template <typename T, int NR, int C> INLINE void add_values(float* acc, const float* p, const T* v, i64 n, i64 d, i64 D) {
+template <typename T, int NR, int C>
+INLINE void add_values(float* acc, const float* p, const T* v, i64 n, i64 d, i64 D) {
     f32x16 a[NR][C] = {};
     for (i64 j = 0; j < n; j++) {
         f32x16 vj[C];
@@ -220,6 +221,11 @@ template <typename T> INLINE void add_values(float* acc, const float* p, const T
     for (; r < R; r++) add_values<T, 1>(acc + r * D, p + r * BLOCK, v, n, D);
 }
 
+// Asks for n values that are read next: without, a core waited for most of the memory's latency.
+template <typename C> INLINE void prefetch(const C* from, i64 n) {
+    for (i64 i = 0; i < n * (i64)sizeof(C); i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
 // n values of a cache of type C as numbers of type E: where they are, or converted in a buffer
 template <typename E, typename C> INLINE const E* as_type(const C* from, i64 n, std::vector<E>& buffer) {
     if constexpr (std::is_same_v<E, C>) return from;
@@ -247,9 +253,9 @@ INLINE void scale_columns(float* s, const float* scales, i64 R, i64 n) {
         for (i64 j = 0; j < n; j++) s[r * BLOCK + j] *= scales[j];
 }
 
-// Attention over positions begin .. end of one KV head, whose numbers are multiplied as type E. q [R, D], scratch scores
-// [R, BLOCK]. What is in int8 is multiplied without its scales; those of the keys go to the scores, those of the values
-// to the weights.
+// Attention over positions begin .. end of one KV head, whose numbers are multiplied as type E. q [R, D], scratch
+// scores [R, BLOCK]. What is in int8 is multiplied without its scales: those of the keys go to the scores, those of the
+// values to the weights.
 template <typename E, typename T, typename C>
 void attend_as(const Queries& a, const T* q, const Head<C>& head, i64 begin, i64 end, float* scores, Partial out) {
     const i64 R = a.R, D = a.D;
@@ -259,15 +265,16 @@ void attend_as(const Queries& a, const T* q, const Head<C>& head, i64 begin, i64
     std::fill_n(out.acc, R * D, 0.0f);
     std::vector<float> scaled(NARROW ? R * D : 0);
     std::vector<E> buffer(std::is_same_v<E, C> ? 0 : BLOCK_IN_CACHE * D);
-    if constexpr (NARROW)
-        for (i64 i = 0; i < R * D; i += 16)
-            if constexpr (std::is_same_v<E, T>) store16(scaled.data() + i, Lanes<T>::load(q + i) * scale);
-            else store16(scaled.data() + i, load16(q + i) * scale);
+    for (i64 i = 0; NARROW && i < R * D; i += 16) {
+        if constexpr (NARROW && std::is_same_v<E, T>) store16(scaled.data() + i, Lanes<T>::load(q + i) * scale);
+        else store16(scaled.data() + i, load16(q + i) * scale);
+    }
     for (i64 t = begin; t < end; t += BLOCK) {
         const i64 n = std::min<i64>(BLOCK, end - t);
         const auto each_part = [&](const C* rows, auto f) INLINE_LAMBDA {
             for (i64 j = 0; j < n; j += BLOCK_IN_CACHE) {
                 const i64 count = std::min(BLOCK_IN_CACHE, n - j);
+                prefetch(rows + (t + j + BLOCK_IN_CACHE) * D, std::min(BLOCK_IN_CACHE, end - t - j - count) * D);
                 f(as_type<E>(rows + (t + j) * D, count * D, buffer), scores + j, count);
             }
         };
@@ -304,7 +311,7 @@ void attend_range(const Queries& a, const T* q, const Head<int8_t>& head, i64 be
 }
 
 // How attention is shared out between threads: a job is one KV head of one row of the batch with a tile of its tokens.
-// Where there are fewer jobs than threads can share evenly, each job's positions are split as well.
+// Where there are too few jobs for threads to share evenly, late ones too, each job's positions are split as well.
 struct Schedule {
     struct Job {
         i64 head, b, first, tokens;  // head: b * K + the KV head
@@ -314,7 +321,7 @@ struct Schedule {
         : H(H), K(keys.size(1)), D(keys.size(3)), G(H / K), S(S),
           tile(std::min(S, std::max<i64>(1, TILE_QUERIES / G))), tiles((S + tile - 1) / tile),
           jobs(keys.size(0) * K * tiles) {
-        if (jobs % threads && jobs < 8 * threads)
+        if (jobs < 4 * threads || (jobs % threads && jobs < 8 * threads))
             splits = std::clamp<i64>((4 * threads + jobs - 1) / jobs, 1, std::max<i64>(1, longest / LEAST_SPLIT));
     }
     Job job(i64 i) const { return {i / tiles, i / tiles / K, i % tiles * tile, std::min(tile, S - i % tiles * tile)}; }
