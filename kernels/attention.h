@@ -92,7 +92,7 @@ template <typename T> INLINE float dot(const T* a, const T* b, i64 D) {
     return sum(acc[0] + acc[1]);
 }
 
-// out[r * BLOCK + i] = q[r] . k[i] for NR queries, in the order of Lanes<E>, and as many keys as sums fit into registers
+// out[r * BLOCK + i] = q[r] . k[i] for NR queries, in the order of Lanes<E>, and KEYS keys
 template <typename E, int NR, int KEYS> INLINE void dot_keys(const E* k, const float* q, i64 D, float* out) {
     f32xL acc[NR * KEYS] = {};
     for (i64 d = 0; d < D; d += 16) {
