@@ -80,7 +80,7 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs) -> dict:
     nbytes = bytes_per_step(rounds[0].get("weight_bytes", 0), args, length + job["tokens"] // 2, batch, kv_dtype)
     steps = [statistics.median(r["seconds"]) for r in rounds]
     step_s, ttft_s, compile_s = statistics.median(steps), median(lambda r: r["ttft_s"]), rounds[0].get("compile_s")
-    return {key: job[key] for key in ("label", "program", "quantization", "kv_cache", "compile", *SIZES)} | dict(
+    return {key: job[key] for key in ("label", "program", "quantization", "compile", *SIZES)} | dict(
         version=rounds[0]["version"], bytes_per_step=nbytes if "weight_bytes" in rounds[0] else None,
         mbu=median(lambda r: nbytes / statistics.median(r["seconds"]) / r["bandwidth"] if "bandwidth" in r else None),
         bandwidth_gb_s=median(lambda r: r["bandwidth"] / 1e9 if "bandwidth" in r else None),

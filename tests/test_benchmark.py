@@ -49,7 +49,7 @@ def test_bytes_per_step_of_qwen3():
     assert benchmark.bytes_per_step(BF16, QWEN3, position=0) == BF16 + SLOT
     assert benchmark.bytes_per_step(BF16, QWEN3, position=4095) == BF16 + 4096 * SLOT
     assert benchmark.bytes_per_step(BF16, QWEN3, position=63, batch=4) == BF16 + 4 * 64 * SLOT
-    assert benchmark.bytes_per_step(0, QWEN3, position=0, itemsize=4) == 2 * SLOT
+    assert benchmark.bytes_per_step(0, QWEN3, position=0, kv_dtype=torch.float32) == 2 * SLOT
 
 
 def test_bytes_of_quantized_qwen3():
