@@ -126,12 +126,13 @@ class Comparison:
 @torch.inference_mode()
 def compare(paths: Sequence[Path], text: str, window: int | None = None, stride: int | None = None,
             device: torch.device | str = "cpu", dtype: torch.dtype | None = None, chunk: int | None = None,
-            quantize_activations: bool = False, ranks: tp.Ranks | None = None,
-            verify: bool = False) -> Iterator[Comparison]:
+            quantize_activations: bool = False, ranks: tp.Ranks | None = None, verify: bool = False,
+            int8_kv_cache: bool = False) -> Iterator[Comparison]:
     """Compares checkpoints with the first, token by token, in fp32 from the logits on. Two are in memory at a time."""
     def load(path: Path) -> tuple[Transformer, Tokenizer]:
         with cli.fields(checkpoint_path="compare"):
-            return load_model(path, device, dtype, ranks, quantize_activations=quantize_activations, verify=verify)
+            return load_model(path, device, dtype, ranks, quantize_activations=quantize_activations, verify=verify,
+                              int8_kv_cache=int8_kv_cache)
     first, first_tokenizer = load(paths[0])
     window = check_window(window, first)
     for path in paths:
@@ -190,6 +191,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     add("--quantize_activations", action=BooleanOptionalAction, default=False,
         help="as generate.py does beside int8 and int4 weights")
+    add("--kv_cache", choices=["int8"], help="as generate.py's (default: the model's dtype)")
     add("--max_seq_length", type=int, metavar="N",
         help="tokens of context (default: the model's) or of the window over a text (default: the same, 2048 at most)")
     add("--compile", action="store_true", help="compile the model")
@@ -238,9 +240,11 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     file = results_file(args.output_path) if args.output_path and args.tasks else None
     if args.compare:
         return print_comparisons(compare(args.compare, text, args.max_seq_length, args.stride, device, dtype,
-                                         args.chunk, args.quantize_activations, ranks, args.verify))
+                                         args.chunk, args.quantize_activations, ranks, args.verify,
+                                         args.kv_cache == "int8"))
     model, tokenizer = load_model(args.checkpoint_path, device, dtype, ranks,
-                                  quantize_activations=args.quantize_activations, verify=args.verify)
+                                  quantize_activations=args.quantize_activations, verify=args.verify,
+                                  int8_kv_cache=args.kv_cache == "int8")
     print(f"{args.checkpoint_path}: {str(model.dtype)[6:]}, {device}, {kernels.describe(device)}")
     check_window(args.max_seq_length, model)
     if text:

@@ -289,19 +289,24 @@ def check_request(args: ModelArgs, rows: Sequence[Sequence[int]], max_new_tokens
                         f"{args.max_position} positions", "prompt")
 
 
+def head_bytes(args: ModelArgs, dtype: torch.dtype) -> int:
+    """Of one head's key, or value, in the KV cache; in int8 with its scale."""
+    return args.head_dim * dtype.itemsize + 4 * (dtype == torch.int8)
+
+
 def cache_bytes(args: ModelArgs, batch: int, max_seq_length: int, dtype: torch.dtype) -> int:
-    """Of the keys and values, and of what the DeltaNets remember, a few MB a row however long it is."""
+    """Of the keys and values, in a dtype, and of what the DeltaNets remember, a few MB a row however long it is."""
     layers = args.n_layer - len(args.delta_layers) + args.has_mtp
     keys, values = args.delta_key_heads * args.delta_key_dim, args.delta_value_heads * args.delta_value_dim
     of_state = 4 * (values * args.delta_key_dim + MAX_PENDING * (keys + values + args.delta_channels))
-    of_token = 2 * layers * args.n_local_heads * args.head_dim * dtype.itemsize
+    of_token = 2 * layers * args.n_local_heads * head_bytes(args, dtype)
     return batch * (max_seq_length * of_token + len(args.delta_layers) * of_state)
 
 
 def reserve_caches(model: Transformer, batch: int, max_seq_length: int, max_pending: int = 0) -> None:
     """Makes the KV caches large enough: where memory allows, of a size that later requests can share."""
     if batch != model.max_batch_size or max_seq_length > model.max_seq_length:
-        bytes_of = functools.partial(cache_bytes, model.local, batch, dtype=model.dtype)
+        bytes_of = functools.partial(cache_bytes, model.local, batch, dtype=model.kv_dtype)
         power_of_2 = 1 << (max(max_seq_length, MIN_CAPACITY) - 1).bit_length()
         rounded = max(max_seq_length, min(power_of_2, model.args.max_position))
         if bytes_of(rounded) <= memory_for_caches(model):
@@ -434,6 +439,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                        help="beside int8 and int4 weights, where the CPU multiplies integers faster")
     model.add_argument("--max_seq_length", type=int, default=0, metavar="N",
                        help="capacity of the KV cache in tokens (default: what the request needs)")
+    model.add_argument("--kv_cache", choices=["int8"], help="half the size: worth it beyond some 1,000 positions, and "
+                       "where memory is short (default: the model's dtype)")
     model.add_argument("--list_models", action="store_true", help="print the shapes of published models and end")
 
     speed = parser.add_argument_group("speed")
@@ -502,7 +509,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     text, start = "" if args.interactive else read_text(args, ranks), time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, parse_dtype(args.dtype, device), ranks,
                                   quantize_activations=args.quantize_activations, verify=args.verify,
-                                  mtp=args.draft == "mtp")
+                                  mtp=args.draft == "mtp", int8_kv_cache=args.kv_cache == "int8")
     print(f"Time to load model: {time.perf_counter() - start:.02f} seconds ({args.checkpoint_path}, "
           f"{str(model.dtype)[6:]}, {device}, {kernels.describe(device)})", file=log)
     context = model.args.max_position
@@ -578,7 +585,8 @@ def load_draft(args: argparse.Namespace, model: Transformer, ranks: tp.Ranks | N
         return args.draft
     with cli.fields(checkpoint_path="draft_checkpoint_path"):
         draft, tokenizer = load_model(args.draft_checkpoint_path, model.device, model.dtype, ranks, may_replicate=True,
-                                      quantize_activations=args.quantize_activations, verify=args.verify)
+                                      quantize_activations=args.quantize_activations, verify=args.verify,
+                                      int8_kv_cache=args.kv_cache == "int8")
     return Engine(draft, tokenizer, compile_prefill=args.compile_prefill)
 
 

@@ -9,7 +9,6 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +182,7 @@ class Scorer:
                 yield batch
                 batch = []
             if not batch:                                # the longest of its batch
-                fitting = memory // (2 * cache_bytes(args, 1, group.length, self.model.dtype))
+                fitting = memory // (2 * cache_bytes(args, 1, group.length, self.model.kv_dtype))
                 limit = self.batch_size or min(MAX_BATCH, max_tokens // group.length, fitting)
             batch.append(group)
         if batch:
@@ -194,9 +193,7 @@ class Scorer:
         model, contexts = self.model, [group.context for group in batch]
         B, T = self.batch_shape(contexts)
         T += bool(model.delta_states())                  # a position for the padding, see score_rows
-        zeros = partial(torch.zeros, B, model.local.n_local_heads, T, model.args.head_dim, dtype=model.dtype,
-                        device=model.device)
-        caches = [(zeros(), zeros()) for _ in model.full_layers()]
+        caches = [model.new_cache(B, T, torch.zeros) for _ in model.full_layers()]
         states = [[t.new_zeros(B, *t.shape[1:]) for t in state] for state in model.save()]
         self.score_rows(contexts, caches, states)
         continuations = [(row, number) for number, group in enumerate(batch) for row in group.continuations]
@@ -206,7 +203,7 @@ class Scorer:
             rows, owners = zip(*continuations[begin:begin + step], strict=True)
             B, S = self.batch_shape(rows)
             owners = torch.tensor([*owners, *[0] * (B - len(rows))], device=model.device)
-            self.score_rows(rows, [(F.pad(k[owners], (0, 0, 0, S)), F.pad(v[owners], (0, 0, 0, S))) for k, v in caches],
+            self.score_rows(rows, [[F.pad(t[owners], (0, 0, 0, S)) for t in cache] for cache in caches],
                             [[t[owners] for t in state] for state in states])
 
     def batch_shape(self, rows: Sequence[Row]) -> tuple[int, int]:
@@ -215,9 +212,9 @@ class Scorer:
         B, S = len(rows), max(len(row.tokens) for row in rows)
         return (max(B, 2), max(math.ceil(S / 8) * 8, kernels.MAX_TOKENS)) if self.compile else (B, S)
 
-    def score_rows(self, rows: Sequence[Row], caches: list[tuple[Tensor, Tensor]], states: list[list[Tensor]]) -> None:
-        """Runs the rows over the caches (k and v of each layer that has them, [B, K, T, D]) and what the DeltaNets
-        remember, which keep what they read; adds to logprobs and is_greedy."""
+    def score_rows(self, rows: Sequence[Row], caches: list[list[Tensor]], states: list[list[Tensor]]) -> None:
+        """Runs the rows over the KV caches, of each layer that has one, and what the DeltaNets remember, which keep
+        what they read; adds to logprobs and is_greedy."""
         self.mark_dynamic(itertools.chain.from_iterable(caches), 0, 2)
         self.mark_dynamic(itertools.chain.from_iterable(states), 0)
         self.model.use_caches(caches)
@@ -394,7 +391,7 @@ class QwenFast:
         """(number of the request, text) for requests with the same options, as generation_options has them."""
         from lm_eval.models.utils import postprocess_generated_text
         length = self.cache_length if self.compile else length
-        fitting = memory_for_caches(self.model) // cache_bytes(self.model.args, 1, length, self.model.dtype)
+        fitting = memory_for_caches(self.model) // cache_bytes(self.model.args, 1, length, self.model.kv_dtype)
         B = self.batch_size or max(1, min(16 if self.model.device.type == "cpu" else MAX_BATCH, fitting))
         for begin in range(0, len(prompts), B):
             batch, seed = prompts[begin:begin + B], None if self.seed is None else self.seed + begin

@@ -32,7 +32,7 @@ NEVER = ("*.py", "consolidated*", "adapter_model*")      # code; the weights in 
 
 def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
                ranks: tp.Ranks | None = None, may_replicate: bool = False, quantize_activations: bool = True,
-               verify: bool = False, mtp: bool = False) -> tuple[Transformer, Tokenizer]:
+               verify: bool = False, mtp: bool = False, int8_kv_cache: bool = False) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, quantized if the file says so.
 
     checkpoint_path: as in resolve_checkpoint; what is missing is downloaded and converted first.
@@ -40,7 +40,8 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     ranks: the processes to spread the model over (tp.init_dist): each of them calls this and reads its own shard, or,
     with may_replicate, all of a model that is too small to be spread.
     verify: whether to compare the file's checksums first, which reads all of it.
-    mtp: whether to load the checkpoint's head for multi-token prediction, too. Errors: UserError.
+    mtp: whether to load the checkpoint's head for multi-token prediction, too.
+    int8_kv_cache: whether keys and values are kept in int8. Errors: UserError.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is not None:
@@ -81,6 +82,7 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     model.load_state_dict(loaded, assign=True)
     pack_for(model, device)
     set_quantize_activations(model, quantize_activations)
+    model.int8_kv_cache = int8_kv_cache
     kernels.trim_memory()
     return model.eval(), tokenizer
 

@@ -45,7 +45,8 @@ class Transformer(nn.Module):
         self.output = None if args.tie_word_embeddings else Linear(args.dim, self.local.vocab_size)
         self.gather = nn.Identity()                    # tensor parallelism: the logits of all ranks
         self.max_batch_size = self.max_seq_length = 0
-        self.cache_dtype: torch.dtype | None = None
+        self.int8_kv_cache = False                     # whether setup_caches makes KV caches in int8
+        self.cache_dtype: torch.dtype | None = None    # of the keys and values that there are
         self.cache_owner: Any = None                   # whose text the KV cache holds
 
     @property
@@ -56,40 +57,48 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    def setup_caches(self, batch: int, max_seq_length: int, dtype: torch.dtype | None = None,
-                     max_pending: int = 0) -> None:
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the keys and values that setup_caches makes room for."""
+        return torch.int8 if self.int8_kv_cache else self.dtype
+
+    def setup_caches(self, batch: int, max_seq_length: int, max_pending: int = 0) -> None:
         """Allocates every layer's KV cache for positions 0 .. max_seq_length - 1, or its DeltaState, unless they are
         large enough. max_pending: how many tokens can be taken back at least, see deltanet.py."""
-        dtype, pending = dtype or self.dtype, max(max_pending, MAX_PENDING)
-        if (batch == self.max_batch_size and max_seq_length <= self.max_seq_length and dtype == self.cache_dtype
+        pending = max(max_pending, MAX_PENDING)
+        if (batch == self.max_batch_size and max_seq_length <= self.max_seq_length and self.kv_dtype == self.cache_dtype
                 and all(state.max_pending >= pending for state in self.delta_states())):
             return
         self.max_batch_size = self.max_seq_length = 0  # in case that there is no memory
         for layer in self.layers:                      # the old caches go before the new ones come
             layer.attention.forget()
-        shape = (batch, self.local.n_local_heads, max_seq_length, self.args.head_dim)
-        self.use_caches([(kernels.huge_zeros(shape, dtype, self.device), kernels.huge_zeros(shape, dtype, self.device))
-                         for _ in self.full_layers()])
+        self.use_caches([self.new_cache(batch, max_seq_length) for _ in self.full_layers()])
         for layer in self.layers:
             if isinstance(layer.attention, GatedDeltaNet):
-                layer.attention.state = DeltaState(self.local, batch, pending, dtype, self.device)
+                layer.attention.state = DeltaState(self.local, batch, pending, self.dtype, self.device)
         if self.mtp is not None:
-            keys, values = (kernels.huge_zeros(shape, dtype, self.device) for _ in range(2))
-            self.mtp.layer.attention.kv_cache = KVCache(keys, values)
+            self.mtp.layer.attention.kv_cache = KVCache(*self.new_cache(batch, max_seq_length))
             tokens = min(max_seq_length, LONGEST_PASS)
             hidden = torch.zeros(batch, tokens, self.args.dim, dtype=self.dtype, device=self.device)
             self.register_buffer("hidden_states", hidden, persistent=False)
         self.register_buffer("inv_freq", rope_frequencies(self.args)[None].to(self.device), persistent=False)
 
-    def use_caches(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Takes these keys and values, [B, K, T, D] of each layer that has them, for the KV cache."""
-        for layer, (k_cache, v_cache) in zip(self.full_layers(), caches, strict=True):
+    def new_cache(self, batch: int, max_seq_length: int, zeros: Any = kernels.huge_zeros) -> list[Tensor]:
+        """The tensors of one layer's KVCache."""
+        shape = (batch, self.local.n_local_heads, max_seq_length)
+        keys = (*shape, self.args.head_dim), self.kv_dtype
+        scales = [((*shape, 1), torch.float32)] * 2 * self.int8_kv_cache
+        return [zeros(size, dtype=dtype, device=self.device) for size, dtype in [keys, keys, *scales]]
+
+    def use_caches(self, caches: Sequence[Sequence[Tensor]]) -> None:
+        """Takes these tensors, as new_cache makes them, for the KV cache of each layer that has one."""
+        for layer, tensors in zip(self.full_layers(), caches, strict=True):
             if layer.attention.kv_cache is None:
-                layer.attention.kv_cache = KVCache(k_cache, v_cache)
+                layer.attention.kv_cache = KVCache(*tensors)
             else:                                      # the same module for a compiler, which has seen it
-                layer.attention.kv_cache.k_cache, layer.attention.kv_cache.v_cache = k_cache, v_cache
-        self.max_batch_size, self.max_seq_length, self.cache_owner = k_cache.size(0), k_cache.size(2), None
-        self.cache_dtype = k_cache.dtype
+                layer.attention.kv_cache.use(*tensors)
+        (self.max_batch_size, _, self.max_seq_length, _), self.cache_owner = tensors[0].shape, None
+        self.cache_dtype = tensors[0].dtype
 
     def use_states(self, states: Sequence[Sequence[Tensor]]) -> None:
         """Takes these for what the DeltaNets remember, as `save` returns it, of any number of rows."""
@@ -284,8 +293,9 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if logn is not None:
             q = (q.float() * logn).type_as(q)
-        k_cache, v_cache = self.kv_cache.update(input_pos, k, v)
-        y = kernels.attend(q, k_cache, v_cache, input_pos, self.window)
+        self.kv_cache.update(input_pos, k, v)
+        y = kernels.attend(q, self.kv_cache.k_cache, self.kv_cache.v_cache, input_pos, self.window,
+                           self.kv_cache.scales())
         return y * gate.flatten(2).sigmoid() if self.output_gate else y
 
     def kernel_args(self, dtype: torch.dtype) -> kernels.AttentionTensors | None:
@@ -297,7 +307,7 @@ class Attention(nn.Module):
             return None
         q_norm, k_norm = (getattr(norm, "weight", None) for norm in norms)
         return kernels.AttentionTensors(wqkv, q_norm, k_norm, wo, self.kv_cache.k_cache, self.kv_cache.v_cache,
-                                        self.window, self.output_gate)
+                                        self.window, self.output_gate, self.kv_cache.scales())
 
     def caches(self) -> list[Tensor]:
         return list(self.kv_cache.buffers()) if self.kv_cache else []
@@ -464,21 +474,34 @@ class RMSNorm(nn.Module):
 
 
 class KVCache(nn.Module):
-    """Keys and values of every position so far, each [B, K, T, D]."""
+    """Keys and values of every position so far, each [B, K, T, D]: in the model's dtype or in int8, then with a scale
+    for each head and position, fp32 [B, K, T, 1]."""
     k_cache: Tensor
     v_cache: Tensor
+    k_scales: Tensor | None
+    v_scales: Tensor | None
 
-    def __init__(self, k_cache: Tensor, v_cache: Tensor):
+    def __init__(self, *tensors: Tensor):
         super().__init__()
-        self.register_buffer("k_cache", k_cache, persistent=False)
-        self.register_buffer("v_cache", v_cache, persistent=False)
+        for name in ("k_cache", "v_cache", "k_scales", "v_scales"):
+            self.register_buffer(name, None, persistent=False)
+        self.use(*tensors)
 
-    def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v [B, S, K, D] at input_pos [B, S]; returns the whole caches."""
+    def use(self, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None = None,
+            v_scales: Tensor | None = None) -> None:
+        self.k_cache, self.v_cache, self.k_scales, self.v_scales = k_cache, v_cache, k_scales, v_scales
+
+    def scales(self) -> list[Tensor]:
+        return present(self.k_scales, self.v_scales)
+
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Writes k, v [B, S, K, D] at input_pos [B, S]."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
+        if self.k_scales is not None and self.v_scales is not None:
+            k, self.k_scales[rows, :, input_pos] = kernels.quantize_heads(k)
+            v, self.v_scales[rows, :, input_pos] = kernels.quantize_heads(v)
         self.k_cache[rows, :, input_pos] = k
         self.v_cache[rows, :, input_pos] = v
-        return self.k_cache, self.v_cache
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

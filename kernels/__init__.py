@@ -257,11 +257,13 @@ class AttentionTensors(NamedTuple):
     v_cache: Tensor
     window: int                       # 0 for none
     output_gate: bool
+    scales: list[Tensor] = []         # [B, K, T, 1] of k_cache and v_cache in int8, see quantize_heads
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether the C++ computes it, for activations of a dtype."""
-        D, same = self.k_cache.size(3), self.k_cache.dtype == self.v_cache.dtype == dtype
-        return on_cpu(self.k_cache) and same and D % 16 == 0 and D <= MAX_HEAD
+        D, cached = self.k_cache.size(3), torch.int8 if self.scales else dtype
+        same = self.k_cache.dtype == self.v_cache.dtype == cached and dtype in (torch.bfloat16, torch.float32)
+        return self.k_cache.device.type == "cpu" and same and D % 16 == 0 and D <= MAX_HEAD
 
 
 class DeltaNetTensors(NamedTuple):
@@ -383,19 +385,37 @@ def fits_delta_net(conv: Tensor, state: list[Tensor], dtype: torch.dtype) -> boo
 
 # ---- attention over the KV cache
 
-def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0) -> Tensor:
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values x [..., D] -> int8 [..., D] and a scale for each head and position, fp32 [..., 1]: x ~ scale q."""
+    x = x.float()
+    high = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(high > 1e-30, 127 / high, 0.0)
+    return (x * inverse).round().to(torch.int8), high / 127
+
+
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0,
+           scales: Sequence[Tensor] = ()) -> Tensor:
     """Causal attention of q [B, S, H, D] at input_pos ([S] or [B, S]) over caches [B, K, T, D] -> [B, S, H * D].
 
     A query at position p sees slots <= p, with a window only those > p - window. On a CPU the cost follows p, not T.
+    scales: of keys and of values, fp32 [B, K, T, 1], where the caches are in int8.
     """
-    if on_gpu(q.device) and k_cache.dtype == q.dtype and q.size(3) <= gpu_layers.MAX_HEAD:
-        return torch.ops.qwen_fast.attend_gpu(q, k_cache, v_cache, input_pos, window)
+    same = k_cache.dtype == v_cache.dtype == (torch.int8 if scales else q.dtype)
+    if on_gpu(q.device) and same and q.size(3) <= gpu_layers.MAX_HEAD:
+        return torch.ops.qwen_fast.attend_gpu(q, k_cache, v_cache, input_pos, window, list(scales))
     if q.device.type != "cpu":
-        return attend_reference(q, k_cache, v_cache, input_pos, window)
-    fits = k_cache.dtype == q.dtype and q.size(3) % 16 == 0 and q.size(3) <= MAX_HEAD
-    if on_cpu(q) and fits and k_cache.is_contiguous() and v_cache.is_contiguous() and available():
-        return torch.ops.qwen_fast.attend(q, k_cache, v_cache, input_pos, window)
-    return attend_sliced(q, k_cache, v_cache, input_pos, window)
+        return attend_reference(q, k_cache, v_cache, input_pos, window, scales)
+    fits = same and q.size(3) % 16 == 0 and q.size(3) <= MAX_HEAD
+    if on_cpu(q) and fits and all(t.is_contiguous() for t in (k_cache, v_cache, *scales)) and available():
+        return torch.ops.qwen_fast.attend(q, k_cache, v_cache, input_pos, window, list(scales))
+    return attend_sliced(q, k_cache, v_cache, input_pos, window, list(scales))
+
+
+def dequantize_caches(caches: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Keys and values as numbers of a dtype."""
+    if not scales:
+        return [cache.to(dtype) for cache in caches]
+    return [(cache * scale).to(dtype) for cache, scale in zip(caches, scales, strict=True)]
 
 
 def visible(input_pos: Tensor, slots: int, window: int) -> Tensor:
@@ -407,18 +427,20 @@ def visible(input_pos: Tensor, slots: int, window: int) -> Tensor:
     return mask[:, None] if mask.dim() == 3 else mask
 
 
-def attend_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0) -> Tensor:
+def attend_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0,
+                     scales: Sequence[Tensor] = ()) -> Tensor:
     """The same over the whole cache under a mask: no size depends on the positions' values."""
-    k, v, mask = k_cache.to(q.dtype), v_cache.to(q.dtype), visible(input_pos, k_cache.size(2), window)
+    (k, v), mask = dequantize_caches((k_cache, v_cache), scales, q.dtype), visible(input_pos, k_cache.size(2), window)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, enable_gqa=True)
     return y.transpose(1, 2).flatten(2)
 
 
 @torch.library.custom_op("qwen_fast::attend_sliced", mutates_args=())
-def attend_sliced(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+def attend_sliced(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int,
+                  scales: list[Tensor]) -> Tensor:
     """The same up to the last position. Opaque to the compiler, because the slice depends on the positions' values."""
     S, end = q.size(1), int(input_pos.max()) + 1
-    k, v = k_cache[:, :, :end].to(q.dtype), v_cache[:, :, :end].to(q.dtype)
+    k, v = dequantize_caches((k_cache[:, :, :end], v_cache[:, :, :end]), [t[:, :, :end] for t in scales], q.dtype)
     from_start = end == S and (window <= 0 or window >= end) and bool((input_pos == torch.arange(S)).all())
     mask = None if from_start else visible(input_pos, end, window)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=from_start, enable_gqa=True)
@@ -426,5 +448,5 @@ def attend_sliced(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor
 
 
 @attend_sliced.register_fake
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+def _(q: Tensor, *others) -> Tensor:
     return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))

@@ -13,6 +13,24 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
+// Keys and values [B, K, T, D] of all positions so far, in the model's type, or in int8 with a scale each, fp32 [B, K,
+// T, 1]: k = scale * q
+struct KVCache {
+    Tensor k, v, k_scales, v_scales;
+    KVCache(const Tensor& k, const Tensor& v, at::TensorList scales, at::ScalarType dtype) : k(k), v(v) {
+        bool fits = k.dim() == 4 && k.sizes() == v.sizes() && k.numel() > 0 && k.size(3) % 16 == 0 &&
+                    k.size(3) <= MAX_HEAD && (scales.empty() || scales.size() == 2);
+        if (!scales.empty()) dtype = at::kChar;
+        for (const auto& t : {k, v}) fits = fits && t.scalar_type() == dtype && t.is_contiguous();
+        for (const auto& t : scales)
+            fits = fits && t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() * k.size(3) == k.numel();
+        TORCH_CHECK(fits, "caches of ", k.sizes(), " ", k.scalar_type(), " and ", v.sizes(), " ", v.scalar_type(),
+                    " with ", scales.size(), " scales for ", dtype);
+        if (!scales.empty()) k_scales = scales[0], v_scales = scales[1];
+    }
+    bool is_int8() const { return k_scales.defined(); }
+};
+
 // The G query heads that share one KV head, at a few tokens: R queries in all, query r belongs to token r / G.
 struct Queries {
     i64 G, R, D, window;
@@ -74,26 +92,42 @@ template <typename T> INLINE float dot(const T* a, const T* b, i64 D) {
     return sum(acc[0] + acc[1]);
 }
 
-// The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. scaled: scale * q in the
-// order of Lanes<T>, if NARROW
-template <typename T>
-INLINE void score_block(const T* q, const float* scaled, const T* k, i64 R, i64 n, i64 D, float scale, float* out) {
-    if constexpr (NARROW)
-        return tiles(R, [&](i64 r, auto queries) INLINE_LAMBDA {
-            for (i64 j = 0; j + 2 <= n; j += 2)
-                dot_rows_narrow<T, 2, queries>(k + j * D, 1, scaled + r * D, D, out + r * BLOCK + j, D, BLOCK);
-            const i64 last = n - 1;
-            if (n % 2)
-                dot_rows_narrow<T, 1, queries>(k + last * D, 1, scaled + r * D, D, out + r * BLOCK + last, D, BLOCK);
-        });
-    i64 j = 0;
-    for (; j + 16 <= n; j += 16) {
-        i64 r = 0;
-        for (; r + 2 <= R; r += 2) dot16<T, 2>(q + r * D, k + j * D, D, scale, out + r * BLOCK + j);
-        for (; r < R; r++) dot16<T, 1>(q + r * D, k + j * D, D, scale, out + r * BLOCK + j);
+// out[r * BLOCK + i] = q[r] . k[i] for NR queries, in the order of Lanes<E>, and KEYS keys
+template <typename E, int NR, int KEYS> INLINE void dot_keys(const E* k, const float* q, i64 D, float* out) {
+    f32xL acc[NR * KEYS] = {};
+    for (i64 d = 0; d < D; d += 16) {
+        typename Lanes<E>::Reg key[KEYS];
+        UNROLL(i, KEYS) key[i] = Lanes<E>::load(k + i * D + d);
+        UNROLL2(p, 16 / LANES, r, NR) {
+            const auto x = load<f32xL>(q + r * D + d + p * LANES);
+            UNROLL(i, KEYS) acc[r * KEYS + i] += key[i].part[p] * x;
+        }
     }
-    for (; j < n; j++)
-        for (i64 r = 0; r < R; r++) out[r * BLOCK + j] = dot(q + r * D, k + j * D, D) * scale;
+    UNROLL(r, NR) store_sums<KEYS>(out + r * BLOCK, acc + r * KEYS);
+}
+
+// The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. scaled: scale * q in the
+// order of Lanes<E>, if NARROW; q otherwise, and E = T
+template <typename T, typename E>
+INLINE void score_block(const T* q, const float* scaled, const E* k, i64 R, i64 n, i64 D, float scale, float* out) {
+    if constexpr (NARROW) {
+        tiles(R, [&](i64 r, auto queries) INLINE_LAMBDA {
+            constexpr int KEYS = queries <= 2 ? 4 : 2;
+            const float* q = scaled + r * D;
+            i64 j = 0;
+            for (; j + KEYS <= n; j += KEYS) dot_keys<E, queries, KEYS>(k + j * D, q, D, out + r * BLOCK + j);
+            for (; j < n; j++) dot_keys<E, queries, 1>(k + j * D, q, D, out + r * BLOCK + j);
+        });
+    } else {
+        i64 j = 0;
+        for (; j + 16 <= n; j += 16) {
+            i64 r = 0;
+            for (; r + 2 <= R; r += 2) dot16<T, 2>(q + r * D, k + j * D, D, scale, out + r * BLOCK + j);
+            for (; r < R; r++) dot16<T, 1>(q + r * D, k + j * D, D, scale, out + r * BLOCK + j);
+        }
+        for (; j < n; j++)
+            for (i64 r = 0; r < R; r++) out[r * BLOCK + j] = dot(q + r * D, k + j * D, D) * scale;
+    }
 }
 
 // One query's turn of the online softmax: of its n scores s those in from .. to become exp(s - max), all others, up to
@@ -121,9 +155,9 @@ INLINE float softmax_block(float* s, i64 n, i64 from, i64 to, float& max, float&
     return correction;
 }
 
-// acc[r, d .. d + 16 * C) = acc * correction[r] + sum over j < n of p[r, j] v[j, d ..], for NR queries
+// acc[r, d .. d + 16 * C) += sum over j < n of p[r, j] v[j, d ..], for NR queries
 template <typename T, int NR, int C>
-INLINE void add_values(float* acc, const float* correction, const float* p, const T* v, i64 n, i64 d, i64 D) {
+INLINE void add_values(float* acc, const float* p, const T* v, i64 n, i64 d, i64 D) {
     f32x16 a[NR][C] = {};
     for (i64 j = 0; j < n; j++) {
         f32x16 vj[C];
@@ -135,15 +169,15 @@ INLINE void add_values(float* acc, const float* correction, const float* p, cons
     }
     UNROLL2(r, NR, c, C) {
         float* to = acc + r * D + d + 16 * c;
-        store16(to, load16(to) * correction[r] + a[r][c]);
+        store16(to, load16(to) + a[r][c]);
     }
 }
 
 // The same for 32 * C values, two positions in one product: values interleaved, weights rounded to bf16
 template <typename T, int NR, int C>
-INLINE void add_value_pairs(float* acc, const float* correction, const float* p, const T* v, i64 n, i64 d, i64 D) {
+INLINE void add_value_pairs(float* acc, const float* p, const T* v, i64 n, i64 d, i64 D) {
     using L = Lanes<T>;
-    uint32_t weights[NR][BLOCK / 2];
+    uint32_t weights[NR][BLOCK_IN_CACHE / 2];
     UNROLL(r, NR)
         for (i64 j = 0; j < n; j += 32) L::store_pairs(weights[r] + j / 2, p + r * BLOCK + j);
     f32x16 a[NR][2 * C] = {};
@@ -162,64 +196,132 @@ INLINE void add_value_pairs(float* acc, const float* correction, const float* p,
     UNROLL2(r, NR, c, C) {
         float* to = acc + r * D + d + 32 * c;
         L::reorder(a[r][2 * c], a[r][2 * c + 1]);
-        store16(to, load16(to) * correction[r] + a[r][2 * c]);
-        store16(to + 16, load16(to + 16) * correction[r] + a[r][2 * c + 1]);
+        store16(to, load16(to) + a[r][2 * c]);
+        store16(to + 16, load16(to + 16) + a[r][2 * c + 1]);
     }
 }
 
-template <typename T, int NR>
-INLINE void add_values(float* acc, const float* correction, const float* p, const T* v, i64 n, i64 D) {
+template <typename T, int NR> INLINE void add_values(float* acc, const float* p, const T* v, i64 n, i64 D) {
     i64 d = 0;
     if constexpr (Lanes<T>::PAIRS) {
         constexpr int C = NR > 2 ? 2 : 4;  // so that the sums stay in registers
-        for (; d + 32 * C <= D; d += 32 * C) add_value_pairs<T, NR, C>(acc, correction, p, v, n, d, D);
-        for (; d + 32 <= D; d += 32) add_value_pairs<T, NR, 1>(acc, correction, p, v, n, d, D);
+        for (; d + 32 * C <= D; d += 32 * C) add_value_pairs<T, NR, C>(acc, p, v, n, d, D);
+        for (; d + 32 <= D; d += 32) add_value_pairs<T, NR, 1>(acc, p, v, n, d, D);
     }
     constexpr int C = NARROW ? 4 / NR : 4;
-    for (; d + 16 * C <= D; d += 16 * C) add_values<T, NR, C>(acc, correction, p, v, n, d, D);
-    for (; d < D; d += 16) add_values<T, NR, 1>(acc, correction, p, v, n, d, D);
+    for (; d + 16 * C <= D; d += 16 * C) add_values<T, NR, C>(acc, p, v, n, d, D);
+    for (; d < D; d += 16) add_values<T, NR, 1>(acc, p, v, n, d, D);
 }
 
-// Attention over positions begin .. end of one KV head. q [R, D], keys, values [T, D], scratch scores [R, BLOCK + 1]
-template <typename T>
-void attend_range(const Queries& a, const T* q, const T* keys, const T* values, i64 begin, i64 end, float* scores,
-                  Partial out) {
+// acc[r] += sum over j < n of p[r, j] v[j], for R queries
+template <typename T> INLINE void add_values(float* acc, const float* p, const T* v, i64 R, i64 n, i64 D) {
+    i64 r = 0;
+    for (; r + 4 <= R; r += 4) add_values<T, 4>(acc + r * D, p + r * BLOCK, v, n, D);
+    for (; r + 2 <= R; r += 2) add_values<T, 2>(acc + r * D, p + r * BLOCK, v, n, D);
+    for (; r < R; r++) add_values<T, 1>(acc + r * D, p + r * BLOCK, v, n, D);
+}
+
+// Asks for n values that are read next: without, a core waited for most of the memory's latency.
+template <typename C> INLINE void prefetch(const C* from, i64 n) {
+    for (i64 i = 0; i < n * (i64)sizeof(C); i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+// n values of a cache of type C as numbers of type E: where they are, or converted in a buffer
+template <typename E, typename C> INLINE const E* as_type(const C* from, i64 n, std::vector<E>& buffer) {
+    if constexpr (std::is_same_v<E, C>) return from;
+    else {
+        convert(from, buffer.data(), n);
+        return buffer.data();
+    }
+}
+
+// The keys and values of one KV head, [T, D], with a scale for each position if they are in int8
+template <typename C> struct Head {
+    const C *keys, *values;
+    const float *k_scales, *v_scales;
+    Head(const KVCache& cache, i64 head)
+        : keys(cache.k.const_data_ptr<C>() + head * cache.k.stride(1)),
+          values(cache.v.const_data_ptr<C>() + head * cache.v.stride(1)) {
+        k_scales = cache.is_int8() ? cache.k_scales.const_data_ptr<float>() + head * cache.k.size(2) : nullptr;
+        v_scales = cache.is_int8() ? cache.v_scales.const_data_ptr<float>() + head * cache.k.size(2) : nullptr;
+    }
+};
+
+// s[r * BLOCK + j] *= scales[j], for R queries and n positions
+INLINE void scale_columns(float* s, const float* scales, i64 R, i64 n) {
+    for (i64 r = 0; r < R; r++)
+        for (i64 j = 0; j < n; j++) s[r * BLOCK + j] *= scales[j];
+}
+
+// Attention over positions begin .. end of one KV head, whose numbers are multiplied as type E. q [R, D], scratch
+// scores [R, BLOCK]. What is in int8 is multiplied without its scales: those of the keys go to the scores, those of the
+// values to the weights.
+template <typename E, typename T, typename C>
+void attend_as(const Queries& a, const T* q, const Head<C>& head, i64 begin, i64 end, float* scores, Partial out) {
     const i64 R = a.R, D = a.D;
     const float scale = 1.0f / std::sqrt((float)D);
-    float* correction = scores + R * BLOCK;
     std::fill_n(out.max, R, -INFINITE);
     std::fill_n(out.total, R, 0.0f);
     std::fill_n(out.acc, R * D, 0.0f);
     std::vector<float> scaled(NARROW ? R * D : 0);
-    if constexpr (NARROW)
-        for (i64 i = 0; i < R * D; i += 16) store16(scaled.data() + i, Lanes<T>::load(q + i) * scale);
+    std::vector<E> buffer(std::is_same_v<E, C> ? 0 : BLOCK_IN_CACHE * D);
+    for (i64 i = 0; NARROW && i < R * D; i += 16) {
+        if constexpr (NARROW && std::is_same_v<E, T>) store16(scaled.data() + i, Lanes<T>::load(q + i) * scale);
+        else store16(scaled.data() + i, load16(q + i) * scale);
+    }
     for (i64 t = begin; t < end; t += BLOCK) {
         const i64 n = std::min<i64>(BLOCK, end - t);
-        score_block(q, scaled.data(), keys + t * D, R, n, D, scale, scores);
+        const auto each_part = [&](const C* rows, auto f) INLINE_LAMBDA {
+            for (i64 j = 0; j < n; j += BLOCK_IN_CACHE) {
+                const i64 count = std::min(BLOCK_IN_CACHE, n - j);
+                prefetch(rows + (t + j + BLOCK_IN_CACHE) * D, std::min(BLOCK_IN_CACHE, end - t - j - count) * D);
+                f(as_type<E>(rows + (t + j) * D, count * D, buffer), scores + j, count);
+            }
+        };
+        each_part(head.keys, [&](const E* k, float* s, i64 count) INLINE_LAMBDA {
+            score_block(q, scaled.data(), k, R, count, D, scale, s);
+        });
+        if (head.k_scales) scale_columns(scores, head.k_scales + t, R, n);
         for (i64 r = 0; r < R; r++) {
             const i64 from = std::clamp<i64>(a.first(r) - t, 0, n), to = std::clamp<i64>(a.last(r) - t, from, n);
-            correction[r] = softmax_block(scores + r * BLOCK, n, from, to, out.max[r], out.total[r]);
+            const float correction = softmax_block(scores + r * BLOCK, n, from, to, out.max[r], out.total[r]);
+            float* acc = out.acc + r * D;
+            if (correction != 1.0f)
+                for (i64 d = 0; d < D; d++) acc[d] *= correction;
         }
-        const T* v = values + t * D;
-        i64 r = 0;
-        for (; r + 4 <= R; r += 4) add_values<T, 4>(out.acc + r * D, correction + r, scores + r * BLOCK, v, n, D);
-        for (; r + 2 <= R; r += 2) add_values<T, 2>(out.acc + r * D, correction + r, scores + r * BLOCK, v, n, D);
-        for (; r < R; r++) add_values<T, 1>(out.acc + r * D, correction + r, scores + r * BLOCK, v, n, D);
+        if (head.v_scales) scale_columns(scores, head.v_scales + t, R, n);
+        each_part(head.values, [&](const E* v, float* p, i64 count) INLINE_LAMBDA {
+            add_values(out.acc, p, v, R, count, D);
+        });
     }
 }
 
+template <typename T>
+void attend_range(const Queries& a, const T* q, const Head<T>& head, i64 begin, i64 end, float* scores, Partial out) {
+    attend_as<T>(a, q, head, begin, end, scores, out);
+}
+
+// int8 for a few queries is converted in registers, else once for all of them.
+template <typename T>
+void attend_range(const Queries& a, const T* q, const Head<int8_t>& head, i64 begin, i64 end, float* scores,
+                  Partial out) {
+    if constexpr (NARROW)
+        if (a.R <= 4) return attend_as<int8_t>(a, q, head, begin, end, scores, out);
+    attend_as<std::conditional_t<NARROW, float, T>>(a, q, head, begin, end, scores, out);
+}
+
 // How attention is shared out between threads: a job is one KV head of one row of the batch with a tile of its tokens.
-// Where there are fewer jobs than threads can share evenly, each job's positions are split as well.
+// Where there are too few jobs for threads to share evenly, late ones too, each job's positions are split as well.
 struct Schedule {
     struct Job {
         i64 head, b, first, tokens;  // head: b * K + the KV head
     };
     i64 H, K, D, G, S, tile, tiles, jobs, splits = 1;
-    Schedule(const Tensor& k_cache, i64 H, i64 S, i64 longest, i64 threads)
-        : H(H), K(k_cache.size(1)), D(k_cache.size(3)), G(H / K), S(S),
+    Schedule(const Tensor& keys, i64 H, i64 S, i64 longest, i64 threads)
+        : H(H), K(keys.size(1)), D(keys.size(3)), G(H / K), S(S),
           tile(std::min(S, std::max<i64>(1, TILE_QUERIES / G))), tiles((S + tile - 1) / tile),
-          jobs(k_cache.size(0) * K * tiles) {
-        if (jobs % threads && jobs < 8 * threads)
+          jobs(keys.size(0) * K * tiles) {
+        if (jobs < 4 * threads || (jobs % threads && jobs < 8 * threads))
             splits = std::clamp<i64>((4 * threads + jobs - 1) / jobs, 1, std::max<i64>(1, longest / LEAST_SPLIT));
     }
     Job job(i64 i) const { return {i / tiles, i / tiles / K, i % tiles * tile, std::min(tile, S - i % tiles * tile)}; }
@@ -241,21 +343,19 @@ template <typename P, typename Y> INLINE void merge_splits(const P& partial, i64
     for (i64 d = 0; d < D; d += 16) store16(y + d, load16(sum + d) * (1 / total));
 }
 
-// q [B, S, H, D], caches [B, K, T, D], pos from positions() -> y [B, S, H, D]
-template <typename T, typename Y>
-void attend_heads(const T* q, const Tensor& k_cache, const Tensor& v_cache, i64 H, const Tensor& pos, i64 window,
-                  Y* y) {
-    const i64 S = pos.numel() / k_cache.size(0), *p = pos.const_data_ptr<i64>();
+// q [B, S, H, D], a cache of numbers of type C, pos from positions() -> y [B, S, H, D]
+template <typename C, typename T, typename Y>
+void attend_heads_of(const T* q, const KVCache& cache, i64 H, const Tensor& pos, i64 window, Y* y) {
+    const i64 S = pos.numel() / cache.k.size(0), *p = pos.const_data_ptr<i64>();
     const i64 longest = *std::max_element(p, p + pos.numel()) + 1;
-    const Schedule plan(k_cache, H, S, longest, at::get_num_threads());  // not threads(): it decides how sums are split
+    const Schedule plan(cache.k, H, S, longest, at::get_num_threads());  // not threads(): it decides how sums are split
     const i64 D = plan.D, G = plan.G, R = plan.tile * G, splits = plan.splits, partial_size = Partial::size(R, D);
-    const T *keys = k_cache.const_data_ptr<T>(), *values = v_cache.const_data_ptr<T>();
     const std::unique_ptr<float[]> partials(new float[plan.jobs * splits * partial_size]);
     const auto partial = [&](i64 i) { return Partial(partials.get() + i * partial_size, R); };
     const i64 work = longest * pos.numel() * H * D;
 #pragma omp parallel num_threads(threads()) if (work > ONE_THREAD)
     {
-        std::vector<float> scores(R * (BLOCK + 1));
+        std::vector<float> scores(R * BLOCK);
         std::vector<T> queries(R * D);
 #pragma omp for schedule(dynamic)
         for (i64 i = 0; i < plan.jobs * splits; i++) {
@@ -266,8 +366,7 @@ void attend_heads(const T* q, const Tensor& k_cache, const Tensor& v_cache, i64 
             const i64 length = (*high + splits - least) / splits;
             const i64 begin = least + i % splits * length, end = std::min(*high + 1, begin + length);
             for (i64 r = 0; r < a.R; r += G) std::copy_n(q + plan.row(j, r), G * D, queries.data() + r * D);
-            const i64 head = j.head * k_cache.stride(1);
-            attend_range<T>(a, queries.data(), keys + head, values + head, begin, end, scores.data(), partial(i));
+            attend_range(a, queries.data(), Head<C>(cache, j.head), begin, end, scores.data(), partial(i));
         }
 #pragma omp for schedule(static)
         for (i64 i = 0; i < plan.jobs; i++) {
@@ -278,11 +377,10 @@ void attend_heads(const T* q, const Tensor& k_cache, const Tensor& v_cache, i64 
     }
 }
 
-void check_caches(const Tensor& k, const Tensor& v, at::ScalarType dtype) {
-    TORCH_CHECK(
-        k.dim() == 4 && k.sizes() == v.sizes() && k.numel() > 0 && k.size(3) % 16 == 0 && k.size(3) <= MAX_HEAD &&
-            k.scalar_type() == dtype && v.scalar_type() == dtype && k.is_contiguous() && v.is_contiguous(),
-        "caches of ", k.sizes(), " ", k.scalar_type(), " and ", v.sizes(), " ", v.scalar_type(), " for ", dtype);
+template <typename T, typename Y>
+void attend_heads(const T* q, const KVCache& cache, i64 H, const Tensor& pos, i64 window, Y* y) {
+    if (cache.is_int8()) attend_heads_of<int8_t>(q, cache, H, pos, window, y);
+    else attend_heads_of<T>(q, cache, H, pos, window, y);
 }
 
 // input_pos int64 [S] or [B, S], checked -> B * S of them, one after another
@@ -296,9 +394,10 @@ Tensor positions(const Tensor& input_pos, i64 B, i64 S, i64 slots) {
     return pos;
 }
 
-// q [B, S, H, D], caches [B, K, T, D], input_pos int64 [S] or [B, S], window 0 = none -> [B, S, H * D]
-Tensor attend(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos, i64 window) {
-    check_caches(k_cache, v_cache, q_.scalar_type());
+// q [B, S, H, D], a KVCache, input_pos int64 [S] or [B, S], window 0 = none -> [B, S, H * D]
+Tensor attend(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos, i64 window,
+              at::TensorList scales) {
+    const KVCache cache(k_cache, v_cache, scales, q_.scalar_type());
     const bool fits = q_.dim() == 4 && q_.size(0) == k_cache.size(0) && q_.size(3) == k_cache.size(3);
     TORCH_CHECK(fits && q_.size(2) % k_cache.size(1) == 0, "attend: q ", q_.sizes(), ", cache ", k_cache.sizes());
     const i64 B = q_.size(0), S = q_.size(1), H = q_.size(2);
@@ -307,7 +406,7 @@ Tensor attend(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, co
     if (!out.numel()) return out;
     by_dtype(q, [&](auto zero) {
         using T = decltype(zero);
-        attend_heads<T>(q.const_data_ptr<T>(), k_cache, v_cache, H, pos, window, out.mutable_data_ptr<T>());
+        attend_heads(q.const_data_ptr<T>(), cache, H, pos, window, out.mutable_data_ptr<T>());
     });
     return out;
 }

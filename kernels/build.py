@@ -113,7 +113,7 @@ def register_fakes() -> None:
         return torch.empty_like(x)
 
     @torch.library.register_fake("qwen_fast::attend")
-    def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+    def _(q: Tensor, *others) -> Tensor:
         return q.new_empty(*q.shape[:2], q.size(2) * q.size(3))
 
     @torch.library.register_fake("qwen_fast::delta_net")

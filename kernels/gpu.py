@@ -12,6 +12,7 @@ Letters as in __init__.py; M tokens, of all rows together.
 """
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -463,9 +464,10 @@ def rms_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 # ---- attention
 
 @triton.jit
-def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, pos_ptr, q_ptr, k_ptr, v_ptr, ready_ptr,
-                   eps, S, T, H, KV, D, HALF: tl.constexpr, PDL: tl.constexpr):
-    """One head of one token: norm and RoPE; queries go to q [M, H, D], keys and values to the cache."""
+def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, pos_ptr, q_ptr, k_ptr, v_ptr,
+                   k_scales_ptr, v_scales_ptr, ready_ptr, eps, S, T, H, KV, D, HALF: tl.constexpr, PDL: tl.constexpr):
+    """One head of one token: norm and RoPE; queries go to q [M, H, D], keys and values to the cache, where there are
+    scales in int8."""
     m, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, HALF)
     mask = i < D // 2
@@ -497,7 +499,14 @@ def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, 
         tl.store(to, first, mask=mask)
         tl.store(to + D // 2, second, mask=mask)
     else:
-        at = ((m // S).to(tl.int64) * KV + (head - H) % KV) * T * D + slot * D + i
+        row = ((m // S).to(tl.int64) * KV + (head - H) % KV) * T + slot
+        if k_scales_ptr is not None:
+            high = tl.maximum(tl.max(tl.abs(first)), tl.max(tl.abs(second)))
+            tl.store(k_scales_ptr + row, high / 127, mask=head < H + KV)
+            tl.store(v_scales_ptr + row, high / 127, mask=is_value)
+            inverse = tl.where(high > 1e-30, 127 / high, 0.0)
+            first, second = tl.floor(first * inverse + 0.5), tl.floor(second * inverse + 0.5)
+        at = row * D + i
         tl.store(k_ptr + at, first, mask=mask & (head < H + KV))
         tl.store(k_ptr + at + D // 2, second, mask=mask & (head < H + KV))
         tl.store(v_ptr + at, first, mask=mask & is_value)
@@ -527,9 +536,10 @@ def add_up_shares(partial_ptr, active, query, d, QUERIES: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, scale, S, T, H, KV, D, window, splits,
-                  fewest, PER_HEAD: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-                  WIDTH: tl.constexpr, SPLIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr):
+def attend_kernel(q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, scale, S, T,
+                  H, KV, D, window, splits, fewest, PER_HEAD: tl.constexpr, TOKENS: tl.constexpr,
+                  QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+                  PLANES: tl.constexpr, PDL: tl.constexpr):
     """TOKENS tokens of one row and the PER_HEAD query heads of one KV head, QUERIES in all, over a share of the cache.
 
     The shares' results go to partial [B * KV, splits, (WIDTH + 2) * QUERIES]; whichever thread block is ready last adds
@@ -569,6 +579,11 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
                         other=0.0)
             v = tl.load(v_ptr + base + slot[:, None] * D + d[None, :], mask=(slot < last)[:, None] & (d < D)[None, :],
                         other=0.0)
+            if k_scales_ptr is not None:
+                at_slot = (b * KV + kv) * T + slot
+                k_scales = tl.load(k_scales_ptr + at_slot, mask=slot < last, other=0.0)
+                v_scales = tl.load(v_scales_ptr + at_slot, mask=slot < last, other=0.0)
+                k, v = (k * k_scales[None, :]).to(q.dtype), (v * v_scales[:, None]).to(q.dtype)
             seen = (slot[None, :] <= pos[:, None]) & (slot < last)[None, :]
             if window > 0:
                 seen = seen & (slot[None, :] > pos[:, None] - window)
@@ -596,19 +611,20 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, s
 
 def prepare(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, logn: Tensor | None,
             input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, n_head: int, eps: float,
-            ready: Tensor | None = None) -> Tensor:
+            ready: Tensor | None = None, scales: Sequence[Tensor] = ()) -> Tensor:
     """Queries [B, S, H, D] of qkv [M, (H + 2 K) * D], normed and rotated; writes keys and values to the caches.
 
-    ready: int32 [B * K], which becomes 0 for attend."""
+    ready: int32 [B * K], which becomes 0 for attend. scales: of caches in int8, as in kernels.attend."""
     (B, S), (_, KV, T, D) = input_pos.shape, k_cache.shape
     q = torch.empty(B, S, n_head, D, dtype=qkv.dtype, device=qkv.device)
     launch(prepare_kernel, (B * S, n_head + 2 * KV), qkv, q_norm, k_norm, cos, sin, logn, input_pos, q, k_cache,
-           v_cache, ready, eps, S, T, n_head, KV, D, HALF=next_power_of_2(D // 2), num_warps=1)
+           v_cache, *(scales or (None, None)), ready, eps, S, T, n_head, KV, D, HALF=next_power_of_2(D // 2),
+           num_warps=1)
     return q
 
 
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0,
-           ready: Tensor | None = None, planes: int = 1) -> Tensor:
+           ready: Tensor | None = None, planes: int = 1, scales: Sequence[Tensor] = ()) -> Tensor:
     """As kernels.attend, input_pos [B, S]. ready: int32 [B * K] of zeros, without which no head's cache is split.
     planes: the order of the result, see in_planes."""
     (B, S, H, D), (_, KV, T, _) = q.shape, k_cache.shape
@@ -628,9 +644,10 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
         splits = max(1, min(2 * multiprocessors(q.device) // (B * KV), cdiv(T, FEWEST_KEYS)))
     y = torch.empty(B, S, H * D, dtype=q.dtype, device=q.device)
     partial = torch.empty(B * KV * splits, queries * (width + 2), dtype=torch.float32, device=q.device)
-    launch(attend_kernel, (B * KV, blocks, splits), q, k_cache, v_cache, input_pos, y, partial, ready,
-           D ** -0.5 / math.log(2), S, T, H, KV, D, window, splits, FEWEST_KEYS, PER_HEAD=per_head, TOKENS=tokens,
-           QUERIES=queries, KEYS=keys, WIDTH=width, SPLIT=splits > 1, PLANES=planes, num_warps=4, num_stages=2)
+    launch(attend_kernel, (B * KV, blocks, splits), q, k_cache, v_cache, *(scales or (None, None)), input_pos, y,
+           partial, ready, D ** -0.5 / math.log(2), S, T, H, KV, D, window, splits, FEWEST_KEYS, PER_HEAD=per_head,
+           TOKENS=tokens, QUERIES=queries, KEYS=keys, WIDTH=width, SPLIT=splits > 1, PLANES=planes, num_warps=4,
+           num_stages=2)
     return y
 
 

@@ -169,6 +169,7 @@ class Layer(NamedTuple):
     k_cache: Tensor
     v_cache: Tensor
     window: int
+    scales: list[Tensor]             # of caches in int8
 
 
 keys: dict[tuple, int] = {}          # a number for each set of tensors, because comparing hundreds takes long
@@ -204,7 +205,7 @@ class Layers:
     def call(self, w: Weights, M: int, normed: bool, gated: bool) -> Callable[[Tile], object]:
         """One of the linears, as run calls it."""
         layer = self.layers[0]
-        x = torch.randn(M, w.in_features, dtype=layer.k_cache.dtype, device=layer.k_cache.device)
+        x = torch.randn(M, w.in_features, dtype=layer.attention_norm.dtype, device=layer.k_cache.device)
         norm, planes = layer.attention_norm if normed else None, self.planes if M == 1 else 1
         residual = None if normed else x.new_zeros(M, w.weight.size(0))
         return lambda tile: gpu.linear(x, w, norm, self.eps, residual, gated, tile, (planes, planes))
@@ -221,8 +222,8 @@ class Layers:
             ready = torch.empty(B * layer.k_cache.size(1), dtype=torch.int32, device=x.device)
             qkv = linear(x, layer.wqkv, attention_norm, eps, planes=(planes, 1))
             q = prepare(qkv, layer.q_norm, layer.k_norm, cos, sin, logn, input_pos, layer.k_cache, layer.v_cache,
-                        self.n_head, eps, ready)
-            y = attend(q, layer.k_cache, layer.v_cache, input_pos, layer.window, ready, planes)
+                        self.n_head, eps, ready, layer.scales)
+            y = attend(q, layer.k_cache, layer.v_cache, input_pos, layer.window, ready, planes, layer.scales)
             x = linear(y.view(B * S, -1), layer.wo, residual=x, planes=(planes, planes))
             if layer.experts:
                 x = self.run_experts(x, layer, layer.experts, ffn_norm, planes)
@@ -293,14 +294,16 @@ def fuse(layers: Sequence[Any], n_head: int, eps: float) -> Tensor | None:
         linears = attention.wqkv, attention.wo, part.w13, part.w2
         k_cache, v_cache = attention.k_cache, attention.v_cache
         others = [tensors for tensors in (part.router, part.shared_gate, part.shared_w13, part.shared_w2) if tensors]
-        same = k_cache.dtype == v_cache.dtype == layer.attention_norm.dtype == layer.ffn_norm.dtype
+        same = layer.attention_norm.dtype == layer.ffn_norm.dtype
+        cached = torch.int8 if attention.scales else layer.attention_norm.dtype
+        same = same and k_cache.dtype == v_cache.dtype == cached
         if not same or not all(map(fits, (*linears, *others))) or k_cache.size(3) > MAX_HEAD:
             return None
         wqkv, wo, w13, w2 = map(Weights.of, linears)
         router, *shared = map(Weights.of, others) if others else (None,)
         experts = Experts(router, part.n_chosen, part.normalize, *shared) if router else None
         ours.append(Layer(layer.attention_norm, wqkv, attention.q_norm, attention.k_norm, wo, layer.ffn_norm, w13, w2,
-                          experts, k_cache, v_cache, attention.window))
+                          experts, k_cache, v_cache, attention.window, attention.scales))
     handle: Any = torch.tensor([next(numbers)])
     fused[int(handle)] = handle.layers = Layers(ours, n_head, eps)
     return handle
@@ -320,11 +323,12 @@ def few_tokens_linear(x: Tensor, tensors: list[Tensor]) -> Tensor:
 
 
 @torch.library.custom_op("qwen_fast::attend_gpu", mutates_args=())
-def attend_op(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int) -> Tensor:
+def attend_op(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int,
+              scales: list[Tensor]) -> Tensor:
     (B, S, _, _), KV = q.shape, k_cache.size(1)
     q, input_pos = q.contiguous(), input_pos.expand(B, S).contiguous()
     ready = torch.zeros(B * KV, dtype=torch.int32, device=q.device) if S <= MAX_TOKENS else None
-    return attend(q, k_cache, v_cache, input_pos, window, ready)
+    return attend(q, k_cache, v_cache, input_pos, window, ready, scales=scales)
 
 
 @torch.library.custom_op("qwen_fast::dequantize", mutates_args=())

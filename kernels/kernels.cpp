@@ -11,12 +11,13 @@ TORCH_LIBRARY(qwen_fast, m) {
     // clang-format off
     m.def("experts(Tensor x, Tensor chosen, Tensor weights, Tensor[] w13, Tensor[] w2, int n_expert, int size, "
           "bool quantize_activations) -> Tensor", tags);
-    m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window) -> Tensor", tags);
+    m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, int window, Tensor[] scales) -> "
+          "Tensor", tags);
     // The state is written to, which the compiler must not know: it cannot copy it, and refuses in a nested region.
     m.def("delta_net(Tensor qkv, Tensor g, Tensor b, Tensor conv, Tensor input_pos, Tensor[] state) -> Tensor", tags);
     m.def("fuse_layers(int n_head, float eps, float norm_offset, bool quantize_activations) -> Tensor", fuse_layers);
     m.def("add_attention(Tensor(a!) handle, Tensor norm, Tensor[] wqkv, Tensor? q_norm, Tensor? k_norm, Tensor[] wo, "
-          "Tensor k_cache, Tensor v_cache, int window, bool output_gate) -> ()");
+          "Tensor k_cache, Tensor v_cache, int window, bool output_gate, Tensor[] scales) -> ()");
     m.def("add_deltanet(Tensor(a!) handle, Tensor norm, Tensor[] wqkv, Tensor[] wba, Tensor conv, Tensor A_log, "
           "Tensor dt_bias, Tensor output_norm, Tensor[] wo, Tensor[] state) -> ()");
     m.def("add_feed_forward(Tensor(a!) handle, Tensor norm, Tensor[] w13, Tensor[] w2, int size, Tensor[] router, "

@@ -172,22 +172,39 @@ INLINE void rms_norm(const X* x, const T* weight, U* y, i64 C, Norm norm) {
 // scale -> out [D]
 template <typename U, typename T>
 INLINE void finish_head(const U* x, const T* weight, Norm norm, const float* cos, const float* sin, i64 R, float scale,
-                        T* out, i64 D) {
-    float even[MAX_HEAD], turned[MAX_HEAD];
+                        float* out, i64 D) {
+    float even[MAX_HEAD];
     if (weight) rms_norm(x, weight, even, D, norm);
     else convert(x, even, D);
     const i64 half = R / 2;
     for (i64 d = 0; d < half; d++) {
-        turned[d] = (even[d] * cos[d] - even[half + d] * sin[d]) * scale;
-        turned[half + d] = (even[half + d] * cos[half + d] + even[d] * sin[half + d]) * scale;
+        out[d] = (even[d] * cos[d] - even[half + d] * sin[d]) * scale;
+        out[half + d] = (even[half + d] * cos[half + d] + even[d] * sin[half + d]) * scale;
     }
-    for (i64 d = R; d < D; d++) turned[d] = even[d] * scale;
-    convert(turned, out, D);
+    for (i64 d = R; d < D; d++) out[d] = even[d] * scale;
 }
 
+// Where one layer's keys or values are written to: rows [D] in the model's type or in int8
+template <typename T> struct CacheRows {
+    T* rows = nullptr;
+    int8_t* int8_rows = nullptr;
+    float* scales = nullptr;
+    CacheRows(const Tensor& cache, const Tensor& scale) {
+        if (!scale.defined()) rows = cache.mutable_data_ptr<T>();
+        else int8_rows = cache.mutable_data_ptr<int8_t>(), scales = scale.mutable_data_ptr<float>();
+    }
+    INLINE void write(i64 row, const float* x, i64 D) const {
+        if (rows) return convert(x, rows + row * D, D);
+        f32x16 high = {};
+        for (i64 d = 0; d < D; d += 16) high = max16(high, max16(load16(x + d), -load16(x + d)));
+        Activations<int8_t>::round_group(x, highest(high), D, int8_rows + row * D, scales[row]);
+    }
+};
+
 struct Attention {
-    Linear wqkv, wo;                          // queries, keys, values; the output's gate if any
-    Tensor q_norm, k_norm, k_cache, v_cache;  // both norms or neither
+    Linear wqkv, wo;        // queries, keys, values; the output's gate if any
+    Tensor q_norm, k_norm;  // both or neither
+    KVCache cache;
     i64 window;
     bool output_gate;
 };
@@ -281,13 +298,14 @@ template <typename T> const T* values(const Tensor& t) { return t.defined() ? t.
 
 // wo(attention(wqkv(h))); keys and values are written to the caches.
 template <typename T, typename U> Tensor run(const Step<T, U>& step, const Attention& layer, const Tensor& h) {
-    const auto& cache = layer.k_cache;
-    const i64 H = step.fused.n_head, K = cache.size(1), slots = cache.size(2), D = cache.size(3), R = step.R;
+    const auto& cache = layer.cache;
+    const i64 H = step.fused.n_head, K = cache.k.size(1), slots = cache.k.size(2), D = cache.k.size(3), R = step.R;
     const Tensor qkv = step.multiply(layer.wqkv, h);
-    Tensor queries = at::empty({step.M, H * D}, cache.options()), y = step.empty(H * D);
+    Tensor queries = at::empty({step.M, H * D}, c10::CppTypeToScalarType<T>::value), y = step.empty(H * D);
     const U* from = qkv.const_data_ptr<U>();
     const T *q_norm = values<T>(layer.q_norm), *k_norm = values<T>(layer.k_norm);
-    T *q = queries.mutable_data_ptr<T>(), *k = cache.mutable_data_ptr<T>(), *v = layer.v_cache.mutable_data_ptr<T>();
+    T* q = queries.mutable_data_ptr<T>();
+    const CacheRows<T> k_rows(cache.k, cache.k_scales), v_rows(cache.v, cache.v_scales);
     U* out = y.mutable_data_ptr<U>();
     const i64* positions = step.pos.template const_data_ptr<i64>();
     step.each([&](i64 m) {
@@ -296,13 +314,22 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Atten
         const float scale = step.logn ? step.logn[m] : 1.0f;
         const Norm norm = step.fused.norm;
         const U* head = from + m * layer.wqkv.N;
-        const auto at = [&](i64 i) { return ((b * K + i) * slots + slot) * D; };  // of KV head i in the caches
-        for (i64 i = 0; i < H; i++, head += D)
-            finish_head(head, q_norm, norm, cos, sin, R, scale, q + (m * H + i) * D, D);
-        for (i64 i = 0; i < K; i++, head += D) finish_head(head, k_norm, norm, cos, sin, R, 1.0f, k + at(i), D);
-        for (i64 i = 0; i < K; i++, head += D) convert(head, v + at(i), D);
+        const auto row = [&](i64 i) { return (b * K + i) * slots + slot; };  // of KV head i in the caches
+        float finished[MAX_HEAD];
+        for (i64 i = 0; i < H; i++, head += D) {
+            finish_head(head, q_norm, norm, cos, sin, R, scale, finished, D);
+            convert(finished, q + (m * H + i) * D, D);
+        }
+        for (i64 i = 0; i < K; i++, head += D) {
+            finish_head(head, k_norm, norm, cos, sin, R, 1.0f, finished, D);
+            k_rows.write(row(i), finished, D);
+        }
+        for (i64 i = 0; i < K; i++, head += D) {
+            convert(head, finished, D);
+            v_rows.write(row(i), finished, D);
+        }
     });
-    attend_heads<T>(q, layer.k_cache, layer.v_cache, H, step.pos, layer.window, out);
+    attend_heads(q, cache, H, step.pos, layer.window, out);
     if (layer.output_gate)
         step.each([&](i64 m) {
             const U* gate = from + m * layer.wqkv.N + (H + 2 * K) * D;
@@ -519,10 +546,10 @@ void check_batch(FusedLayers* fused, i64 B) {
 
 void add_attention(const Tensor& handle, const Tensor& norm, at::TensorList wqkv, const MaybeTensor& q_norm,
                    const MaybeTensor& k_norm, at::TensorList wo, const Tensor& k_cache, const Tensor& v_cache,
-                   i64 window, bool output_gate) {
+                   i64 window, bool output_gate, at::TensorList scales) {
     auto* fused = extend(handle, norm);
     const auto dtype = fused->dtype;
-    check_caches(k_cache, v_cache, dtype);
+    const KVCache kv_cache(k_cache, v_cache, scales, dtype);
     const auto& cache = fused->cache.defined() ? fused->cache : k_cache;
     const i64 C = fused->C, H = fused->n_head, K = k_cache.size(1), D = k_cache.size(3);
     TORCH_CHECK(k_cache.sizes() == cache.sizes() && H % K == 0, "add_attention: caches ", k_cache.sizes(), " for ", H,
@@ -532,8 +559,7 @@ void add_attention(const Tensor& handle, const Tensor& norm, at::TensorList wqkv
                     Linear(wo, C, H * D, dtype),
                     norm_of(q_norm, D, dtype),
                     norm_of(k_norm, D, dtype),
-                    k_cache,
-                    v_cache,
+                    kv_cache,
                     window,
                     output_gate};
     check_batch(fused, k_cache.size(0));

@@ -19,9 +19,9 @@ inline double seconds(clockid_t clock) {
     return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-// Passes of one kind, and the number of threads that is fastest for them. All are used as long as the system leaves them
-// their cores, so that they compute, or wait spinning, all the time. When it does not, and as long as fewer are used, a
-// few passes now and then try one less or one more (of many threads a quarter).
+// Passes of one kind, and the number of threads that is fastest for them: all, as long as the system leaves them their
+// cores, so that they compute, or wait spinning, all the time. When it does not, and as long as fewer are used, a few
+// passes now and then try one less or one more (of many threads a quarter).
 class Team {
     i64 all = 0, size = 0, trial = 0;  // threads: that there are, that are used, that are being tried (0: none)
     i64 passes = 0;                    // since the last decision

@@ -41,6 +41,7 @@ import tp
 from benchmark_report import LABELS, OURS, PEERS, plot, report
 from cli import UserError
 from config import ModelArgs
+from generate import head_bytes
 from loading import parse_device
 from shapes import PUBLISHED
 
@@ -52,14 +53,15 @@ OF_ALL = 3                                                                      
 
 # ---- from raw figures to rows
 
-def bytes_per_step(weight_bytes: int, args: ModelArgs, position: int, batch: int = 1, itemsize: int = 2) -> int:
+def bytes_per_step(weight_bytes: int, args: ModelArgs, position: int, batch: int = 1,
+                   kv_dtype: torch.dtype = torch.bfloat16) -> int:
     """Every weight, and of each sequence's keys and values positions 0 .. position, as far back as the layer looks.
 
     weight_bytes: from bytes_read_per_token, with what DeltaNets remember, which is read and written."""
     windows = [window for layer, window in enumerate(args.windows or (0,) * args.n_layer)
                if layer not in args.delta_layers]
     attended = sum(min(position + 1, window or position + 1) for window in windows)
-    return weight_bytes + batch * attended * 2 * args.n_local_heads * args.head_dim * itemsize
+    return weight_bytes + batch * attended * 2 * args.n_local_heads * head_bytes(args, kv_dtype)
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -74,8 +76,9 @@ def summarize(job: dict, rounds: list[dict], args: ModelArgs) -> dict:
     def median(of: Callable[[dict], Any]) -> Any:
         values = [of(r) for r in rounds]
         return None if None in values else statistics.median(values)
-    batch, length, itemsize = job["batch_size"], job["prompt_length"], getattr(torch, job["dtype"]).itemsize
-    nbytes = bytes_per_step(rounds[0].get("weight_bytes", 0), args, length + job["tokens"] // 2, batch, itemsize)
+    batch, length = job["batch_size"], job["prompt_length"]
+    kv_dtype = getattr(torch, job["dtype"] if job["kv_cache"] == "none" else job["kv_cache"])
+    nbytes = bytes_per_step(rounds[0].get("weight_bytes", 0), args, length + job["tokens"] // 2, batch, kv_dtype)
     steps = [statistics.median(r["seconds"]) for r in rounds]
     step_s, ttft_s, compile_s = statistics.median(steps), median(lambda r: r["ttft_s"]), rounds[0].get("compile_s")
     return {key: job[key] for key in ("label", "program", "quantization", "compile", *SIZES)} | dict(
@@ -171,7 +174,8 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     peers = [peer for peer in args.peers if peer not in lacks] + ["plain"] * (not args.no_plain and is_plain)
     points, jobs = itertools.product(*(getattr(args, size) for size in SIZES)), []
     for kind, point in itertools.product(args.quant, [dict(zip(SIZES, point, strict=True)) for point in points]):
-        jobs += [job_of(args, common, kind, point, OURS, mode == "compile") for mode in args.modes]
+        jobs += [job_of(args, common, kind, point, OURS, mode == "compile", kv_cache)
+                 for mode, kv_cache in itertools.product(args.modes, args.kv_cache)]
         if (point["max_seq_length"], point["ranks"]) == (args.max_seq_length[0], args.ranks[0]):  # once
             jobs += [job_of(args, common, kind, point | dict(ranks=1), peer) for peer in peers
                      if (kind == "none" or peer in ("llama.cpp", "ik_llama.cpp"))
@@ -182,12 +186,14 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     return jobs, skipped
 
 
-def job_of(args: argparse.Namespace, common: dict, kind: str, point: dict, program: str, compile: bool = False) -> dict:
+def job_of(args: argparse.Namespace, common: dict, kind: str, point: dict, program: str, compile: bool = False,
+           kv_cache: str = "none") -> dict:
     """The label names the sizes that differ from job to job."""
     sizes = SIZES if program == OURS else SIZES[:OF_ALL]
     varied = [f", {size} {point[size]}" for size in sizes if len(getattr(args, size)) > 1]
-    label = "".join([LABELS.get(program, program), " --compile" * compile, *varied])
-    return dict(common, **point, program=program, quantization=kind, compile=compile, label=label)
+    int8 = " --kv_cache int8" * (kv_cache == "int8")
+    label = "".join([LABELS.get(program, program), " --compile" * compile, int8, *varied])
+    return dict(common, **point, program=program, quantization=kind, compile=compile, kv_cache=kv_cache, label=label)
 
 
 def measure(args: argparse.Namespace, caches: str) -> dict:
@@ -220,6 +226,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quant", nargs="+", default=["none"], choices=["none", *formats.MODES], help="formats of the weights")
     add("--groupsize", type=int, default=32, choices=formats.GROUPSIZES, help="of int4")
     add("--lm_head", default="int8", choices=formats.LM_HEADS, help="of the quantized models, llama.cpp's too")
+    add("--kv_cache", nargs="+", default=["none"], choices=["none", "int8"], help="of this project, e.g. none int8")
     add("--modes", nargs="*", default=["compile", "eager"], choices=["compile", "eager"], help="of this project")
     add("--peers", nargs="*", default=[], choices=["llama.cpp", "ik_llama.cpp", "transformers"])
     add("--llama_bench", default=shutil.which("llama-bench"), help="of ik_llama.cpp (default: the one on the PATH)")

@@ -142,7 +142,7 @@ def run_ours(job: dict, ranks: tp.Ranks | None) -> dict:
     file = ranks.from_first(file) if ranks else file
     kernels.describe(device)                                             # builds the kernels, once on a machine
     start = time.perf_counter()
-    model, _ = load_model(file, device, getattr(torch, job["dtype"]), ranks)
+    model, _ = load_model(file, device, getattr(torch, job["dtype"]), ranks, int8_kv_cache=job["kv_cache"] == "int8")
     result = dict(load_s=time.perf_counter() - start) | decode(job, Engine(model, compile=job["compile"]))
     return result | dict(peak_bytes=max(ranks.gather(result["peak_bytes"]))) if ranks else result
 

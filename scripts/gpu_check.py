@@ -130,6 +130,10 @@ def check_kernels(report: Report) -> None:
         what = f"attention, batch {B}, {S} tokens at {position}, heads {H} / {K} of {D}, window {window}"
         report.check("kernels", f"{what}, {str(dtype)[6:]}",
                      difference(gpu.attend(q, k, v, input_pos, window, ready), expected), limits[dtype])
+        (k, v), scales = zip(*map(kernels.quantize_heads, (k, v)))
+        expected = kernels.attend_reference(q, k, v, input_pos, window, scales)
+        y = gpu.attend(q, k, v, input_pos, window, ready.zero_(), scales=scales)
+        report.check("kernels", f"{what}, {str(dtype)[6:]}, int8", difference(y, expected), limits[dtype])
 
 
 # ---- the demo: the same text by every way

@@ -112,22 +112,24 @@ SHAPES = [(1, 1, 4, 4, 16, 64, 0, [0]), (1, 1, 4, 2, 16, 256, 0, [255]), (1, 1, 
 
 
 def attend(dtype: torch.dtype, split: bool) -> float:
-    """With NaN where no query may look. Result in the order of int4's activations, too."""
+    """With NaN where no query may look. Result in the order of int4's activations, too. Every other cache in int8."""
     most = 0.0
-    for B, S, H, KV, D, T, window, starts in SHAPES:
+    for i, (B, S, H, KV, D, T, window, starts) in enumerate([*SHAPES, *SHAPES[1:]]):
         q, input_pos = torch.randn(B, S, H, D).to(dtype), torch.tensor(starts)[:, None] + torch.arange(S)
-        k, v = torch.randn(2, B, KV, T, D).to(dtype)
-        expected = kernels.attend_reference(q, k, v, input_pos, window)
-        for b in range(B):
-            k[b, :, input_pos[b, -1] + 1:] = v[b, :, input_pos[b, -1] + 1:] = torch.nan
+        (k, v), scales = torch.randn(2, B, KV, T, D).to(dtype), []
+        if i % 2:
+            (k, v), scales = zip(*map(kernels.quantize_heads, (k, v)))
+        expected = kernels.attend_reference(q, k, v, input_pos, window, scales)
+        for b, t in itertools.product(range(B), scales or (k, v)):
+            t[b, :, input_pos[b, -1] + 1:] = torch.nan
         ready = torch.zeros(B * KV, dtype=torch.int32) if split else None
-        y = gpu.attend(q, k, v, input_pos, window, ready)
+        y = gpu.attend(q, k, v, input_pos, window, ready, scales=scales)
         most = max(most, error(y, expected))
         if B * S == 1:
             ready = torch.zeros(KV, dtype=torch.int32) if split else None
-            y = gpu.attend(q, k, v, input_pos, window, ready, planes=8)
+            y = gpu.attend(q, k, v, input_pos, window, ready, 8, scales)
             assert torch.equal(gpu.out_of_planes(y[0], 8)[None], gpu.attend(q, k, v, input_pos, window, None if ready is
-                               None else torch.zeros_like(ready)))
+                               None else torch.zeros_like(ready), scales=scales))
     return most
 
 
@@ -150,6 +152,13 @@ def prepare(dtype: torch.dtype) -> float:
         most = max(most, error(y, (rotate(q, cos, sin) * (1 if logn is None else logn)).to(dtype)),
                    error(caches, expected))
         assert not ready.any()
+        int8, scales = caches.to(torch.int8), torch.zeros(2, B, KV, T, 1)
+        gpu.prepare(qkv, q_norm, k_norm, cos, sin, logn, input_pos, *int8, H, EPS, ready, list(scales))
+        for cache, scale, x in zip(int8, scales, (rotate(k, cos, sin), v)):
+            steps, expected_scale = kernels.quantize_heads(x)
+            assert (cache[rows, :, input_pos] - steps).abs().max() <= 1        # it may fall to either side of a step
+            most = max(most, error(scale[rows, :, input_pos], expected_scale))
+            assert scale.count_nonzero() == B * S * KV
     return most
 
 
@@ -167,6 +176,7 @@ def layers(mode: str) -> float:
             torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1 and not bias), std=0.3)
         if mode != "none":
             quantize_model(model, mode, groupsize=32)
+        model.int8_kv_cache = bias
         model.setup_caches(B, 48)
         handle = gpu_layers.fuse([tensors_of(layer) for layer in model.layers], 4, args.norm_eps)
         start = 0
@@ -238,7 +248,7 @@ def tensors_of(layer) -> kernels.LayerTensors:
             shared_w2=of(shared.w2), shared_size=shared.size, n_expert=feed_forward.n_expert,
             n_chosen=feed_forward.n_chosen, normalize=feed_forward.normalize)
     heads = kernels.AttentionTensors(of(attention.wqkv), q_norm, k_norm, of(attention.wo), attention.kv_cache.k_cache,
-                                     attention.kv_cache.v_cache, attention.window, False)
+                                     attention.kv_cache.v_cache, attention.window, False, attention.kv_cache.scales())
     return kernels.LayerTensors(layer.attention_norm.weight, heads, layer.ffn_norm.weight, tensors)
 
 

@@ -50,7 +50,7 @@ def test_bytes_per_step_of_qwen3():
     assert benchmark.bytes_per_step(BF16, QWEN3, position=0) == BF16 + SLOT
     assert benchmark.bytes_per_step(BF16, QWEN3, position=4095) == BF16 + 4096 * SLOT
     assert benchmark.bytes_per_step(BF16, QWEN3, position=63, batch=4) == BF16 + 4 * 64 * SLOT
-    assert benchmark.bytes_per_step(0, QWEN3, position=0, itemsize=4) == 2 * SLOT
+    assert benchmark.bytes_per_step(0, QWEN3, position=0, kv_dtype=torch.float32) == 2 * SLOT
 
 
 def test_bytes_of_quantized_qwen3():
@@ -75,6 +75,7 @@ def test_a_window_ends_the_cache():
     args, slot = ModelArgs.from_hf(config), 2 * 2 * 64 * 2
     assert benchmark.bytes_per_step(0, args, position=999) == (20 * 1000 + 4 * 100) * slot
     assert benchmark.bytes_per_step(0, args, position=99) == 24 * 100 * slot
+    assert benchmark.bytes_per_step(0, args, position=99, kv_dtype=torch.int8) == 24 * 100 * 2 * 2 * (64 + 4)
 
 
 # Of 24 layers 6 have a cache; what 18 DeltaNets remember is read and written: 16 heads of 128 x 128 fp32 numbers each.
@@ -113,8 +114,8 @@ def test_percentile_is_one_of_the_values():
 
 def job(program="qwen-fast", quantization="none", compile=False, **more) -> dict:
     return dict(program=program, label=program, quantization=quantization, compile=compile, ranks=1, dtype="bfloat16",
-                groupsize=32, lm_head="int8", prompt_length=256, batch_size=1, neighbours=0, max_seq_length=512,
-                tokens=64) | more
+                kv_cache="none", groupsize=32, lm_head="int8", prompt_length=256, batch_size=1, neighbours=0,
+                max_seq_length=512, tokens=64) | more
 
 
 def raw(seconds: list[float], ttft: float = 0.5, **more) -> dict:
@@ -282,6 +283,12 @@ def test_neighbours_keep_cores_busy_until_the_worker_has_ended(monkeypatch, tmp_
     monkeypatch.setattr(benchmark.subprocess, "Popen", start)
     assert "failed" in benchmark.work(job(neighbours=2, threads=1), str(tmp_path))       # it has no model to run
     assert [process.returncode for process in started] == [-signal.SIGKILL, -signal.SIGKILL, 1]
+
+
+def test_kv_caches_are_compared():
+    args = benchmark.parse_args(["--modes", "eager", "--kv_cache", "none", "int8"])
+    assert [(j["label"], j["kv_cache"]) for j in benchmark.plan(args)[0]] == [
+        ("qwen-fast", "none"), ("qwen-fast --kv_cache int8", "int8"), ("plain PyTorch", "none")]
 
 
 def test_a_worker_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):

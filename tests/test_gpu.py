@@ -61,7 +61,7 @@ def test_gpu_check_runs_its_first_stage_without_a_gpu(tmp_path: Path) -> None:
                           text=True)
     assert done.returncode == 0 and done.stdout.endswith("all parity checks passed\n"), done.stderr
     results = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert len(results["kernels"]) == 19 and not results["failed"]
+    assert len(results["kernels"]) == 20 and not results["failed"]
 
 
 # ---- compiled
@@ -158,14 +158,16 @@ def linear(bits: int, M: int, tile: tuple, target: str, monkeypatch: pytest.Monk
     return launched(lambda: gpu.linear(x, w, norm, 1e-6, residual, gated, Tile(*tile), planes), target, monkeypatch)
 
 
-def attend(queries: int, target: str, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+def attend(queries: int, int8: bool, target: str, monkeypatch: pytest.MonkeyPatch) -> Compiled:
     """4 query heads for each of 8 KV heads, 128 dimensions, a cache in shares."""
     dtype = torch.float16 if target == "sm_75" else torch.bfloat16
     B, S = 1, queries // 4
-    q, caches = empty(B, S, 32, 128, dtype=dtype), [empty(B, 8, 2048, 128, dtype=dtype) for _ in range(2)]
+    q, caches = empty(B, S, 32, 128, dtype=dtype), [empty(B, 8, 2048, 128, dtype=torch.int8 if int8 else dtype)] * 2
+    scales = [empty(B, 8, 2048, 1, dtype=torch.float32)] * 2 * int8
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(gpu, "has_tensor_cores", lambda device: target != "sm_75")
-    return launched(lambda: gpu.attend(q, *caches, empty(B, S, dtype=torch.int64), ready=empty(8)), target, monkeypatch)
+    return launched(lambda: gpu.attend(q, *caches, empty(B, S, dtype=torch.int64), ready=empty(8), scales=scales),
+                    target, monkeypatch)
 
 
 @pytest.mark.slow
@@ -201,9 +203,9 @@ def test_few_tokens_keep_to_registers(bits: int, tile: tuple, target: str, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90"])
-@pytest.mark.parametrize("queries", [16, 64])
-def test_attention_keeps_to_registers(queries: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = attend(queries, target, monkeypatch)
+@pytest.mark.parametrize("queries, int8", [(16, False), (64, False), (16, True), (64, True)])
+def test_attention_keeps_to_registers(queries: int, int8: bool, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = attend(queries, int8, target, monkeypatch)
     assert kernel.spills == 0, kernel
 
 
@@ -223,9 +225,12 @@ def test_small_kernels_keep_to_registers(target: str, monkeypatch: pytest.Monkey
     dtype = torch.float16 if target == "sm_75" else torch.bfloat16
     norm, head, angles = empty(4096, dtype=dtype), empty(128, dtype=dtype), empty(1, 1, 1, 128, dtype=torch.float32)
     caches, qkv = [empty(1, 8, 2048, 128, dtype=dtype) for _ in range(2)], empty(1, 48 * 128, dtype=dtype)
+    int8, scales = ([empty(1, 8, 2048, n, dtype=kind)] * 2 for n, kind in ((128, torch.int8), (1, torch.float32)))
     for compute in (lambda: gpu.rms_norm(empty(16, 4096, dtype=dtype), norm, 1e-6),
                     lambda: gpu.prepare(qkv, head, head, angles, angles, None, empty(1, 1, dtype=torch.int64), *caches,
                                         32, 1e-6, empty(8)),
+                    lambda: gpu.prepare(qkv, head, head, angles, angles, None, empty(1, 1, dtype=torch.int64), *int8,
+                                        32, 1e-6, empty(8), scales),
                     lambda: gpu.dequantize(weights(8, 64, 4096, dtype), dtype),
                     lambda: gpu.dequantize(weights(4, 64, 4096, dtype), dtype)):
         kernel = launched(compute, target, monkeypatch)

@@ -404,6 +404,8 @@ def results(path: Path, ranks: tp.Ranks | None, compiled: bool = False) -> dict:
     out = {"logits": torch.cat(logits, dim=1), "greedy": tokens(engine, PROMPTS, 6, GREEDY),
            "sampled": tokens(engine, PROMPTS[0], 5, Sampling(1.0, 50, 0.95), seed=7),
            "unseeded": tokens(engine, PROMPTS[0], 2, Sampling(1.0, None))}
+    model.int8_kv_cache = True
+    out["int8 cache"], model.int8_kv_cache = tokens(engine, PROMPTS, 6, GREEDY), False
     if compiled:
         out["alone"] = tokens(engine, PROMPTS[0], 8, GREEDY, max_seq_length=64)
         fast = Engine(model, tokenizer, compile=True)
@@ -537,7 +539,7 @@ def test_equals_one_process(name, parallel, single):
     expected, found = single[name], [of_rank[name] for of_rank in parallel["found"]]
     assert parallel["logits"][name].shape == expected["logits"].shape
     assert (parallel["logits"][name] - expected["logits"]).abs().max() < 1e-4
-    assert found[0]["greedy"] == expected["greedy"]
+    assert found[0]["greedy"] == expected["greedy"] and found[0]["int8 cache"] == expected["int8 cache"]
     assert found[0]["sampled"] == expected["sampled"]
     assert all(rank == found[0] for rank in found), "the ranks drew different tokens"
 
