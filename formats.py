@@ -31,7 +31,8 @@ CHUNK_WEIGHTS = 1 << 20                  # quantized at a time: each takes some 
 
 # ---- int4's scales and zeros
 
-def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None,
+                zero_steps: int = ZERO_STEPS) -> tuple[Tensor, Tensor]:
     """Scales s (bf16) and zeros z (uint8, in steps of s / ZERO_STEPS), [N, ceil(K / G)], for weights x. In each group,
     they minimize the weighted error
 
@@ -43,6 +44,7 @@ def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None
         s = (sum wqx - sum wq sum wx / W) / (sum wqq - (sum wq)^2 / W),    z = (sum wq - sum wx / s) / W,
 
     and after rounding z, s = sum wdx / sum wdd with d = q - z. The levels' range always includes zero.
+    zero_steps: to which part of a scale z is rounded, ZERO_STEPS or 1.
     """
     groups = in_groups(weight.float(), groupsize, mode="replicate")                        # [N, K / G, G]
     w = groups.new_ones(1, groupsize) if importance is None else (importance / importance.mean())[None]
@@ -55,7 +57,7 @@ def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None
     least, scales, zeros = torch.full_like(unit, torch.inf), unit.bfloat16(), torch.zeros_like(unit)
     for shrink in SHRINK:
         s = torch.full_like(unit, shrink)
-        z = round_zeros(7.5 - middle / s)
+        z = round_zeros(7.5 - middle / s, zero_steps)
         for _ in range(2):
             stored = (s * unit).bfloat16()
             s = divisor(stored) / divisor(unit)
@@ -68,7 +70,7 @@ def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None
             least, scales = torch.where(better, error, least), torch.where(better, stored, scales)
             zeros = torch.where(better, z, zeros)
             slope = (sum_wqx - sum_wq * sum_wx / sum_w) / (sum_wqq - sum_wq.square() / sum_w).clamp(min=1e-6)
-            z = round_zeros((sum_wq - sum_wx / torch.where(slope > 0, slope, s)) / sum_w)
+            z = round_zeros((sum_wq - sum_wx / torch.where(slope > 0, slope, s)) / sum_w, zero_steps)
             sum_wdd, sum_wdx = sum_wqq - 2 * z * sum_wq + sum_w * z.square(), sum_wqx - z * sum_wx
             s = torch.where(sum_wdx > 0, sum_wdx / sum_wdd.clamp(min=1e-6), s)
     constant = lowest == highest                       # exact as one step from zero
@@ -76,8 +78,8 @@ def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None
     return scales, (zeros * ZERO_STEPS).to(torch.uint8)
 
 
-def round_zeros(z: Tensor) -> Tensor:
-    return (z * ZERO_STEPS).round().clamp(0, 15 * ZERO_STEPS) / ZERO_STEPS
+def round_zeros(z: Tensor, steps: int) -> Tensor:
+    return (z * steps).round().clamp(0, 15 * steps) / steps
 
 
 def in_groups(t: Tensor, groupsize: int, mode: str = "constant") -> Tensor:
@@ -101,6 +103,7 @@ class QuantizedLinear(nn.Module):
     lowest, highest, zero_steps = 0, 15, ZERO_STEPS
     groupsize: int
     experts = 1                          # how many a model.MoE keeps in its rows
+    portable = False                     # find_params: only what export.py's formats hold, whole zeros and bf16 scales
     weight: Tensor
     scales: Any                          # Tensor; None where pack_for has put them elsewhere
     zeros: Any
@@ -173,6 +176,7 @@ class Int8Linear(QuantizedLinear):
 
     def find_params(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         scales = weight.float().abs().amax(dim=1, keepdim=True) / 127
+        scales = scales.bfloat16().float() if self.portable else scales
         return scales, torch.zeros_like(scales, dtype=torch.uint8)
 
     def to_buffers(self, q: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
@@ -202,7 +206,8 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("zeros", torch.empty(out_features, groups, dtype=torch.uint8))
 
     def find_params(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return int4_params(weight, self.groupsize if importance is None else weight.size(1), importance)
+        groupsize = self.groupsize if importance is None else weight.size(1)
+        return int4_params(weight, groupsize, importance, 1 if self.portable else self.zero_steps)
 
     def to_buffers(self, q: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
         return dict(weight=kernels.pack_nibbles(q), scales=scales, zeros=zeros)
