@@ -221,15 +221,15 @@ def huggingface_errors(repo_id: str, where: str, revision: str | None, folder: P
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{revision}: {repo_id} has no such revision", "revision") from error
     except (errors.HTTPError, OSError) as error:           # pyright: ignore[reportPrivateImportUsage]
-        raise UserError(f"could not download {where}: {first_line(error)}; run scripts/prepare.sh {repo_id} where there "
-                        f"is a network (it resumes), or copy the checkpoint's files to {folder}") from error
+        raise UserError(f"could not download {where}: {first_line(error)}; run scripts/prepare.sh {repo_id} where "
+                        f"there is a network (it resumes), or copy the checkpoint's files to {folder}") from error
 
 
 def open_modelscope(repo_id: str, revision: str | None, token: str | None) -> tuple[list[str], Fetch]:
     """The same of ModelScope."""
     try:
-        from modelscope import snapshot_download            # pyright: ignore[reportMissingImports]
-        from modelscope.hub.api import HubApi               # pyright: ignore[reportMissingImports]
+        from modelscope import snapshot_download  # pyright: ignore[reportMissingImports]
+        from modelscope.hub.api import HubApi  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("modelscope needs its library: pip install modelscope", "hub") from None
     api = HubApi()
