@@ -466,9 +466,9 @@ class PackedLinears:
         weights: Counter[Kind] = Counter()
         kinds: defaultdict[str, list[set[Kind]]] = defaultdict(list)     # of each linear's parts
         for packed in self.packed:
-            scales = {part: self.reader.read(source) if part == "weight_scale" else source.read(empty=True)
-                      for part, source in packed.parts.items()}
-            kinds[packed.linear].append(found := packed.packing.kinds(scales))
+            parts = {part: self.reader.read(source) if part in ("scales", "weight_scale") else source.read(empty=True)
+                     for part, source in packed.parts.items()}
+            kinds[packed.linear].append(found := packed.packing.kinds(parts))
             if packed.linear != "output":
                 weights.update(dict.fromkeys(found, packed.place.shape.numel()))
         for place in self.plain.values():

@@ -3,8 +3,9 @@
     python export.py --checkpoint_path checkpoints/demo/model_int4.g32.pth --out FOLDER
     python export.py --checkpoint_path PATH --out FOLDER --format gptq
 
-A quantized one keeps its integers and scales. What a format cannot hold is refused: `quantize.py --export FOLDER` makes
-files that both hold, with zeros that are whole numbers and scales that are exact in bf16.
+A quantized one keeps its integers and scales. What a format cannot hold is refused, such as zeros between two integers:
+`quantize.py --export FOLDER` makes symmetric integers, and scales that are exact in bf16. Asymmetric ones (AWQ's) are
+written, too; as compressed-tensors, transformers 5.23 loads them only with CompressedTensorsConfig(dequantize=True).
 """
 import cli  # first: from here on Ctrl-C ends the command without a traceback
 
@@ -37,7 +38,6 @@ FORMATS = ("compressed-tensors", "gptq")
 SHARD_BYTES = 2 << 30                    # of a file; as much is in memory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TEXT_MODELS = {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
-JOINED_EXPERTS = ("qwen3_5_moe", "qwen3_5_moe_text")     # published with all experts' weights in one tensor
 NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json")
 AGAIN = "quantize the model again with --export"
 
@@ -85,12 +85,9 @@ class Source:
         model = empty_model(path, args, self.state, self.quantization)
         self.linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
         self.args = replace(args.with_heads_of(self.state), tie_word_embeddings="output.weight" not in self.state)
-        joined = [f"layers.{layer}.mlp.experts.{source}_proj" for layer in range(args.n_layer)
-                  for source, target in (("gate_up", "w13"), ("down", "w2")) if args.model_type in JOINED_EXPERTS
-                  and f"layers.{layer}.feed_forward.{target}" not in self.linears]
         prefix = "transformer." if args.model_type == "qwen" else "model."
         self.places = {name if name.startswith(("lm_head.", "mtp.")) else prefix + name: place
-                       for name, place in target_slices(self.args, joined).items()}
+                       for name, place in target_slices(self.args, names=()).items()}
 
     def rows(self, key: str, place: TargetSlice) -> Tensor:
         """A copy of a slice's rows. The file is mapped anew now and then: its pages count as memory."""
@@ -131,13 +128,17 @@ def check_scales(source: Source, scale_dtype: torch.dtype, form: str) -> None:
     if form == "gptq" and "output" in source.linears:
         raise UserError(f"{source.path}: its head is quantized, which gptq has no place for: quantize with --lm_head "
                         "none, or export as compressed-tensors")
+    if form == "compressed-tensors" and source.quantization and source.quantization.reordered:
+        raise UserError(f"{source.path}: columns are quantized in an order of their own, which {form} has given up: "
+                        "export as gptq")
     for name, linear in source.linears.items():
         zeros = source.state.get(f"{name}.zeros")
         if zeros is not None and (zeros % linear.zero_steps).any():
             raise UserError(f"{source.path}: {name} has zeros between two integers, which {form} cannot hold: {AGAIN}")
         if not is_exact(source.state[f"{name}.scales"], scale_dtype):
+            advice = "export as gptq, which holds fp16" if isinstance(linear, GPTQLinear) else AGAIN
             raise UserError(f"{source.path}: {name} has scales that are not exact in {str(scale_dtype)[6:]}, in which "
-                            f"{form} holds them: {AGAIN}")
+                            f"{form} holds them here: {advice}")
 
 
 def choose_packings(source: Source, form: str) -> dict[str, Writable]:
@@ -147,14 +148,13 @@ def choose_packings(source: Source, form: str) -> dict[str, Writable]:
         zeros = source.state.get(f"{name}.zeros")
         symmetric[name == "output"] &= zeros is None or bool((zeros == middle_zero(linear)).all())
     packings: dict[str, Writable] = {}
-    reordered = source.quantization is not None and bool(source.quantization.reordered)
     for name, linear in source.linears.items():
         bits, whole = 8 if is_8_bits(linear) else 4, symmetric[name == "output"]
         groupsize = -1 if isinstance(linear, Int8Linear) else linear.groupsize
         if form == "gptq":           # in the older form, of zeros less 1, there is no place for 0
             packings[name] = WordPacking("gptq", bits, groupsize, zero_offset=int(whole))
         else:
-            packings[name] = CompressedIntegers(bits, groupsize, whole, reordered=reordered and name != "output")
+            packings[name] = CompressedIntegers(bits, groupsize, whole)
     return packings
 
 
@@ -247,8 +247,7 @@ def compressed_tensors_config(source: Source, packings: dict[str, Any], plain: l
     for target, packing in {"lm_head" if name == "output" else "Linear": p for name, p in packings.items()}.items():
         grouped = packing.groupsize > 0
         weights = {"num_bits": packing.bits, "type": "int", "symmetric": packing.symmetric, "dynamic": False,
-                   "strategy": "group" if grouped else "channel", "group_size": packing.groupsize if grouped else None,
-                   "actorder": "group" if packing.reordered else None}
+                   "strategy": "group" if grouped else "channel", "group_size": packing.groupsize if grouped else None}
         groups[f"group_{len(groups)}"] = {"targets": [target], "weights": weights, "input_activations": None,
                                           "output_activations": None, "format": "pack-quantized"}
     ignore = [*plain, "lm_head"] if source.args.tie_word_embeddings else plain

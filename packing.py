@@ -43,7 +43,7 @@ def is_exact(values: Tensor, dtype: torch.dtype) -> bool:
 def pack(q: Tensor, bits: int) -> Tensor:
     """uint8 [R, C] -> int32 [R, ceil(C * bits / 32)], padded with zeros."""
     q = F.pad(q, (0, -q.size(1) % (32 // bits))).contiguous()
-    return (kernels.pack_nibbles(q) if bits == 4 else q).view(torch.int32)
+    return (kernels.pack_nibbles(q) if bits == 4 else q).flatten().view(torch.int32).view(len(q), -1)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -134,7 +134,8 @@ class Packing:
                 and all(tuple(t.shape) in shapes[part] and t.dtype in dtypes[part] for part, t in parts.items()))
 
     def kinds(self, parts: Parts) -> set[Kind]:
-        """What formats.py can hold it as with the same integers and scales; nothing if it is floating-point."""
+        """What formats.py can hold it as with the same integers and scales; nothing if it is floating-point. Of the
+        parts, it may read the scales."""
         raise NotImplementedError
 
     def decode(self, name: str, shape: torch.Size, parts: Parts) -> Integers:
@@ -161,15 +162,17 @@ class WordPacking(Packing):
         return 128 if self.groupsize == -1 else self.groupsize           # a row's one scale is repeated
 
     def shapes(self, N: int, K: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-        per_word, groups = 32 // self.bits, 1 if self.groupsize == -1 else -(-K // self.groupsize)
-        qweight = (K // per_word, N) if self.method == "gptq" else (K, N // per_word)
-        return {"qweight": (qweight,), "qzeros": ((groups, N // per_word),), "scales": ((groups, N),), "g_idx": ((K,),)}
+        groups = 1 if self.groupsize == -1 else -(-K // self.groupsize)
+        K_words, N_words = (-(-size * self.bits // 32) for size in (K, N))
+        qweight = (K_words, N) if self.method == "gptq" else (K, N_words)
+        return {"qweight": (qweight,), "qzeros": ((groups, N_words),), "scales": ((groups, N),), "g_idx": ((K,),)}
 
     def dtypes(self) -> dict[str, tuple[torch.dtype, ...]]:
         return {"qweight": (torch.int32,), "qzeros": (torch.int32,), "scales": FLOATS, "g_idx": (torch.int32,)}
 
     def kinds(self, parts: Parts) -> set[Kind]:
-        return {(f"int{self.bits}-fp16", self.stored_groupsize)}
+        kind = f"int{self.bits}-fp16", self.stored_groupsize
+        return {kind} if is_exact(parts["scales"], STORED_SCALES[kind[0]]) else set()
 
     @property
     def ones(self) -> int:
@@ -181,10 +184,10 @@ class WordPacking(Packing):
         return values if self.method == "gptq" else values.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
 
     def decode(self, name: str, shape: torch.Size, parts: Parts) -> Integers:
-        words, (_, K), G = parts["qweight"], shape, self.stored_groupsize
-        q = self.unpack(words.t()) if self.method == "gptq" else self.unpack(words).t()                    # [N, K]
+        words, (N, K), G = parts["qweight"], shape, self.stored_groupsize
+        q = self.unpack(words.t())[:, :K] if self.method == "gptq" else self.unpack(words)[:, :N].t()      # [N, K]
         repeats = -(-K // G) if self.groupsize == -1 else 1
-        scales, zeros = parts["scales"].t().repeat(1, repeats), self.unpack(parts["qzeros"] + self.ones).t()
+        scales, zeros = parts["scales"].t().repeat(1, repeats), self.unpack(parts["qzeros"] + self.ones)[:, :N].t()
         order = None
         if "g_idx" in parts:
             order = find_order(parts["g_idx"], K if self.groupsize == -1 else G, f"{name}.g_idx")
@@ -204,7 +207,6 @@ class CompressedIntegers(Packing):
     groupsize: int                       # -1: a row is one group; 0: the tensor is
     symmetric: bool
     packed: bool = True
-    reordered: bool = False              # whether to write a weight_g_idx
     optional = ("weight_g_idx",)
 
     @property
@@ -269,12 +271,12 @@ class CompressedIntegers(Packing):
         return Integers(self.bits, groupsize, q if order is None else q[:, order], scales, zeros, order)
 
     def encode(self, integers: Integers, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-        q = integers.in_weights_order()
+        q = integers.q                   # in the weight's order: compressed-tensors has given up another
         parts = {"weight_packed": pack(q, self.bits), "weight_scale": integers.scales.to(scale_dtype).contiguous(),
                  "weight_shape": torch.tensor(q.shape)}
         if not self.symmetric:
             parts["weight_zero_point"] = pack(integers.zeros.t(), self.bits).t().contiguous()
-        return {**parts, "weight_g_idx": integers.group_index()} if self.reordered else parts
+        return parts
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,7 @@ class ConfigGroup(Checked):
 
 class CompressedTensors(Checked):
     """Which linears a group is for (`targets`, `ignore`) is not read: it shows in their tensors."""
-    format: Form | Literal["mixed-precision"]
+    format: Literal["pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision"]
     config_groups: Annotated[dict[str, ConfigGroup], Field(min_length=1)]
     transform_config: Annotated[dict[str, Any], Field(max_length=0)] | None = None       # rotations of activations
     sparsity_config: dict[str, Any] | None = None

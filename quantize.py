@@ -303,7 +303,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--report", action="store_true", help="print each linear's size, and the RMS of the error over "
                       "that of its weights (with GPTQ: of its outputs)")
     what.add_argument("--export", type=Path, metavar="FOLDER", help="also write a Hugging Face folder, which "
-                      "transformers, vLLM and SGLang load; zeros are whole numbers then, and scales exact in bf16")
+                      "transformers, vLLM and SGLang load; int4 is symmetric then, and scales are exact in bf16")
     what.add_argument("--export_format", choices=FORMATS, help="default: compressed-tensors")
     gptq = parser.add_argument_group("GPTQ")
     gptq.add_argument("--percdamp", type=float, default=0.01, help="damping, as a part of the Hessian's mean diagonal")

@@ -81,6 +81,7 @@ def publish_compressed(folder, weights=None, form="pack-quantized", scale_dtype=
     weight in fp32 that its parts stand for, by the library's own arithmetic.
     """
     from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     tensors, meant, schemes = tiny.load_file(folder / "model.safetensors"), {}, {}
@@ -99,12 +100,18 @@ def publish_compressed(folder, weights=None, form="pack-quantized", scale_dtype=
             ignored.append(module)
             continue
         w = tensors.pop(name).float()
-        state = {"weight": w, **qparams(w, scheme.weights, scale_dtype, act_order, rng)}
+        order = torch.randperm(w.size(1), generator=rng) if act_order else torch.arange(w.size(1))
+        state = {"weight": w[:, order], **qparams(w[:, order], scheme.weights, scale_dtype)}
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         parts = compressor.compress(state, scheme)
         exact = {kind: part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
                  for kind, part in parts.items()}
-        meant[module] = compressor.decompress(exact, scheme)["weight"].float()
+        back = order.argsort()
+        meant[module] = compressor.decompress(exact, scheme)["weight"].float()[:, back]
+        if act_order:                    # which versions of the library up to 0.17 wrote, and weight_g_idx
+            q = unpack_from_int32(parts["weight_packed"], 4, w.shape)[:, back].contiguous()
+            parts["weight_packed"] = pack_to_int32(q, 4)
+            parts["weight_g_idx"] = (back // scheme.weights.group_size).int()
         tensors |= {f"{module}.{kind}": part.contiguous() for kind, part in parts.items()}
         if input_scales:
             tensors[f"{module}.input_scale"] = torch.ones(1)
@@ -112,27 +119,23 @@ def publish_compressed(folder, weights=None, form="pack-quantized", scale_dtype=
     forms = {scheme.format for _, scheme in schemes.values()}
     stated = QuantizationConfig(config_groups=dict(schemes.values()), quantization_status="compressed", ignore=ignored,
                                 format=forms.pop() if len(forms) == 1 else "mixed-precision").model_dump(mode="json")
+    if act_order:
+        stated["config_groups"]["group_0"]["weights"]["actorder"] = "group"
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {**stated, **config}}))
     return meant
 
 
-def qparams(w, args, dtype, act_order, rng):
-    """Scales, zero points and the groups of columns, by least and greatest values."""
+def qparams(w, args, dtype):
+    """Scales and zero points by least and greatest values."""
     (N, K), most = w.shape, 448.0 if args.type == "float" else 2 ** args.num_bits - 1
-    g_idx = None
     if args.strategy == "block":
         rows, columns = args.block_structure
         padded = torch.nn.functional.pad(w.abs(), (0, -K % columns, 0, -N % rows))
         blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
         return {"weight_scale": (blocks.amax((1, 3)) / 448).to(dtype)}
     G = args.group_size if args.strategy == "group" else K
-    columns = torch.arange(K)
-    if act_order:
-        columns = torch.randperm(K, generator=rng)
-        g_idx = torch.empty(K, dtype=torch.int32)
-        g_idx[columns] = (torch.arange(K) // G).int()
-    grouped = w[:, columns].unflatten(1, (-1, G))
+    grouped = w.unflatten(1, (-1, G))
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
     if args.strategy == "tensor":
         low, high = low.amin(0), high.amax(0)
@@ -143,7 +146,7 @@ def qparams(w, args, dtype, act_order, rng):
         half = (most + 1) // 2
         found["weight_zero_point"] = ((-low / found["weight_scale"].float()).round() - half).clamp(-half, half - 1).to(
             torch.int8)
-    return found if g_idx is None else {**found, "weight_g_idx": g_idx}
+    return found
 
 
 def publish_block_fp8(folder, block=(128, 128), skip=LEFT, dtype=torch.float32):

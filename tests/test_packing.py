@@ -30,7 +30,7 @@ CASES = {
     "W4A16 in fp16": (dict(weights=INT4, scale_dtype=torch.float16), "int4-fp16"),
     "W4A16 by rows": (dict(weights=dict(num_bits=4, strategy="channel")), "int4"),
     "W4A16 by rows, asymmetric": (dict(weights=dict(num_bits=4, strategy="channel", symmetric=False)), "int4"),
-    "W4A16 actorder": (dict(weights={**INT4, "actorder": "group"}, act_order=True), "int4-fp16"),
+    "W4A16 actorder": (dict(weights=INT4, act_order=True), "int4-fp16"),
     "W4A16, fp32 scales": (dict(weights=INT4, scale_dtype=torch.float32), None),
     "W8A16": (dict(weights=INT8), "int8"),
     "W8A16, fp32 scales": (dict(weights=INT8, scale_dtype=torch.float32), "int8"),
@@ -103,10 +103,15 @@ def test_published_weights_are_kept(reference, tmp_path, case, capsys):
     model, _ = load_model(path, "cpu", torch.float32, quantize_activations=False)
     assert (logits_of(model) - expected).abs().max() < 2e-4
 
-    if case in ("W4A16", "W4A16 asymmetric", "W8A16", "FP8"):
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        bound = 0.05 if case == "FP8" else 1e-3                  # there the weights are not rounded to bf16
-        assert (logits_of(model) - theirs(IDS).logits).abs().max() < bound
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+    if case in ("W4A16", "W8A16", "FP8 by the tensor"):
+        bound = 0.1 if "FP8" in case else 1e-3                   # there the weights are not rounded to bf16
+        assert (logits_of(model) - from_pretrained(folder, dtype=torch.float32)(IDS).logits).abs().max() < bound
+    elif case == "W4A16 asymmetric":                             # transformers 5.23 loads zero points only so, and in bf16
+        dequantize = transformers.CompressedTensorsConfig(dequantize=True)
+        theirs = from_pretrained(folder, dtype=torch.float32, quantization_config=dequantize)(IDS).logits
+        rounded = {module: weight.bfloat16().float() for module, weight in meant.items()}
+        assert (with_weights(reference, rounded)(IDS).logits - theirs).abs().max() < 1e-3
 
 
 def test_several_formats_in_one(reference, tmp_path, capsys):
@@ -130,7 +135,8 @@ def test_several_formats_in_one(reference, tmp_path, capsys):
 @pytest.mark.parametrize("form", ["int4", "fp8"])
 @pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe", "mixtral", "qwen3.5-moe", "qwen3.5", "qwen3-next"])
 def test_experts_and_hybrids(tmp_path, family, form):
-    reference = tiny.reference(family, **SHAPE, **({"moe_intermediate_size": 64} if "moe" in family else {}))
+    sizes = {} if family in ("mixtral", "qwen3.5") else {"moe_intermediate_size": 64}
+    reference = tiny.reference(family, **SHAPE, **sizes)
     folder = tiny.save(reference, tmp_path)
     skip = r"lm_head|embed|\.gate$|shared_expert|in_proj|attn"
     if form == "fp8":
