@@ -85,7 +85,7 @@ def publish_compressed(folder, weights=None, form="pack-quantized", scale_dtype=
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     tensors, meant, schemes = tiny.load_file(folder / "model.safetensors"), {}, {}
-    rng = torch.Generator().manual_seed(1)
+    rng, orders = torch.Generator().manual_seed(1), {}
     for number, (pattern, (own, own_form)) in enumerate((groups or {"": (weights, form)}).items()):
         targets = [f"re:{pattern}"] if groups else ["Linear"]
         args = QuantizationArgs(**own)
@@ -100,7 +100,10 @@ def publish_compressed(folder, weights=None, form="pack-quantized", scale_dtype=
             ignored.append(module)
             continue
         w = tensors.pop(name).float()
-        order = torch.randperm(w.size(1), generator=rng) if act_order else torch.arange(w.size(1))
+        inputs = (*module.split(".")[2:4], module[-6:] in ("o_proj", "n_proj"))
+        order = torch.arange(w.size(1))
+        if act_order:                    # linears that share an input share their order
+            order = orders.setdefault(inputs, torch.randperm(w.size(1), generator=rng))
         state = {"weight": w[:, order], **qparams(w[:, order], scheme.weights, scale_dtype)}
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         parts = compressor.compress(state, scheme)
