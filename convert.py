@@ -475,7 +475,7 @@ class PackedLinears:
             kinds[place.key.removesuffix(".weight")].append(set())
         by_mode = sorted(weights, key=lambda kind: FILE_MODES.index(kind[0]))
         self.kind = max(by_mode, key=lambda kind: weights[kind], default=None)
-        heads = {kind for kind in set().union(*kinds["output"]) if self.kind and kind[0] in LM_HEADS
+        heads = {kind for possible in kinds["output"] for kind in possible if self.kind and kind[0] in LM_HEADS
                  and (not kind[1] or self.kind[1] in (0, kind[1]))}
         self.head = min(heads, default=None)
         chosen = {linear: self.head if linear == "output" else self.kind for linear in linears}

@@ -408,7 +408,8 @@ class Published:
 
 def word_packing(method: Any, stated: dict[str, Any]) -> WordPacking:
     """GPTQ or AWQ."""
-    form, bits = stated.get("checkpoint_format") or stated.get("format"), stated.get("bits", stated.get("w_bit"))
+    form: Any = stated.get("checkpoint_format") or stated.get("format")
+    bits: Any = stated.get("bits", stated.get("w_bit"))
     groupsize: Any = stated.get("group_size", stated.get("q_group_size", -1))
     if method == "awq":
         layout = "version", str(stated.get("version") or form or "gemm").lower(), ("gemm",)
