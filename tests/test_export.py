@@ -77,16 +77,16 @@ def same_file(path, folder):
     return True
 
 
-@pytest.mark.parametrize("mode", ["int4", "int8"])
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family, mode", [*((family, "int4") for family in EVERY), ("llama-biases", "int8"),
+                                          ("mixtral", "int8"), ("qwen3-next", "int8"), ("qwen-v1", "int8")])
 def test_every_family_is_the_same_after_a_round_trip(checkpoint, tmp_path, family, mode):
     path = checkpoint(family, mode)
     out = export_checkpoint(path, tmp_path / "out", progress=False)
     assert same_file(path, out)
 
 
-@pytest.mark.parametrize("mode", ["int4", "int8"])
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family, mode", [*((family, "int4") for family in DENSE), ("llama-biases", "int8"),
+                                          ("qwen3-tied", "int8"), ("qwen3.5", "int8")])
 def test_transformers_computes_the_same_logits(checkpoint, tmp_path, family, mode):
     path = checkpoint(family, mode)
     out = export_checkpoint(path, tmp_path / "out", progress=False)

@@ -294,18 +294,18 @@ def test_hostile_configs_and_tensors(reference, tmp_path, kind):
     rng = random.Random(0)
 
     def written():
-        for number, changed in enumerate(rng.sample(configs, min(len(configs), 150))):
+        for number, changed in enumerate(rng.sample(configs, min(len(configs), 60))):
             (folder / "model.pth").unlink(missing_ok=True)
             (folder / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
             yield f"config {number}: {changed}", ["--checkpoint_path", str(folder), *COMMAND]
         (folder / "config.json").write_text(json.dumps(config))
-        for number in range(100):
+        for number in range(40):
             (folder / "model.pth").unlink(missing_ok=True)
             name = rng.choice([name for name in tensors if "_proj.weight" in name])
             tiny.save_file(hostile(tensors, name, rng), folder / "model.safetensors")
             yield f"tensor {number}: {name}", ["--checkpoint_path", str(folder), *COMMAND]
     counts = check(written())
-    assert counts["refused"] > 50 and counts["ran"] > 20, counts
+    assert counts["refused"] > 20 and counts["ran"] > 5, counts
 
 
 def hostile(tensors, name, rng):
