@@ -257,6 +257,7 @@ def test_a_text_model_beside_a_vision_tower_goes_out_alone(checkpoint, tmp_path,
     assert same_file(folder / "model_int8.pth", out)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_shard(tmp_path):
     config = transformers.Qwen3Config(vocab_size=4096, hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
                                       num_attention_heads=16, num_key_value_heads=8, head_dim=128, dtype="bfloat16",
