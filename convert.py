@@ -454,8 +454,8 @@ class PackedLinears:
         packings = [packing for packing in self.published.packings if packing.marker in parts]
         if len(place.shape) != 2 or not packings:
             return None
-        empty = {part: source.read(empty=True) for part, source in parts.items()}
-        fitting = (packing for packing in packings if packing.fits(*place.shape, empty))
+        (N, K), empty = place.shape, {part: source.read(empty=True) for part, source in parts.items()}
+        fitting = (packing for packing in packings if packing.fits(N, K, empty))
         return PackedLinear(module, place, next(fitting, packings[0]), parts)
 
     def expected(self) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
