@@ -38,6 +38,7 @@ import io
 import itertools
 import json
 import platform
+import shutil
 import socket
 import stat
 import tempfile
@@ -273,20 +274,56 @@ def atomic_write(path: Path | str, field: str = "") -> Iterator[Path]:
     disk, and for what check_writable finds."""
     path = Path(path)
     check_writable(path, field)
-    prefix = f".{path.name[:32]}.{socket.gethostname()}."                          # a name has 255 bytes at most
-    for abandoned in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):          # by a process that was killed
-        if not _is_running(abandoned.name.removeprefix(prefix).partition(".")[0]):
-            abandoned.unlink(missing_ok=True)
-    partial = path.with_name(f"{prefix}{os.getpid()}.{next(_counter)}.tmp")         # threads have names of their own
+    with _write_errors(path):
+        partial = _partial_name(path)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, field: str = "") -> Iterator[Path]:
+    """The same for a new folder."""
+    check_new(path, field)
+    with _write_errors(path):
+        partial = _partial_name(path)
+        partial.mkdir()
+        try:
+            yield partial
+            os.rename(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(path: Path, field: str = "") -> None:
+    """Errors: UserError, where there is something at path already, or it cannot be written."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} is there already: name a new folder", field)
+    check_writable(path, field)
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
     try:
-        yield partial
-        os.replace(partial, path)
+        yield
     except (OSError, RuntimeError) as error:
         if getattr(error, "errno", None) in DISK_FULL or any(text in str(error) for text in TORCH_SAVE_FAILED):
             raise UserError(f"could not write {path}: is the disk full? Nothing was left behind") from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _partial_name(path: Path) -> Path:
+    """A temporary name beside path. What processes that were killed left under such names goes."""
+    prefix = f".{path.name[:32]}.{socket.gethostname()}."                          # a name has 255 bytes at most
+    for abandoned in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        if not _is_running(abandoned.name.removeprefix(prefix).partition(".")[0]):
+            if abandoned.is_dir():
+                shutil.rmtree(abandoned, ignore_errors=True)
+            else:
+                abandoned.unlink(missing_ok=True)
+    return path.with_name(f"{prefix}{os.getpid()}.{next(_counter)}.tmp")           # threads have names of their own
 
 
 def _is_running(pid: str) -> bool:

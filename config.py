@@ -78,7 +78,7 @@ class ModelArgs:
         for multi-token prediction, and one for tokens, as their config.json may tell of the vision model's."""
         if not self.delta_layers:
             return self
-        tied = "lm_head.weight" not in names and "output.weight" not in names
+        tied = not any(name.startswith(("lm_head.", "output.")) for name in names)
         return replace(self, has_mtp="mtp.norm.weight" in names, tie_word_embeddings=tied)
 
     def has_experts(self, layer: int) -> bool:

@@ -1,5 +1,5 @@
-"""Hugging Face checkpoint folder -> model.pth beside it, with this project's names and fused projections. GPTQ and AWQ
-checkpoints keep their integers, scales and zeros: nothing is quantized again.
+"""Hugging Face checkpoint folder -> model.pth beside it, with this project's names and fused projections. Quantized
+checkpoints keep their integers, scales and zeros: nothing is quantized again. FP8 becomes bf16.
 
 Every source tensor becomes whole rows of one target tensor, so nothing is assembled in memory: the file is preallocated
 and each source tensor copied from its memory-mapped shard to its rows.
@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-import kernels
 from checkpoint import (
     FLOATS,
     REMAP_BYTES,
@@ -34,8 +33,9 @@ from checkpoint import (
 )
 from cli import UserError, atomic_write, read_json
 from config import ModelArgs
-from formats import ZERO_STEPS
+from formats import FILE_MODES, LM_HEADS, Quantization, linear_names
 from model import Transformer
+from packing import PARTS, Kind, Packing, Published
 from tokenizer import TOKENIZER_FILES, Tokenizer, rebuild_tiktoken
 
 # Source module -> target module[/projection of a fused one]. Source names are without their prefix "model." or
@@ -106,7 +106,7 @@ QWEN_V1_NAMES = {
 PREFIX = re.compile(r"^(model\.language_model|model|transformer)\.")
 VISION = re.compile(r"^(model\.)?visual\.")             # towers, which are left out
 OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$")
-PACKED, INTEGERS = (".qweight", ".qzeros", ".g_idx"), (torch.int32,)     # of quantized checkpoints
+ACTIVATION_SCALES = re.compile(r"\.((input|output)_(global_)?|(self_attn|attn)\.[qkv]_)(scale|zero_point)$")
 
 
 @dataclass(frozen=True)
@@ -311,16 +311,18 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more ({len(names)} in all)" if len(names) > 8 else "")
 
 
-def check_tensors(folder: Path, tensors: Tensors, expected: dict[str, torch.Size]) -> None:
-    """Refuses a checkpoint whose tensors are not exactly those of the model that its config.json describes."""
+def check_tensors(folder: Path, tensors: Tensors,
+                  expected: dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]) -> None:
+    """Refuses a checkpoint whose tensors are not exactly those of the model that its config.json describes. expected:
+    name -> shape and possible dtypes."""
     known = {name: tensor for name, tensor in tensors.items() if name in expected}
     faults = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [tensor.name for name, tensor in tensors.items() if name not in expected],
-        "mis-shaped": [f"{tensor.name} {list(tensor.shape)} instead of {list(expected[name])}"
-                       for name, tensor in known.items() if tensor.shape != expected[name]],
+        "mis-shaped": [f"{tensor.name} {list(tensor.shape)} instead of {list(expected[name][0])}"
+                       for name, tensor in known.items() if tensor.shape != expected[name][0]],
         "of an unsupported dtype": [f"{tensor.name} {tensor.dtype}" for name, tensor in known.items()
-                                    if tensor.dtype not in (INTEGERS if name.endswith(PACKED) else FLOATS)],
+                                    if tensor.dtype not in expected[name][1]],
     }
     if any(faults.values()):
         raise UserError(f"{folder}: tensors do not fit its config.json; "
@@ -372,153 +374,161 @@ def copy_weights(path: Path, layout: Layout, offsets: dict[str, int], tensors: I
         os.fsync(file.fileno())          # a full disk may show only here, and must show before the file gets its name
 
 
-# ---- GPTQ and AWQ checkpoints
-#
-# Both stand for w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]), where g is the group of column k: g_idx[k] in GPTQ,
-# k // G in AWQ (and in GPTQ without desc_act). An int32 word holds P = 32 / bits integers, the first one lowest.
-#
-#   GPTQ   qweight [K / P, N]        q[i * P + j, n] = bits of qweight[i, n] from j * bits on
-#          qzeros [groups, N / P]    zero[g, i * P + j] = those of qzeros[g, i], plus 1 but in the format "gptq_v2"
-#   AWQ    qweight [K, N / 8]        q[k, i * 8 + (0 2 4 6 1 3 5 7)[j]] = those of qweight[k, i]     ("gemm", 4 bits)
-#          qzeros [groups, N / 8]    zero[g, ...] alike, from qzeros[g, i]
+# ---- quantized checkpoints
+
+class ShardReader:
+    """Reads tensors in any order, never keeping more than about REMAP_BYTES of mapped files in memory."""
+
+    def __init__(self):
+        self.shards, self.mapped = {}, 0
+
+    def read(self, source: SourceTensor) -> Tensor:
+        if self.mapped > REMAP_BYTES:
+            self.shards, self.mapped = {}, 0
+        if source.path not in self.shards:
+            self.shards[source.path] = open_shard(source.path)
+        tensor = self.shards[source.path][source.name]
+        self.mapped += tensor.nbytes
+        return tensor
+
 
 @dataclass(frozen=True)
-class PublishedQuantization:
-    """How the linears of a published GPTQ or AWQ checkpoint are packed."""
-    method: str
-    bits: int
-    groupsize: int                       # -1: a row is one group
-    zero_offset: int                     # zero - stored zero
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "PublishedQuantization | None":
-        """From the contents of config.json. UserError that names what is not supported."""
-        stated = config.get("quantization_config") or config.get("compression_config")
-        if not stated:
-            return None
-        get = (stated if isinstance(stated, dict) else {"quant_method": stated}).get
-        method, form = get("quant_method", "unnamed"), get("checkpoint_format") or get("format")
-        bits: Any = get("bits", get("w_bit"))
-        groupsize: Any = get("group_size", get("q_group_size", -1))
-        if method == "awq":
-            layout = "version", str(get("version") or form or "gemm").lower(), ("gemm",)
-        else:
-            layout = "checkpoint_format", form or "gptq", ("gptq", "gptq_v2")
-        marlin = "checkpoint_format", "marlin" if get("is_marlin_format") else "gptq", ("gptq", "gptq_v2")
-        for key, value, supported in (("quant_method", method, ("gptq", "awq")), marlin, layout,
-                                      ("bits", bits, (4,) if method == "awq" else (4, 8)),
-                                      ("group_size", groupsize, (-1, 32, 64, 128, 256)),
-                                      ("lm_head", bool(get("lm_head")), (False,)),
-                                      ("dynamic", other_numbers(get("dynamic"), bits, groupsize), (None,))):
-            if value not in supported:
-                raise UserError(f"config.json: quantization_config: {key} {value!r:.80} is not supported (supported: "
-                                f"{', '.join(map(str, supported))}); take the unquantized checkpoint")
-        return cls(method, int(bits), int(groupsize), int(method == "gptq" and form != "gptq_v2"))
+class PackedLinear:
+    """A source module, the slice of its weight [N, K], and the tensors that stand for it."""
+    module: str
+    place: TargetSlice
+    packing: Packing
+    parts: Mapping[str, SourceTensor]
 
     @property
-    def stored_groupsize(self) -> int:
-        return 128 if self.groupsize == -1 else self.groupsize           # a row's one scale is repeated
+    def linear(self) -> str:
+        return self.place.key.removesuffix(".weight")
 
-    def source_shapes(self, N: int, K: int) -> dict[str, torch.Size]:
-        """Of the tensors that stand for a weight [N, K]."""
-        per_word, groups = 32 // self.bits, 1 if self.groupsize == -1 else -(-K // self.groupsize)
-        qweight = (K // per_word, N) if self.method == "gptq" else (K, N // per_word)
-        shapes = {"qweight": qweight, "qzeros": (groups, N // per_word), "scales": (groups, N), "g_idx": (K,)}
-        return {kind: torch.Size(shape) for kind, shape in shapes.items()}
-
-    def is_reordered(self, g_idx: Tensor) -> bool:
-        K = len(g_idx)
-        return not torch.equal(g_idx.long(), torch.arange(K) // (K if self.groupsize == -1 else self.groupsize))
-
-    def unpack(self, words: Tensor) -> Tensor:
-        """int32 [R, C] -> uint8 [R, C * 32 / bits]."""
-        values = words.contiguous().view(torch.uint8)
-        if self.bits == 4:
-            values = kernels.unpack_nibbles(values)
-        return values if self.method == "gptq" else values.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
-
-    def decode(self, name: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None,
-               ) -> dict[str, Tensor]:
-        """The buffers of formats.GPTQLinear; `order`, the columns as they are stored, only where they are reordered."""
-        q = self.unpack(qweight.t()) if self.method == "gptq" else self.unpack(qweight).t()          # [N, K]
-        ones = self.zero_offset * sum(1 << shift for shift in range(0, 32, self.bits))
-        zeros = self.unpack(qzeros + ones).t()           # whole words are added, 15 + 1 carries over, as in gptqmodel
-        repeats = -(-q.size(1) // self.stored_groupsize) if self.groupsize == -1 else 1
-        buffers = {"weight": q, "scales": scales.t().repeat(1, repeats), "zeros": zeros.repeat(1, repeats)}
-        if g_idx is not None and self.is_reordered(g_idx):
-            order = g_idx.argsort(stable=True)
-            if self.is_reordered(g_idx[order]):
-                raise UserError(f"{name}.g_idx: groups of other sizes than {self.groupsize} are not supported")
-            buffers |= {"weight": q[:, order], "order": order.int()}
-        if self.bits == 4:
-            buffers |= {"weight": kernels.pack_nibbles(buffers["weight"]), "zeros": buffers["zeros"] * ZERO_STEPS}
-        return buffers
-
-
-def other_numbers(dynamic: Any, bits: Any, groupsize: Any) -> Any:
-    """What a map of patterns to settings asks for beside leaving modules as they are (which shows in their tensors)."""
-    if not isinstance(dynamic, dict):
-        return dynamic or None
-    own = {"bits": bits, "group_size": groupsize}
-    settings = (value for pattern, value in dynamic.items() if not pattern.startswith("-:"))
-    return next((value for value in settings
-                 if not isinstance(value, dict) or any(value.get(key, own[key]) != own[key] for key in own)), None)
+    def expected(self) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
+        """Name -> shape and possible dtypes of each tensor that there must be."""
+        expected, dtypes = {}, self.packing.dtypes()
+        for part, shapes in self.packing.shapes(*self.place.shape).items():
+            if part in self.parts or part not in self.packing.optional:
+                found = self.parts[part].shape if part in self.parts else None
+                shape = found if found is not None and tuple(found) in shapes else torch.Size(shapes[0])
+                expected[f"{self.module}.{part}"] = shape, dtypes[part]
+        return expected
 
 
 class PackedLinears:
     """The packed linears of a published checkpoint.
 
-    places: source module -> slice of the weight [N, K] that it stands for. plain: source name -> slice of the rest.
+    plain: source name -> slice of what is not packed. Then, by choose_kinds, kept: those whose integers stay as they
+    are, all in one mode of formats.Quantization and one group size; and dequantized: the others.
     """
 
-    def __init__(self, published: PublishedQuantization, tensors: Tensors, slices: Slices):
-        self.published, self.tensors = published, tensors
-        self.places = {name.removesuffix(".weight"): place for name, place in slices.items()
-                       if name.removesuffix("weight") + "qweight" in tensors}
-        self.plain = {name: place for name, place in slices.items() if name.removesuffix(".weight") not in self.places}
-        if mixed := {place.key for place in self.places.values()} & {place.key for place in self.plain.values()}:
-            raise UserError(f"parts of {some(sorted(mixed))} are quantized and others are not, which is not supported")
-        for name in [f"{module}.bias" for module in self.places]:
-            if name in tensors and name not in slices and not tensors[name].read().any():
-                del tensors[name]                # quantizers add biases of zeros to linears that have none
+    def __init__(self, folder: Path, published: Published, tensors: Tensors, slices: Slices):
+        self.folder, self.published, self.tensors, self.reader = folder, published, tensors, ShardReader()
+        self.packed: list[PackedLinear] = []
+        self.kept: list[PackedLinear] = []
+        self.dequantized: list[PackedLinear] = []
+        self.kind: Kind | None = None
+        self.head: Kind | None = None
+        self.plain = dict(slices)
+        self.drop_activations()
+        for name, place in slices.items():
+            if packed := self.find(name.removesuffix(".weight"), place) if name.endswith(".weight") else None:
+                self.packed.append(packed)
+                del self.plain[name]
+                bias = f"{packed.module}.bias"
+                if bias in tensors and bias not in slices and not tensors[bias].read().any():
+                    del tensors[bias]            # quantizers add biases of zeros to linears that have none
 
-    def sources(self, module: str) -> dict[str, str]:
-        """qweight, qzeros, scales and, where there is one, g_idx -> name in the checkpoint."""
-        names = {kind: f"{module}.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx")}
-        return {kind: name for kind, name in names.items() if kind != "g_idx" or name in self.tensors}
+    def drop_activations(self) -> None:
+        """A model here quantizes its activations as it is run, or not at all."""
+        scales = [name for name in self.tensors if ACTIVATION_SCALES.search(name)]
+        for name in scales:
+            del self.tensors[name]
+        if scales or self.published.quantizes_activations:
+            print(f"{self.folder}: only its weights are taken as they are quantized, not its activations",
+                  file=sys.stderr)
 
-    def source_shapes(self) -> dict[str, torch.Size]:
-        return {name: self.published.source_shapes(*place.shape)[kind]
-                for module, place in self.places.items() for kind, name in self.sources(module).items()}
+    def find(self, module: str, place: TargetSlice) -> PackedLinear | None:
+        """What is packed, and how, shows in the tensors."""
+        parts = {part: self.tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in self.tensors}
+        packings = [packing for packing in self.published.packings if packing.marker in parts]
+        if len(place.shape) != 2 or not packings:
+            return None
+        (N, K), empty = place.shape, {part: source.read(empty=True) for part, source in parts.items()}
+        fitting = (packing for packing in packings if packing.fits(N, K, empty))
+        return PackedLinear(module, place, next(fitting, packings[0]), parts)
 
-    def decode(self, empty: bool = False) -> Iterator[tuple[str, TargetSlice, dict[str, Tensor]]]:
-        """Module, slice of its weight, buffers. empty: on the meta device but for `order`, and only g_idx is read."""
-        for module, place in self.places.items():
-            sources = {kind: self.tensors[name] for kind, name in self.sources(module).items()}
-            stored = {kind: source.read(empty and kind != "g_idx") for kind, source in sources.items()}
-            yield module, place, self.published.decode(module, **stored)
+    def expected(self) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
+        return {name: found for packed in self.packed for name, found in packed.expected().items()}
+
+    def choose_kinds(self, linears: Collection[str]) -> None:
+        """linears: of the model, those that can be quantized."""
+        weights: Counter[Kind] = Counter()
+        kinds: defaultdict[str, list[set[Kind]]] = defaultdict(list)     # of each linear's parts
+        for packed in self.packed:
+            parts = {part: self.reader.read(source) if part in ("scales", "weight_scale") else source.read(empty=True)
+                     for part, source in packed.parts.items()}
+            kinds[packed.linear].append(found := packed.packing.kinds(parts))
+            if packed.linear != "output":
+                weights.update(dict.fromkeys(found, packed.place.shape.numel()))
+        for place in self.plain.values():
+            kinds[place.key.removesuffix(".weight")].append(set())
+        by_mode = sorted(weights, key=lambda kind: FILE_MODES.index(kind[0]))
+        self.kind = max(by_mode, key=lambda kind: weights[kind], default=None)
+        heads = {kind for possible in kinds["output"] for kind in possible if self.kind and kind[0] in LM_HEADS
+                 and (not kind[1] or self.kind[1] in (0, kind[1]))}
+        self.head = min(heads, default=None)
+        chosen = {linear: self.head if linear == "output" else self.kind for linear in linears}
+        for packed in self.packed:
+            kind = chosen.get(packed.linear)
+            stays = kind is not None and all(kind in possible for possible in kinds[packed.linear])
+            (self.kept if stays else self.dequantized).append(packed)
+        if self.dequantized:
+            print(f"{self.folder}: what no number format here holds becomes bf16: "
+                  f"{some([packed.module for packed in self.dequantized])}", file=sys.stderr)
+
+    def decode(self, empty: bool = False) -> Iterator[tuple[PackedLinear, dict[str, Tensor]]]:
+        """The buffers of those that are kept. empty: on the meta device but for `order`, and only g_idx is read."""
+        for packed in self.kept:
+            parts = {part: source.read(empty=True) if empty and not part.endswith("g_idx") else self.reader.read(source)
+                     for part, source in packed.parts.items()}
+            kind = self.head if packed.linear == "output" else self.kind
+            assert kind is not None
+            yield packed, packed.packing.decode(packed.module, packed.place.shape, parts).to_buffers(kind[0])
 
     @cached_property
-    def skeleton(self) -> list[tuple[str, TargetSlice, dict[str, Tensor]]]:
+    def skeleton(self) -> list[tuple[PackedLinear, dict[str, Tensor]]]:
         return list(self.decode(empty=True))
 
-    def buffers(self, empty: bool = False) -> Iterator[tuple[TargetSlice, Tensor]]:
-        """Every buffer with its slice."""
-        for _, place, buffers in self.skeleton if empty else self.decode():
+    def weights(self, empty: bool = False) -> Iterator[tuple[TargetSlice, Tensor]]:
+        """Every buffer and dequantized weight with its slice."""
+        for packed, buffers in self.skeleton if empty else self.decode():
+            place = packed.place
             for kind, tensor in buffers.items():
-                key = place.key.removesuffix("weight") + kind
-                yield (TargetSlice(key, 0, tensor.shape) if kind == "order" else
-                       TargetSlice(key, place.row, tensor.shape, place.runs)), tensor
+                row, runs = (0, ()) if kind == "order" else (place.row, place.runs)
+                yield TargetSlice(f"{packed.linear}.{kind}", row, tensor.shape, runs), tensor
+        for packed in self.dequantized:
+            shape = packed.place.shape
+            if empty:
+                yield packed.place, torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            else:
+                parts = {part: self.reader.read(source) for part, source in packed.parts.items()}
+                yield packed.place, packed.packing.dequantize(packed.module, shape, parts)
 
-    def quantization(self) -> dict[str, Any]:
+    def quantization(self) -> dict[str, Any] | None:
         """The fields of formats.Quantization."""
+        if self.kind is None:
+            return None
         orders: dict[str, list[int] | None] = {}
-        for module, place, buffers in self.skeleton:
-            linear, order = place.key.removesuffix(".weight"), buffers["order"].tolist() if "order" in buffers else None
-            if orders.setdefault(linear, order) != order:
-                raise UserError(f"{module}.g_idx differs from that of the other parts of {linear}: not supported")
-        skipped = {place.key.removesuffix(".weight") for place in self.plain.values() if len(place.shape) == 2}
-        return dict(mode=f"int{self.published.bits}-fp16", groupsize=self.published.stored_groupsize, lm_head="none",
+        for packed, buffers in self.skeleton:
+            order = buffers["order"].tolist() if "order" in buffers else None
+            if orders.setdefault(packed.linear, order) != order:
+                raise UserError(f"{packed.module}.g_idx differs from that of the other parts of {packed.linear}: not "
+                                "supported")
+        places = [*self.plain.values(), *(packed.place for packed in self.dequantized)]
+        skipped = {place.key.removesuffix(".weight") for place in places if len(place.shape) == 2}
+        groupsize = self.kind[1] or (self.head[1] if self.head else 0) or Quantization.groupsize
+        return dict(mode=self.kind[0], groupsize=groupsize, lm_head=self.head[0] if self.head else "none",
                     skipped=sorted(skipped - {"tok_embeddings", "output"}), source=self.published.method,
                     reordered=sorted(linear for linear, order in orders.items() if order is not None))
 
@@ -532,22 +542,26 @@ def convert(checkpoint_dir: Path | str, progress: bool = True) -> Path:
     """
     folder = Path(checkpoint_dir)
     config = read_json(folder / "config.json")
-    published, args = PublishedQuantization.from_hf(config), ModelArgs.from_hf(config)
+    published, args = Published.from_hf(config), ModelArgs.from_hf(config)
     tensors = index_tensors(folder)
     if args.tie_word_embeddings:
         drop_tied_head(folder, tensors, may_differ=bool(args.delta_layers))
     args = args.with_heads_of(tensors)
     check_layers(f"{folder}: tensors do not fit its config.json", args, tensors)
     slices = target_slices(args, tensors)
-    packed = PackedLinears(published, tensors, slices) if published else None
+    packed = PackedLinears(folder, published, tensors, slices) if published else None
     plain = packed.plain if packed else slices
-    shapes = {name: place.shape for name, place in plain.items()}
-    check_tensors(folder, tensors, shapes | packed.source_shapes() if packed else shapes)
-    layout = layout_of((place, tensors[name].read(empty=True)) for name, place in plain.items())
+    expected = {name: (place.shape, FLOATS) for name, place in plain.items()}
+    check_tensors(folder, tensors, expected | packed.expected() if packed else expected)
+    empty = [(place, tensors[name].read(empty=True)) for name, place in plain.items()]
     weights, quantization = read_tensors(tensors, plain), None
     if packed:
-        layout |= layout_of(packed.buffers(empty=True))
-        weights, quantization = itertools.chain(weights, packed.buffers()), packed.quantization()
+        with torch.device("meta"):
+            linears = linear_names(Transformer(args))
+        packed.choose_kinds(linears)
+        empty += packed.weights(empty=True)
+        weights, quantization = itertools.chain(weights, packed.weights()), packed.quantization()
+    layout = layout_of(empty)
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: not writable")
     if any((folder / name).exists() for name in TOKENIZER_FILES):            # one may be put there later

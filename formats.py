@@ -31,7 +31,8 @@ CHUNK_WEIGHTS = 1 << 20                  # quantized at a time: each takes some 
 
 # ---- int4's scales and zeros
 
-def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None,
+                symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """Scales s (bf16) and zeros z (uint8, in steps of s / ZERO_STEPS), [N, ceil(K / G)], for weights x. In each group,
     they minimize the weighted error
 
@@ -43,6 +44,7 @@ def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None
         s = (sum wqx - sum wq sum wx / W) / (sum wqq - (sum wq)^2 / W),    z = (sum wq - sum wx / s) / W,
 
     and after rounding z, s = sum wdx / sum wdd with d = q - z. The levels' range always includes zero.
+    symmetric: whether z is 8 in all groups.
     """
     groups = in_groups(weight.float(), groupsize, mode="replicate")                        # [N, K / G, G]
     w = groups.new_ones(1, groupsize) if importance is None else (importance / importance.mean())[None]
@@ -51,11 +53,12 @@ def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None
     unit = highest.clamp(min=0) / 15 - lowest.clamp(max=0) / 15
     x = groups / divisor(unit)[:, :, None]             # so that squares neither overflow nor vanish; s is in units, too
     middle = (lowest + highest) / 2 / divisor(unit)
+    widest = torch.maximum(-lowest / 8, highest / 7) / divisor(unit) if symmetric else torch.ones_like(unit)
     sum_w, sum_wx = w.sum(dim=2), (w * x).sum(dim=2)
     least, scales, zeros = torch.full_like(unit, torch.inf), unit.bfloat16(), torch.zeros_like(unit)
     for shrink in SHRINK:
-        s = torch.full_like(unit, shrink)
-        z = round_zeros(7.5 - middle / s)
+        s = shrink * widest
+        z = round_zeros(7.5 - middle / s, symmetric)
         for _ in range(2):
             stored = (s * unit).bfloat16()
             s = divisor(stored) / divisor(unit)
@@ -68,16 +71,17 @@ def int4_params(weight: Tensor, groupsize: int, importance: Tensor | None = None
             least, scales = torch.where(better, error, least), torch.where(better, stored, scales)
             zeros = torch.where(better, z, zeros)
             slope = (sum_wqx - sum_wq * sum_wx / sum_w) / (sum_wqq - sum_wq.square() / sum_w).clamp(min=1e-6)
-            z = round_zeros((sum_wq - sum_wx / torch.where(slope > 0, slope, s)) / sum_w)
+            z = round_zeros((sum_wq - sum_wx / torch.where(slope > 0, slope, s)) / sum_w, symmetric)
             sum_wdd, sum_wdx = sum_wqq - 2 * z * sum_wq + sum_w * z.square(), sum_wqx - z * sum_wx
             s = torch.where(sum_wdx > 0, sum_wdx / sum_wdd.clamp(min=1e-6), s)
     constant = lowest == highest                       # exact as one step from zero
-    scales, zeros = torch.where(constant, lowest.abs().bfloat16(), scales), torch.where(constant, 1.0, zeros)
+    one = 8.0 if symmetric else 1.0
+    scales, zeros = torch.where(constant, lowest.abs().bfloat16(), scales), torch.where(constant, one, zeros)
     return scales, (zeros * ZERO_STEPS).to(torch.uint8)
 
 
-def round_zeros(z: Tensor) -> Tensor:
-    return (z * ZERO_STEPS).round().clamp(0, 15 * ZERO_STEPS) / ZERO_STEPS
+def round_zeros(z: Tensor, symmetric: bool) -> Tensor:
+    return torch.full_like(z, 8) if symmetric else (z * ZERO_STEPS).round().clamp(0, 15 * ZERO_STEPS) / ZERO_STEPS
 
 
 def in_groups(t: Tensor, groupsize: int, mode: str = "constant") -> Tensor:
@@ -101,6 +105,7 @@ class QuantizedLinear(nn.Module):
     lowest, highest, zero_steps = 0, 15, ZERO_STEPS
     groupsize: int
     experts = 1                          # how many a model.MoE keeps in its rows
+    portable = False                     # find_params: only what all other programs load, symmetric, bf16 scales
     weight: Tensor
     scales: Any                          # Tensor; None where pack_for has put them elsewhere
     zeros: Any
@@ -173,6 +178,7 @@ class Int8Linear(QuantizedLinear):
 
     def find_params(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         scales = weight.float().abs().amax(dim=1, keepdim=True) / 127
+        scales = scales.bfloat16().float() if self.portable else scales
         return scales, torch.zeros_like(scales, dtype=torch.uint8)
 
     def to_buffers(self, q: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
@@ -202,7 +208,8 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("zeros", torch.empty(out_features, groups, dtype=torch.uint8))
 
     def find_params(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return int4_params(weight, self.groupsize if importance is None else weight.size(1), importance)
+        groupsize = self.groupsize if importance is None else weight.size(1)
+        return int4_params(weight, groupsize, importance, self.portable)
 
     def to_buffers(self, q: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
         return dict(weight=kernels.pack_nibbles(q), scales=scales, zeros=zeros)

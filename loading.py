@@ -1,6 +1,8 @@
 """From what a user names, a file, a folder or a repository of the Hugging Face Hub, to a model in memory."""
+import contextlib
 import re
 import sys
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -174,25 +176,44 @@ def resolve_checkpoint(checkpoint_path: Path | str, field: str = "checkpoint_pat
 
 
 def download_checkpoint(repo_id: str, out: Path | None = None, token: str | None = None,
-                        revision: str | None = None) -> Path:
+                        revision: str | None = None, hub: str = "huggingface") -> Path:
     """Downloads what a checkpoint needs to the folder out/repo_id, by default in CHECKPOINTS; returns it. It resumes.
 
-    token: by default the environment's (HF_TOKEN) or the stored one. Errors: UserError.
+    token: by default the environment's (HF_TOKEN, MODELSCOPE_API_TOKEN) or the stored one. hub: of HUBS. Errors:
+    UserError.
     """
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
     folder, where = (out or CHECKPOINTS) / repo_id, f"{repo_id} (revision {revision})" if revision else repo_id
-    try:
-        info = hub.HfApi(token=token).model_info(repo_id, revision=revision)
-        files = wanted_files([sibling.rfilename for sibling in info.siblings or []])
+    open_repository, library_errors = HUBS[hub]
+    with library_errors(repo_id, where, revision, folder):
+        files, fetch = open_repository(repo_id, revision, token)
+        files = wanted_files(files)
         if "config.json" not in files:
             raise UserError(f"{where}: no config.json with *.safetensors or pytorch_model*.bin in that repository")
         for names in (sorted({*files} - {"config.json"}), ["config.json"]):    # config.json last: then all is there
-            hub.snapshot_download(repo_id, revision=info.sha or revision, local_dir=folder, allow_patterns=names,
-                                  token=token)
+            fetch(names, folder)
             if absent := [name for name in names if not (folder / name).exists()]:       # the library may skip some
                 raise UserError(f"could not download all of {where}: {', '.join(absent[:8])} missing; run this again")
+    return folder
+
+
+Fetch = Callable[[list[str], Path], object]          # names of files, to a folder
+
+
+def open_huggingface(repo_id: str, revision: str | None, token: str | None) -> tuple[list[str], Fetch]:
+    """The names of a repository's files, and what downloads some of them."""
+    import huggingface_hub as hub
+
+    info = hub.HfApi(token=token).model_info(repo_id, revision=revision)
+    return [sibling.rfilename for sibling in info.siblings or []], lambda names, folder: hub.snapshot_download(
+        repo_id, revision=info.sha or revision, local_dir=folder, allow_patterns=names, token=token)
+
+
+@contextlib.contextmanager
+def huggingface_errors(repo_id: str, where: str, revision: str | None, folder: Path) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.HFValidationError as error:
         raise UserError(f"{repo_id!r} is not a Hub id: {error}") from error
     except errors.GatedRepoError as error:
@@ -202,10 +223,41 @@ def download_checkpoint(repo_id: str, out: Path | None = None, token: str | None
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{revision}: {repo_id} has no such revision", "revision") from error
     except (errors.HTTPError, OSError) as error:           # pyright: ignore[reportPrivateImportUsage]
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"could not download {where}: {reason}; run scripts/prepare.sh {repo_id} where there is a "
-                        f"network (it resumes), or copy the checkpoint's files to {folder}") from error
-    return folder
+        raise UserError(f"could not download {where}: {first_line(error)}; run scripts/prepare.sh {repo_id} where "
+                        f"there is a network (it resumes), or copy the checkpoint's files to {folder}") from error
+
+
+def open_modelscope(repo_id: str, revision: str | None, token: str | None) -> tuple[list[str], Fetch]:
+    """The same of ModelScope."""
+    try:
+        from modelscope import snapshot_download  # pyright: ignore[reportMissingImports]
+        from modelscope.hub.api import HubApi  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("modelscope needs its library: pip install modelscope", "hub") from None
+    api = HubApi()
+    if token:
+        api.login(token)
+    files = api.get_model_files(repo_id, **({"revision": revision} if revision else {}), recursive=True)
+    return [file["Path"] for file in files if file["Type"] != "tree"], lambda names, folder: snapshot_download(
+        repo_id, revision=revision, local_dir=str(folder), allow_patterns=names)
+
+
+@contextlib.contextmanager
+def modelscope_errors(repo_id: str, where: str, revision: str | None, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:           # its library has no class of its own for them
+        raise UserError(f"could not download {where} from ModelScope: {first_line(error)}; is there such a repository, "
+                        f"and a network? Run this again, or copy the checkpoint's files to {folder}") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+HUBS = {"huggingface": (open_huggingface, huggingface_errors), "modelscope": (open_modelscope, modelscope_errors)}
 
 
 def wanted_files(files: list[str]) -> list[str]:

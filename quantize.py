@@ -29,6 +29,7 @@ import harness
 from checkpoint import check_finite, empty_model, read_checkpoint, read_weights, verify_checkpoint, write_checkpoint
 from cli import UserError
 from config import ModelArgs
+from export import FORMATS, export_checkpoint
 from formats import GROUPSIZES, MODES, Int4Linear, Quantization, QuantizedLinear, replace_linears, skipped_names
 from generate import Engine
 from kernels import copy_to
@@ -61,11 +62,12 @@ class Calibration:
 
 def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str = "int8", skip: tuple[str, ...] = (),
                         device: torch.device | str = "cpu", report: bool = False, progress: bool = True,
-                        calibration: Calibration | None = None) -> Path:
+                        calibration: Calibration | None = None, portable: bool = False) -> Path:
     """Writes model_int8.pth or model_int4.gG.pth beside an unquantized checkpoint and returns its path.
 
     In memory at a time are the quantized weights and a part of the others, or the model itself while it writes a text.
-    Without a calibration weights are rounded to nearest, as the head always is. Errors: UserError.
+    Without a calibration weights are rounded to nearest, as the head always is. portable: only numbers that export.py
+    can write in other programs' formats. Errors: UserError.
     """
     if mode not in (*MODES, *GPTQ_MODES):
         raise UserError(f"{mode!r} is not supported (supported: {', '.join((*MODES, *GPTQ_MODES))})", "mode")
@@ -81,6 +83,8 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
         check_finite(name, tensor)           # the linears' when they are quantized
     quantization = Quantization(format, groupsize, lm_head, skipped_names(model, skip), path.name)
     linears = dict(replace_linears(model, quantization))
+    for linear in linears.values():
+        linear.portable = portable
     keys = {name: f"{name}.weight" if f"{name}.weight" in plain else "tok_embeddings.weight" for name in linears}
     state = {key: t for key, t in plain.items() if key not in keys.values() or key == "tok_embeddings.weight"}
     by_gptq = {name: linear for name, linear in linears.items() if calibration and name.startswith("layers.")}
@@ -290,14 +294,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--mode", required=True, choices=(*MODES, *GPTQ_MODES), help="int4 learns from text that the "
                       "model itself writes, int8-gptq and int4-gptq from a calibration text")
     what.add_argument("--groupsize", type=int, default=32, choices=GROUPSIZES, help="columns that share a scale (int4)")
-    what.add_argument("--lm_head", default="int8", choices=(*MODES, "unquantized", "none"),
-                      help="of the output head; none is another name of unquantized")
+    what.add_argument("--lm_head", choices=(*MODES, "unquantized", "none"), help="of the output head; none is another "
+                      "name of unquantized (default: int8; with --export none, as not all programs load another)")
     what.add_argument("--skip", action="append", default=[], metavar="PATTERN",
                       help="linears that stay as they are, e.g. 'layers.0.*'; repeatable")
     what.add_argument("--round_to_nearest", action="store_true", help="int4 without GPTQ: faster, but less faithful")
     what.add_argument("--device", default="cpu", help="where to compute")
     what.add_argument("--report", action="store_true", help="print each linear's size, and the RMS of the error over "
                       "that of its weights (with GPTQ: of its outputs)")
+    what.add_argument("--export", type=Path, metavar="FOLDER", help="also write a Hugging Face folder, which "
+                      "transformers, vLLM and SGLang load; int4 is symmetric then, and scales are exact in bf16")
+    what.add_argument("--export_format", choices=FORMATS, help="default: compressed-tensors")
     gptq = parser.add_argument_group("GPTQ")
     gptq.add_argument("--percdamp", type=float, default=0.01, help="damping, as a part of the Hessian's mean diagonal")
     gptq.add_argument("--blocksize", type=int, default=128, help="columns whose errors reach the others together")
@@ -355,12 +362,22 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"is for --mode {args.mode}-gptq: --mode {args.mode} takes no calibration text", field)
     if args.round_to_nearest and args.mode != "int4":
         raise UserError(f"is for --mode int4, not {args.mode}", "round_to_nearest")
+    lm_head = args.lm_head or ("none" if args.export else "int8")
+    lm_head = "none" if lm_head == "unquantized" else lm_head
+    if args.export:                                  # what would be refused is refused before the work
+        cli.check_new(args.export, "export")
+        if args.export_format == "gptq" and lm_head != "none":
+            raise UserError(f"{args.lm_head}: gptq has no place for a quantized head", "lm_head")
+    elif args.export_format:
+        raise UserError("is for --export", "export_format")
     path = resolve_checkpoint(args.checkpoint_path, download=True)
     calibration = None if args.mode == "int8" or args.round_to_nearest else read_calibration(args, path)
-    lm_head = "none" if args.lm_head == "unquantized" else args.lm_head
     target = quantize_checkpoint(path, args.mode, args.groupsize, lm_head, tuple(args.skip), device, args.report,
-                                 calibration=calibration)
+                                 calibration=calibration, portable=bool(args.export))
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB ({path.name}: {path.stat().st_size / 1e6:.1f} MB)")
+    if args.export:
+        with cli.fields(out="export"):
+            print(f"wrote {export_checkpoint(target, args.export, args.export_format or FORMATS[0])}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,3 +96,19 @@ def refusal(capsys):
         assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
         return error
     return run
+
+
+def peak_growth(statement: str, imports: str) -> int:
+    """By how many bytes the resident memory of a new process grows at most, mapped pages included."""
+    script = f"""if True:
+        import re
+        from pathlib import Path
+        {imports}
+
+        def peak():
+            return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        before = peak()
+        {statement}
+        print(peak() - before)"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True)
+    return int(done.stdout)

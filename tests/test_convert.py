@@ -24,11 +24,11 @@ from torch import Tensor
 import convert as convert_module
 from cli import UserError
 from config import ModelArgs
+from conftest import ROOT, peak_growth
 from convert import convert
 from loading import load_model
 from model import Transformer
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=64)
 FAMILIES = {
@@ -411,7 +411,7 @@ BAD = {
     "no experts": (edit_config(model_type="qwen3_moe"), "no 'num_experts'"),
     "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 3}),
                   "config.json: quantization_config: bits 3 is not supported"),
-    "quantized by a name": (edit_config(quantization_config="fp8"), "quant_method 'fp8' is not supported"),
+    "quantized by a name": (edit_config(quantization_config="hqq"), "quant_method 'hqq' is not supported"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights there"),
     "shard absent": (put(INDEX, json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})),
                      "model-00001-of-00002.safetensors named in model.safetensors.index.json but not there"),
@@ -553,16 +553,5 @@ def test_memory(tmp_path: Path, layout: str) -> None:
     size = sum(tensor.nbytes for tensor in source.values())
     del source
 
-    script = """if True:
-        import re, sys
-        from pathlib import Path
-        from convert import convert
-
-        def peak():
-            return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-        before = peak()
-        convert(sys.argv[1], progress=False)
-        print(peak() - before)"""
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, check=True)
-    grown = int(done.stdout)
+    grown = peak_growth(f"convert({str(tmp_path)!r}, progress=False)", "from convert import convert")
     assert 0.1 * size < grown < size, f"{grown / size:.2f} times"

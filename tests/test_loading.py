@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
@@ -123,6 +123,66 @@ def test_partial_download(hub, tmp_path):
     assert not (tmp_path / "a/b/config.json").exists()   # or it would pass for a whole one
 
 
+# ---- ModelScope
+
+@pytest.fixture
+def modelscope(monkeypatch) -> SimpleNamespace:
+    """Its library, which holds the same repository. fail: what it raises."""
+    scope = SimpleNamespace(fail=None, asked=[], logins=[])
+
+    class HubApi:
+        def login(self, token: str) -> None:
+            scope.logins.append(token)
+
+        def get_model_files(self, model_id: str, revision: str = "master", recursive: bool = False) -> list[dict]:
+            if scope.fail:
+                raise scope.fail
+            scope.asked.append((model_id, revision, recursive))
+            return [{"Path": "onnx", "Type": "tree"}, *({"Path": file, "Type": "blob"} for file in REPOSITORY + EXTRAS)]
+
+    def snapshot_download(model_id: str, revision: str | None = None, local_dir: str | None = None,
+                          allow_patterns: list[str] | None = None) -> str:
+        scope.asked.append((model_id, revision, allow_patterns))
+        Path(local_dir).mkdir(parents=True, exist_ok=True)
+        for file in allow_patterns:
+            (Path(local_dir) / file).touch()
+        return local_dir
+    package, hub, api = ModuleType("modelscope"), ModuleType("modelscope.hub"), ModuleType("modelscope.hub.api")
+    package.snapshot_download, package.hub, hub.api, api.HubApi = snapshot_download, hub, api, HubApi
+    for module in (package, hub, api):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return scope
+
+
+def test_download_from_modelscope(modelscope, tmp_path):
+    folder = download_checkpoint("Qwen/Qwen3-0.6B", tmp_path, hub="modelscope")
+    assert folder == tmp_path / "Qwen/Qwen3-0.6B" and {file.name for file in folder.iterdir()} == set(REPOSITORY)
+    listed, first, last = modelscope.asked
+    assert listed == ("Qwen/Qwen3-0.6B", "master", True) and last == ("Qwen/Qwen3-0.6B", None, ["config.json"])
+    assert "config.json" not in first[2] and not modelscope.logins
+    download_checkpoint("a/b", tmp_path, "secret", "v1", "modelscope")
+    assert modelscope.asked[3] == ("a/b", "v1", True) and modelscope.logins == ["secret"]
+    assert all(revision == "v1" for _, revision, _ in modelscope.asked[3:])
+
+
+@pytest.mark.parametrize("error", [ValueError("no such model\nat all"), OSError("no route"), KeyError()])
+def test_modelscope_errors(modelscope, tmp_path, error):
+    modelscope.fail = error
+    with pytest.raises(UserError, match="could not download a/b from ModelScope: .*Run this again, or copy") as refused:
+        download_checkpoint("a/b", tmp_path, hub="modelscope")
+    assert "\n" not in str(refused.value)
+
+
+def test_without_modelscopes_library(monkeypatch, tmp_path, refusal):
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(sys, "argv", ["download.py", "a/b", "--hub", "modelscope", "--out", str(tmp_path)])
+    import download
+    assert refusal(lambda _: download.main()) == "error: --hub modelscope needs its library: pip install modelscope\n"
+    monkeypatch.setattr(sys, "argv", ["download.py", "a/b", "--hub", "gitee"])
+    assert "--hub: invalid choice: 'gitee'" in refusal(lambda _: download.main())
+
+
 # ---- resolve_checkpoint
 
 def test_local_paths(hub, published, tmp_path):
@@ -232,6 +292,7 @@ def test_nobody_answers():
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_prepare_usage():
-    done = subprocess.run([ROOT / "scripts/prepare.sh"], capture_output=True, text=True)
+@pytest.mark.parametrize("argv", [[], ["a/b", "c/d"], ["a/b", "--token", "x"], ["a/b", "--hub"]])
+def test_prepare_usage(argv):
+    done = subprocess.run([ROOT / "scripts/prepare.sh", *argv], capture_output=True, text=True)
     assert done.returncode == 2 and "usage" in done.stderr

@@ -10,9 +10,10 @@ import cli
 import kernels
 import loading
 import tiny
-from convert import PublishedQuantization, convert
+from convert import convert
 from formats import GPTQLinear
 from loading import load_model
+from packing import Published
 from published import publish
 from test_quantize import dequantized
 
@@ -159,10 +160,20 @@ def test_damaged_published_checkpoints_are_refused(reference, tmp_path):
     refused("g_idx differs from that of the other parts of layers.0.attention.wqkv", **other_order)
     down = "model.layers.0.mlp.down_proj"
     refused("groups of other sizes than 32", **{f"{down}.g_idx": torch.zeros_like(whole[f"{down}.g_idx"])})
-    plain = {f"{q}.{key}": None for key in ("qweight", "qzeros", "scales", "g_idx")}
-    refused("parts of layers.0.attention.wqkv.weight are quantized and others are not", **plain,
-            **{f"{q}.weight": torch.zeros(128, 128)})
     refused("unexpected: .*o_proj.bias", **{"model.layers.0.self_attn.o_proj.bias": torch.ones(128)})
+
+
+def test_a_fused_linear_of_which_a_part_is_not_quantized_is_dequantized(reference, tmp_path, capsys):
+    folder = tiny.save(reference, tmp_path)
+    meant = publish(folder, skip=r"layers\.0\.self_attn\.q_proj")
+    model, _ = load_model(folder, "cpu", torch.float32)
+    said = capsys.readouterr().err
+    assert "becomes bf16: layers.0.self_attn.k_proj, layers.0.self_attn.v_proj\n" in said
+    k_proj = meant["model.layers.0.self_attn.k_proj"][1]
+    assert torch.equal(model.layers[0].attention.wqkv.weight[128:192], k_proj.bfloat16().float())
+    q_proj = reference.model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(model.layers[0].attention.wqkv.weight[:128], q_proj)
+    assert isinstance(model.layers[1].attention.wqkv, GPTQLinear)
 
 
 def test_qwen_v1_files(tmp_path):
@@ -204,8 +215,9 @@ def test_gptqmodels_gptq(bits, groupsize, desc_act, form):
     if form == "gptq":
         model.convert_gptq_v2_to_v1_format_module(theirs, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
     config = {"quant_method": "gptq", "bits": bits, "group_size": groupsize, "checkpoint_format": form}
-    packing = PublishedQuantization.from_hf({"quantization_config": config})
-    buffers = packing.decode("linear", theirs.qweight, theirs.qzeros, theirs.scales, theirs.g_idx)
+    (packing,) = Published.from_hf({"quantization_config": config}).packings
+    parts = {"qweight": theirs.qweight, "qzeros": theirs.qzeros, "scales": theirs.scales, "g_idx": theirs.g_idx}
+    buffers = packing.decode("linear", torch.Size((N, K)), parts).to_buffers(f"int{bits}-fp16")
     ours = GPTQLinear(K, N, groupsize=packing.stored_groupsize, bits=bits)
     ours.order = buffers.get("order")
     weight = ours.dequantize(torch.float16, buffers)
@@ -227,8 +239,9 @@ def test_gptqmodels_awq(groupsize):
     theirs.pack(source, scales.float(), zeros.float())
     expected = utils.dequantize_gemm(theirs.qweight, theirs.qzeros, theirs.scales, 4, groupsize).T
     config = {"quant_method": "awq", "bits": 4, "group_size": groupsize, "version": "gemm"}
-    packing = PublishedQuantization.from_hf({"quantization_config": config})
-    buffers = packing.decode("linear", theirs.qweight, theirs.qzeros, theirs.scales)
+    (packing,) = Published.from_hf({"quantization_config": config}).packings
+    parts = {"qweight": theirs.qweight, "qzeros": theirs.qzeros, "scales": theirs.scales}
+    buffers = packing.decode("linear", torch.Size((N, K)), parts).to_buffers("int4-fp16")
     weight = GPTQLinear(K, N, groupsize=groupsize).dequantize(torch.float16, buffers)
     assert expected.dtype == torch.float16 and torch.equal(weight, expected)
     assert (weight - source.weight).abs().max() < 1e-2

@@ -126,6 +126,28 @@ def test_int4_parameters_are_nearly_the_best():
         assert found.sum() < 1.03 * best.sum()
 
 
+def test_portable_parameters():
+    """What other programs load: symmetric int4, no worse than by the widest weight; int8 scales that bf16 holds."""
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    w[0], w[1, :32] = 0, -0.25
+    linear = Int4Linear(96, 64, groupsize=32)
+    linear.portable = True
+    buffers = linear.quantize(w)
+    assert (buffers["zeros"] == 8 * formats.ZERO_STEPS).all() and buffers["scales"].dtype == torch.bfloat16
+    found = linear.dequantize(buffers=buffers)
+    groups = w.unflatten(1, (-1, 32))
+    scale = torch.maximum(-groups.amin(2) / 8, groups.amax(2) / 7)[:, :, None].clamp(min=1e-9)
+    widest = (groups / scale).round().clamp(-8, 7) * scale
+    assert (found - w).square().sum() < (widest - groups).square().sum()
+    assert torch.equal(found[0], w[0]) and torch.equal(found[1, :32], w[1, :32])
+    linear = Int8Linear(96, 64)
+    linear.portable = True
+    buffers = linear.quantize(w)
+    assert torch.equal(buffers["scales"], buffers["scales"].bfloat16().float())
+    step = buffers["scales"][:, None]
+    assert ((linear.dequantize(buffers=buffers) - w).abs() <= step * 0.76).all()         # the widest may lie at 127.5
+
+
 def test_an_outlier_disturbs_its_own_group_or_row_only():
     torch.manual_seed(0)
     w = torch.randn(4, 256)

@@ -15,10 +15,26 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+TABLE_NAMES = re.compile(r"^\| (`.*?) \|", re.MULTILINE)           # files
 SHORTER = {                                          # what a command gets so that it ends soon
     "generate.py": ["-n", "4", "--num_samples", "1", "--device", "cpu"],
     "eval.py": ["--device", "cpu", "--max_seq_length", "256"],
     "quantize.py": []}
+
+
+def test_the_chinese_readme_has_the_same_code():
+    """All blocks of code in the same order, so that the tests below run its commands too, and the same files and
+    links."""
+    chinese = (ROOT / "README_zh.md").read_text()
+    blocks = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+    assert blocks.findall(chinese) == blocks.findall(README)
+    headings, tables = re.compile(r"^#+ ", re.MULTILINE), re.compile(r"^\|.*", re.MULTILINE)
+    assert headings.findall(chinese) == headings.findall(README)
+    assert [row.count("|") for row in tables.findall(chinese)] == [row.count("|") for row in tables.findall(README)]
+    assert TABLE_NAMES.findall(chinese) == TABLE_NAMES.findall(README)
+    assert "](README_zh.md)" in README and "](README.md)" in chinese
+    for name in re.findall(r"\]\(([\w./-]+)[)#]", chinese):
+        assert (ROOT / name).exists(), name
 
 
 def test_two_commands_come_first():
@@ -32,7 +48,7 @@ def test_it_is_short():
 
 
 def test_files_in_the_table_exist():
-    rows = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
+    rows = TABLE_NAMES.findall(README)
     names = [name for row in rows for name in re.findall(r"`([\w./]+)`", row)]
     files = [name for name in names if name.endswith((".py", "/"))]
     assert len(files) > 12
