@@ -449,8 +449,8 @@ def add_sampling_options(group: Any) -> None:
                        help="sample from the most probable tokens that have a probability of P together")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> Any:
-    """For load_engine; returns their group."""
+def add_model_options(parser: argparse.ArgumentParser, capacity: str = "what the request needs") -> Any:
+    """For load_engine; returns their group. capacity: the default of max_seq_length, in words."""
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
                        help="a model.pth, its folder, or a Hugging Face repository to download, "
@@ -461,7 +461,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     model.add_argument("--quantize_activations", action=argparse.BooleanOptionalAction, default=True,
                        help="beside int8 and int4 weights, where the CPU multiplies integers faster")
     model.add_argument("--max_seq_length", type=int, default=0, metavar="N",
-                       help="capacity of the KV cache in tokens (default: what the request needs)")
+                       help=f"capacity of the KV cache in tokens (default: {capacity})")
     return model
 
 

@@ -164,7 +164,8 @@ class Server:
         if self.args.host in LOCAL and not self.args.api_key:          # a web page may have its name point here
             middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL)))
         if self.args.cors:
-            middleware.append(Middleware(CORSMiddleware, allow_origins=self.args.cors, allow_headers=["*"]))
+            middleware.append(Middleware(CORSMiddleware, allow_origins=self.args.cors, allow_methods=["GET", "POST"],
+                                         allow_headers=["*"]))
         routes = [Route(path, self.endpoint(handler), methods=[method]) for method, path, handler in (
             ("POST", "/v1/chat/completions", self.chat), ("POST", "/v1/completions", self.complete),
             ("GET", "/v1/models", self.models), ("GET", "/v1/models/{name:path}", self.model),
@@ -272,6 +273,8 @@ class Server:
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             prompt = [prompt]
         prompts = [self.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in prompt]
+        if not all(prompts):
+            raise UserError("is empty", "prompt")
         if any(id >= self.batcher.engine.vocab_size for ids in prompts for id in ids):
             raise UserError(f"has ids beyond the vocabulary of {self.batcher.engine.vocab_size}", "prompt")
         return prompts
@@ -371,7 +374,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("what requests leave open")
     generate.add_sampling_options(group)
     group.add_argument("--no_thinking", action="store_true", help="ask a thinking model to answer at once")
-    generate.add_model_options(parser)
+    generate.add_model_options(parser, f"{DEFAULT_CAPACITY}, or the model's context")
     generate.add_speed_options(parser)
     return parser.parse_args(argv)
 
@@ -428,7 +431,7 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
 
 def serve(server: Server, listening: socket.socket) -> None:
     """Until a signal asks for the end, or the model's thread fails."""
-    config = uvicorn.Config(server.application(), log_level="warning", lifespan="off", access_log=False,
+    config = uvicorn.Config(server.application(), log_level="warning", lifespan="off", ws="none", access_log=False,
                             timeout_graceful_shutdown=3)
     http = uvicorn.Server(config)
     with ThreadPoolExecutor(1) as pool:
