@@ -220,14 +220,28 @@ def parse(schema: type[T], body: bytes) -> T:
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
-        # Of a union pydantic tells every alternative's: the deepest is of the one that was meant.
-        first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
-        if first["type"] == "json_invalid":
-            raise RequestError(400, f"the body is not JSON: {first['msg']}") from None
-        param = ".".join(str(key) for key in first["loc"] if re.fullmatch(r"[\w-]{1,99}", str(key))) or None
+        errors = error.errors(include_url=False, include_context=False)
+        if errors[0]["type"] == "json_invalid":
+            raise RequestError(400, f"the body is not JSON: {errors[0]['msg']}") from None
+        # Of a union pydantic tells what is wrong with every alternative: the deepest was meant, or that of this type.
+        found = [(path_of(e["loc"], json.loads(body), e["type"] == "missing"), e) for e in errors]
+        path, first = max(found, key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")))
+        param = ".".join(path)[:100] or None
         message = "is not a supported field" if first["type"] == "extra_forbidden" else first["msg"]
         message = message.removeprefix("Value error, ").replace("Input should be", "should be")
         raise RequestError(400, f"{param}: {message}" if param else message, param) from None
+
+
+def path_of(location: Sequence[str | int], value: Any, missing: bool) -> list[str]:
+    """Where in a body an error is, without the names that pydantic gives to a union's alternatives."""
+    path = []
+    for i, key in enumerate(location):
+        if isinstance(value, dict) and key in value or isinstance(value, list) and isinstance(key, int):
+            value = value[key]
+            path.append(str(key))
+        elif missing and i == len(location) - 1:
+            path.append(str(key))
+    return path
 
 
 # ---- answers

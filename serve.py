@@ -402,7 +402,7 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = ((error.strerror if isinstance(error, OSError) else None) or str(error)).partition(" (while")[0]
         raise UserError(f"{port}: cannot listen at {host}: {reason}", "port") from None
 
 

@@ -258,8 +258,8 @@ def test_logprobs_are_evals(client, demo):
     expected = logits.log_softmax(-1)
     assert b"".join(bytes(token.bytes) for token in told).decode() == answer.message.content
     assert [t.logprob for t in told] == pytest.approx([expected[i, id].item() for i, id in enumerate(ids)], abs=1e-4)
-    assert [[top.logprob for top in token.top_logprobs] for token in told] == pytest.approx(
-        [row.topk(3).values.tolist() for row in expected], abs=1e-4)
+    assert [top.logprob for token in told for top in token.top_logprobs] == pytest.approx(
+        [value for row in expected for value in row.topk(3).values.tolist()], abs=1e-4)
 
 
 # ---- chats
@@ -285,7 +285,7 @@ def test_a_chats_next_turn_reads_what_is_new(client):
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
         cached.append((answer.usage.prompt_tokens_details.cached_tokens, answer.usage.prompt_tokens))
     for (_, before), (reused, _) in zip(cached, cached[1:]):
-        assert reused >= before
+        assert reused >= before - 2        # where an answer begins, its first characters may make other tokens
 
 
 def test_thoughts_and_tools(scripted_server):
