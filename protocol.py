@@ -6,7 +6,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -237,7 +237,7 @@ def path_of(location: Sequence[str | int], value: Any, missing: bool) -> list[st
     path = []
     for i, key in enumerate(location):
         if isinstance(value, dict) and key in value or isinstance(value, list) and isinstance(key, int):
-            value = value[key]
+            value = cast(Any, value)[key]
             path.append(str(key))
         elif missing and i == len(location) - 1:
             path.append(str(key))
@@ -420,7 +420,7 @@ class ChatChoice(CompletionChoice):
     def deltas(self, output: Output) -> Iterator[dict[str, Any]]:
         """What an output adds to the message."""
         if self.parser is None:                    # a grammar's
-            parts = [("content", output.text)] if output.text else []
+            parts = [Part("content", output.text)] if output.text else []
         else:
             parts = self.parser.push(output.text, last=output.finish_reason is not None)
         for kind, value in parts:

@@ -171,8 +171,7 @@ class Server:
             ("GET", "/v1/models", self.models), ("GET", "/v1/models/{name:path}", self.model),
             ("GET", "/metrics", self.metrics))]
         return Starlette(routes=[*routes, Route("/health", self.health)], middleware=middleware, exception_handlers={
-            HTTPException: lambda request, error: error_response(RequestError(error.status_code, error.detail)),
-            Exception: lambda request, error: error_response(RequestError(500, "a bug: see the server's log"))})
+            HTTPException: unexpected, Exception: unexpected})
 
     def endpoint(self, handler: Callable) -> Callable:
         """With what all have in common: the key, the form of errors, the count."""
@@ -344,6 +343,13 @@ class Server:
         except RequestError as error:
             yield json.dumps(error.body())
         yield "[DONE]"
+
+
+async def unexpected(request: HTTPRequest, error: Exception) -> Response:
+    """For a path or method that there is not, or for a bug, whose traceback the log has."""
+    if isinstance(error, HTTPException):
+        return error_response(RequestError(error.status_code, error.detail))
+    return error_response(RequestError(500, "a bug: see the server's log"))
 
 
 def error_response(error: RequestError) -> Response:
