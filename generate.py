@@ -84,6 +84,12 @@ class Engine:
         if draft:
             self.speculator = Speculator(self, draft, speculate_k)
 
+    @property
+    def context(self) -> int:
+        """How many positions the model, and its draft, have."""
+        draft = self.speculator.draft_engine if self.speculator else None
+        return min(self.model.args.max_position, draft.model.args.max_position if draft else 1 << 62)
+
     def run_eagerly(self) -> None:
         """For a machine without a working compiler."""
         self.run_decode, self.run_forward = decode_one_token, self.model.forward
@@ -222,7 +228,8 @@ class Engine:
     def step(self, idx: Tensor, input_pos: Tensor, choice: Choice, rng: torch.Generator) -> Tensor:
         """The next ids [B, 1]; moves input_pos on."""
         noise = exponential_noise(len(idx), choice.candidates, rng)
-        following = self.run_decode(self.model, self.fused, self.vocab_size, idx, input_pos, choice, noise).clone()
+        following, _ = self.run_decode(self.model, self.fused, self.vocab_size, idx, input_pos, choice, noise)
+        following = following.clone()
         input_pos += 1
         return following
 
@@ -256,10 +263,11 @@ class Engine:
 
 
 def decode_one_token(model: Transformer, fused: kernels.FusedLayers | None, vocab_size: int, idx: Tensor,
-                     input_pos: Tensor, choice: Choice, noise: Tensor) -> Tensor:
-    """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1]. No method: an Engine that refers to itself would keep
-    its model in memory until Python looks for cycles."""
-    return sample(model(idx, input_pos, fused=fused)[:, -1, :vocab_size], choice, noise)
+                     input_pos: Tensor, choice: Choice, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The next ids [B, 1] after idx [B, 1] at input_pos [B, 1], and the logits [B, V] that they were chosen from. No
+    method: an Engine that refers to itself would keep its model in memory until Python looks for cycles."""
+    logits = model(idx, input_pos, fused=fused)[:, -1]
+    return sample(logits[:, :vocab_size], choice, noise), logits
 
 
 def start_reading(ids: Tensor) -> Callable[[], list[int]]:
@@ -384,16 +392,23 @@ def warm_up(engine: Engine, prompts: Sequence[Sequence[int]], request: dict[str,
     start = time.perf_counter()
     tokens = 32 if engine.speculator else 3          # so that the first choice of k rests on some rounds
     request = {**request, "max_new_tokens": min(tokens, request["max_new_tokens"]), "stop_ids": frozenset()}
-    try:
+    with eager_without_compiler(engine):
         for _ in engine.generate(prompts, **request):
             pass
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def eager_without_compiler(engine: Engine) -> Iterator[None]:
+    """Where what is done inside fails for want of a compiler, the engine runs eagerly from then on."""
+    try:
+        yield
     except Exception as error:
         said = f"{type(error).__name__} {error}"
         if not any(words in said for words in ("InvalidCxxCompiler", "CppCompileError", "No working C++ compiler")):
             raise
         print("--compile: no working C++ compiler was found, so the model runs eagerly", file=sys.stderr)
         engine.run_eagerly()
-    return time.perf_counter() - start
 
 
 # ---- the command
@@ -417,17 +432,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     output.add_argument("--num_samples", type=int, default=5, metavar="N", help="samples, one after another")
     output.add_argument("--batch_size", type=int, default=1, metavar="N",
                         help="continuations of the prompt at a time")
-    output.add_argument("--temperature", "--temp", type=float, default=0.8, metavar="T",
-                        help="0: always the most probable token")
-    output.add_argument("--top_k", type=int, default=200, metavar="K",
-                        help="sample from the K most probable tokens; 0: from all")
-    output.add_argument("--top_p", type=float, metavar="P",
-                        help="sample from the most probable tokens that have a probability of P together")
+    add_sampling_options(output)
     output.add_argument("--seed", type=int, metavar="N",
                         help="the same seed gives the same text (with drafts: for a fixed K)")
     output.add_argument("--ignore_eos", action="store_true", help="go on past the end of the text")
     output.add_argument("--quiet", action="store_true", help="print the text alone")
 
+    model = add_model_options(parser)
+    model.add_argument("--list_models", action="store_true", help="print the shapes of published models and end")
+    speed = add_speed_options(parser)
+    speed.add_argument("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample")
+    return parser.parse_args(argv)
+
+
+def add_sampling_options(group: Any) -> None:
+    group.add_argument("--temperature", "--temp", type=float, default=0.8, metavar="T",
+                       help="0: always the most probable token")
+    group.add_argument("--top_k", type=int, default=200, metavar="K",
+                       help="sample from the K most probable tokens; 0: from all")
+    group.add_argument("--top_p", type=float, metavar="P",
+                       help="sample from the most probable tokens that have a probability of P together")
+
+
+def add_model_options(parser: argparse.ArgumentParser, capacity: str = "what the request needs") -> Any:
+    """For load_engine; returns their group. capacity: the default of max_seq_length, in words."""
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint_path", "--model", type=Path, default=DEMO, metavar="PATH",
                        help="a model.pth, its folder, or a Hugging Face repository to download, "
@@ -438,11 +466,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--quantize_activations", action=argparse.BooleanOptionalAction, default=True,
                        help="beside int8 and int4 weights, where the CPU multiplies integers faster")
     model.add_argument("--max_seq_length", type=int, default=0, metavar="N",
-                       help="capacity of the KV cache in tokens (default: what the request needs)")
+                       help=f"capacity of the KV cache in tokens (default: {capacity})")
     model.add_argument("--kv_cache", choices=["int8"], help="half the size: worth it beyond some 1,000 positions, and "
                        "where memory is short (default: the model's dtype)")
-    model.add_argument("--list_models", action="store_true", help="print the shapes of published models and end")
+    return model
 
+
+def add_speed_options(parser: argparse.ArgumentParser) -> Any:
+    """For load_engine; returns their group."""
     speed = parser.add_argument_group("speed")
     speed.add_argument("--compile", action="store_true", help="compile decoding")
     speed.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
@@ -455,8 +486,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                        "head for multi-token prediction (Qwen3-Next, Qwen3.5)")
     speed.add_argument("--speculate_k", metavar="K",
                        help="tokens to draft at a time, or auto: as many, or none, as is fastest (default: auto)")
-    speed.add_argument("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample")
-    return parser.parse_args(argv)
+    return speed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -475,9 +505,9 @@ def list_models() -> None:
 
 def check_args(args: argparse.Namespace, ranks: tp.Ranks | None) -> Sampling:
     """What can be checked without the model. Errors: UserError."""
-    for field, least in (("num_samples", 1), ("batch_size", 1), ("max_new_tokens", 1), ("max_seq_length", 0)):
-        if getattr(args, field) < least:
-            raise UserError(f"{getattr(args, field)} must be {least} or more", field)
+    for field in ("num_samples", "batch_size", "max_new_tokens"):
+        if getattr(args, field) < 1:
+            raise UserError(f"{getattr(args, field)} must be 1 or more", field)
     if args.batch_size > MAX_BATCH:
         raise UserError(f"{args.batch_size} must be at most {MAX_BATCH}", "batch_size")
     if args.seed is not None and not 0 <= args.seed < 1 << 63:
@@ -485,28 +515,38 @@ def check_args(args: argparse.Namespace, ranks: tp.Ranks | None) -> Sampling:
     for field in ("system", "no_thinking"):
         if getattr(args, field) and not (args.chat or args.interactive and args.chat is None):
             raise UserError("needs --chat", field)
+    check_engine_args(args)
+    if args.profile and args.interactive:
+        raise UserError("is of samples, and --interactive takes none", "profile")
+    if args.profile and (not ranks or ranks.first):
+        cli.check_writable(args.profile, "profile")
+    return sampling_of(args)
+
+
+def check_engine_args(args: argparse.Namespace) -> None:
+    """The same of what load_engine takes."""
+    if args.max_seq_length < 0:
+        raise UserError(f"{args.max_seq_length} must be 0 or more", "max_seq_length")
     if args.speculate_k is not None and not (args.draft_checkpoint_path or args.draft):
         raise UserError(f"{args.speculate_k} needs --draft_checkpoint_path or --draft", "speculate_k")
     if args.draft_checkpoint_path and args.draft:
         raise UserError("and --draft are two ways to draft: give one", "draft_checkpoint_path")
     parse_speculate_k(args.speculate_k)
-    if args.profile and args.interactive:
-        raise UserError("is of samples, and --interactive takes none", "profile")
-    if args.profile and (not ranks or ranks.first):
-        cli.check_writable(args.profile, "profile")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What add_sampling_options' flags say. Errors: UserError."""
     sampling = Sampling(args.temperature, args.top_k or None, args.top_p)
     sampling.check()
     return sampling
 
 
-def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
-    if args.list_models:
-        return list_models()
-    sampling, log = check_args(args, ranks), open(os.devnull, "w") if args.quiet else sys.stdout
+def load_engine(args: argparse.Namespace, ranks: tp.Ranks | None, log: TextIO | None = None) -> Engine:
+    """The model and what drafts for it, as the flags of add_model_options and add_speed_options say. Errors:
+    UserError."""
     kernels.chosen["gpu"] = args.kernels
-    device = parse_device(args.device)
+    device, start = parse_device(args.device), time.perf_counter()
     device = ranks.take_device(device) if ranks else device
-    text, start = "" if args.interactive else read_text(args, ranks), time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, device, parse_dtype(args.dtype, device), ranks,
                                   quantize_activations=args.quantize_activations, verify=args.verify,
                                   mtp=args.draft == "mtp", int8_kv_cache=args.kv_cache == "int8")
@@ -515,14 +555,21 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     context = model.args.max_position
     if args.max_seq_length > context:
         raise UserError(f"{args.max_seq_length} exceeds the model's context of {context} positions", "max_seq_length")
+    draft, speculate_k = load_draft(args, model, ranks), parse_speculate_k(args.speculate_k)
+    return Engine(model, tokenizer, args.compile, args.compile_prefill, draft, speculate_k)
+
+
+def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
+    if args.list_models:
+        return list_models()
+    sampling, log = check_args(args, ranks), open(os.devnull, "w") if args.quiet else sys.stdout
+    text = "" if args.interactive else read_text(args, ranks)
+    engine = load_engine(args, ranks, log)
+    tokenizer, context = engine.tokenizer, engine.context
     if args.chat is None:
         args.chat = args.interactive and tokenizer.has_template
-    draft, speculate_k = load_draft(args, model, ranks), parse_speculate_k(args.speculate_k)
-    engine = Engine(model, tokenizer, args.compile, args.compile_prefill, draft, speculate_k)
     if engine.speculator:
         engine.speculator.measures = True            # for the summary, whether or not k is to be chosen
-    if isinstance(draft, Engine):
-        context = min(context, draft.model.args.max_position)
     capacity = min(context, args.max_seq_length or 4096) if args.interactive else args.max_seq_length
     request = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, max_seq_length=capacity, seed=args.seed,
                    stop_ids=frozenset() if args.ignore_eos else None)

@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 
     candidates: how many tokens of a row may be drawn, and so how many random numbers it needs; 0 for argmax.
     cuts: whether top_k or top_p leaves any of them out.
-    limits: fp32 [3], the temperature, top_k and top_p.
+    limits: fp32, the temperature, top_k and top_p: [3], or [B, 3] where rows differ.
     """
     candidates: int
     cuts: bool
@@ -57,7 +57,7 @@ class Choice(NamedTuple):
 def shortlist(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """The candidates among logits [B, V]: their logits / T in fp32, -inf for what top_k and top_p leave out, and their
     ids; both [B, candidates]."""
-    temperature, top_k, top_p = choice.limits.unbind()
+    temperature, top_k, top_p = choice.limits[..., None].unbind(-2)                # [1] or [B, 1] each
     every = torch.arange(choice.candidates, device=logits.device)
     if not choice.cuts:
         return logits.float() / temperature, every.expand_as(logits)
@@ -127,7 +127,8 @@ class RecordedStep:
         key = (kernels.key_of(fused), *around, spec, *((arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg
                                                        for arg in flat))
         if key not in self.recorded:                 # those of tensors that are gone will not come back
-            self.recorded = {known: step for known, step in self.recorded.items() if known[0] == key[0]}
+            alive = kernels.fused_alive()
+            self.recorded = {known: step for known, step in self.recorded.items() if known[0] in alive}
             self.recorded[key] = self.record(fused, args, inputs, tokens)
         graph, static, outputs = self.recorded[key]
         torch._foreach_copy_(static, inputs)         # pyright: ignore[reportPrivateImportUsage]

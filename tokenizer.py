@@ -186,15 +186,17 @@ class Tokenizer:
         return self._backend.piece(id) if 0 <= id < self.vocab_size else b""
 
     def render_chat(self, messages: Sequence[dict[str, Any]], enable_thinking: bool = True,
-                    add_generation_prompt: bool = True) -> list[int]:
+                    add_generation_prompt: bool = True, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """Ids of a conversation ({"role", "content"} each) in the checkpoint's template, up to the assistant's answer.
+
+        tools: the functions that the assistant may call, as JSON schemas.
 
         While the template runs, other characters stand for those of control tokens in the messages, so that only what
         the template itself writes, to the last character, is a control token. The exceptions are roles, types, and an
         assistant's <think> and </think>, which the model wrote and which templates look for.
         """
         template = self.template()
-        hidden = _stand_ins(self.control, template, messages)
+        hidden = _stand_ins(self.control, template, [*messages, *(tools or ())])
         shown = {ord(stand_in): chr(character) for character, stand_in in hidden.items()}
 
         def hide(value: Any, kept: str) -> Any:
@@ -212,7 +214,7 @@ class Tokenizer:
         tokens = {key: content for key, value in self._config.items()
                   if key.endswith("_token") and (content := _content(value)) is not None}
         try:
-            text = templates.render(template, conversation, tools=None, documents=None, **tokens,
+            text = templates.render(template, conversation, tools=hide(tools, "(?!)"), documents=None, **tokens,
                                     add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking)
         except templates.TemplateFailed as error:
             said = str(error).translate(shown)

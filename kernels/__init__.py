@@ -347,6 +347,11 @@ def key_of(fused: FusedLayers) -> int:
     return gpu_layers.fused[int(fused.handle)].key
 
 
+def fused_alive() -> set[int]:
+    """On a GPU: the keys of all fused layers that are in use."""
+    return {layers.key for layers in gpu_layers.fused.values()}
+
+
 def tune(fused: FusedLayers, tokens: int) -> None:
     """On a GPU: finds the fastest kernels for steps of so many tokens, where they are not known."""
     if chosen["gpu"] == "auto" and tokens <= MAX_TOKENS:

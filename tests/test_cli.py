@@ -20,6 +20,7 @@ import cli
 import eval as eval_command
 import generate
 import quantize
+import serve
 import tiny
 from cli import UserError, atomic_write, check_writable
 from conftest import ROOT
@@ -279,7 +280,7 @@ def test_ctrl_c_at_any_time(argv, tmp_path):
 NUMBERS = ["0", "-1", "3", "1e20", str(10 ** 20), "9" * 5000, "inf", "-inf", "nan", "٣", "1_0", "x", "", "0x10"]
 PATHS = ["\0", "a\0b", "x" * 300, "x" * 5000, "/dev/null", "/dev/zero", "/", ".", "/nowhere/x", "/etc/passwd/x",
          "\udcff", "-"]
-COMMANDS = {"generate": generate, "quantize": quantize, "eval": eval_command}
+COMMANDS = {"generate": generate, "quantize": quantize, "eval": eval_command, "serve": serve}
 
 
 def flags(module) -> list[argparse.Action]:
@@ -290,7 +291,8 @@ def flags(module) -> list[argparse.Action]:
 
 
 CASES = [(name, action.option_strings[-1 if action.option_strings[0][1] != "-" else 0])
-         for name, module in COMMANDS.items() for action in flags(module)]
+         for name, module in COMMANDS.items() for action in flags(module)
+         if name != "serve" or action.option_strings not in [known.option_strings for known in flags(generate)]]
 
 
 @pytest.fixture(scope="module")
@@ -308,13 +310,14 @@ def checked(folder, monkeypatch):
     monkeypatch.setattr(generate, "run_samples", lambda *args: done.append(1))
     monkeypatch.setattr(generate, "chat", lambda *args: done.append(1))
     monkeypatch.setattr(quantize, "quantize_checkpoint", lambda path, *args, **more: done.append(1) or path)
+    monkeypatch.setattr(serve, "serve", lambda server, listening: listening.close() or done.append(1))
     monkeypatch.setattr(eval_command, "perplexity", lambda *args: eval_command.TextScore(1.0, 1, 1))
     monkeypatch.setattr(eval_command.harness, "evaluate", lambda *args, **more: None)
     monkeypatch.setattr(eval_command, "compare", lambda *args: iter(()))
     monkeypatch.setattr(cli, "MAX_TEXT", 1 << 20)
     monkeypatch.setattr(quantize, "calibration_texts", lambda args, path: ["a b c d e f g h " * 9999])
     return {"generate": [], "eval": ["--perplexity", str(ROOT / "tests" / "data" / "heldout.txt")],
-            "quantize": ["--mode", "int4-gptq"]}
+            "quantize": ["--mode", "int4-gptq"], "serve": ["--port", "0"]}
 
 
 @pytest.mark.parametrize("name, flag", CASES, ids=map(" ".join, CASES))
