@@ -19,13 +19,14 @@ from rows import block_of
 from tokenizer import StreamDecoder
 
 GREEDY = Sampling(temperature=0)
-FAMILIES = ["qwen3-tied", "qwen3.5", "qwen-v1-ntk", "mistral-window", "qwen3-moe"]
+FAMILIES = ["qwen3-tied", "qwen3-tied int8", "qwen3.5", "qwen-v1-ntk", "mistral-window", "qwen3-moe"]     # int8: the cache
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tiny_folder):
     """The same model twice: an engine for a batcher, and one for each request alone."""
-    return [Engine(*load_model(tiny_folder(request.param), "cpu", torch.float32)) for _ in range(2)]
+    family, _, cache = request.param.partition(" ")
+    return [Engine(*load_model(tiny_folder(family), "cpu", torch.float32, int8_kv_cache=bool(cache))) for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
