@@ -19,7 +19,7 @@ from rows import block_of
 from tokenizer import StreamDecoder
 
 GREEDY = Sampling(temperature=0)
-FAMILIES = ["qwen3-tied", "qwen3-tied int8", "qwen3.5", "qwen-v1-ntk", "mistral-window", "qwen3-moe"]     # int8: the cache
+FAMILIES = ["qwen3-tied", "qwen3-tied int8", "qwen3.5", "qwen-v1-ntk", "mistral-window", "qwen3-moe"]  # int8: the cache
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
