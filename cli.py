@@ -115,11 +115,16 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
+def printable(text: object) -> str:
+    """Names of files may be any bytes, and a terminal takes UTF-8 only."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def fail(error: UserError | str) -> int:
     """Prints a mistake as a command tells it, with its flag; returns the exit status."""
     flag = f"--{FLAGS.get(error.field, error.field)} " if isinstance(error, UserError) and error.field else ""
     message = error.message if isinstance(error, UserError) else error
-    line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()           # names may be any bytes
+    line = printable(" ".join(message.split()))
     with contextlib.suppress(OSError, ValueError):
         print(f"error: {flag}{line}", file=sys.stderr)
     return 2

@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", default="compressed-tensors", choices=FORMATS)
     args = parser.parse_args(argv)
     path = resolve_checkpoint(args.checkpoint_path, download=True)
-    print(f"wrote {export_checkpoint(path, args.out, args.format)}")
+    print("wrote", cli.printable(export_checkpoint(path, args.out, args.format)))
 
 
 if __name__ == "__main__":

@@ -205,10 +205,11 @@ class Engine:
 
     def forward_chunk(self, idx: Tensor, input_pos: Tensor, logits_at: Tensor) -> Tensor:
         """Through the compiled model, which takes any length but 1: the compiler would make a special case of it."""
-        if idx.size(1) == 1 or not self.compiled_prefill:                      # nor import the compiler
+        if idx.size(1) == 1:
             return self.model(idx, input_pos, logits_at, self.fused)
-        torch._dynamo.maybe_mark_dynamic(idx, 1)
-        torch._dynamo.maybe_mark_dynamic(input_pos, input_pos.dim() - 1)
+        if self.compiled_prefill:                              # else the compiler need not be imported
+            torch._dynamo.maybe_mark_dynamic(idx, 1)
+            torch._dynamo.maybe_mark_dynamic(input_pos, input_pos.dim() - 1)
         return self.run_forward(idx, input_pos, logits_at, self.fused)
 
     def decode_n_tokens(self, idx: Tensor, input_pos: Tensor, n: int, choice: Choice,

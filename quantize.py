@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB ({path.name}: {path.stat().st_size / 1e6:.1f} MB)")
     if args.export:
         with cli.fields(out="export"):
-            print(f"wrote {export_checkpoint(target, args.export, args.export_format or FORMATS[0])}")
+            print("wrote", cli.printable(export_checkpoint(target, args.export, args.export_format or FORMATS[0])))
 
 
 if __name__ == "__main__":

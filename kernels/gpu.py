@@ -634,7 +634,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
         most, keys = 16, 16
     elif q.dtype == torch.float32:
         most, keys = 64 if D <= 128 else 32, 16
-    elif D > 128:
+    elif D > 128 or scales:
         keys = 32
     tokens = S if S * per_head <= most else max(1, most // per_head)
     queries = max(16, next_power_of_2(tokens * per_head))

@@ -394,6 +394,7 @@ def test_the_thread(tiny_pair):
 def test_nothing_is_compiled_for_a_request(tiny_folder, tiny_pair):
     """After the warm-up, whatever sizes of the batch, kinds of sampling and lengths there are."""
     from torch._dynamo.utils import counters
+    torch._dynamo.reset()                                        # what other tests' sizes have taught the compiler
     engine = Engine(*load_model(tiny_folder("qwen3-tied"), "cpu", torch.float32), compile=True)
     batcher = Batcher(engine, 2, 128, 200)
     assert batcher.warm_up() > 0
