@@ -468,8 +468,8 @@ def add_model_options(parser: argparse.ArgumentParser, capacity: str = "what the
                        help="beside int8 and int4 weights, where the CPU multiplies integers faster")
     model.add_argument("--max_seq_length", type=int, default=0, metavar="N",
                        help=f"capacity of the KV cache in tokens (default: {capacity})")
-    model.add_argument("--kv_cache", choices=["int8"], help="half the size: worth it beyond some 1,000 positions, and "
-                       "where memory is short (default: the model's dtype)")
+    model.add_argument("--kv_cache", choices=["int8"], help="half the size: worth it for texts of thousands of tokens, "
+                       "and where memory is short (default: the model's dtype)")
     return model
 
 
