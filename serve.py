@@ -12,6 +12,7 @@ import hmac
 import json
 import random
 import re
+import signal
 import socket
 import time
 import uuid
@@ -435,11 +436,27 @@ def command(args: argparse.Namespace, ranks: tp.Ranks | None) -> None:
     serve(server, listening)
 
 
+class HTTPServer(uvicorn.Server):
+    """uvicorn's, which at its end does not wait for answers that nobody will complete."""
+
+    def __init__(self, server: Server):
+        super().__init__(uvicorn.Config(server.application(), log_level="warning", lifespan="off", ws="none",
+                                        access_log=False, timeout_graceful_shutdown=3))
+        self.server, self.interrupted = server, False
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.interrupted |= sig == signal.SIGINT
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for exchange in {*self.server.exchanges.values()}:
+            exchange.close()
+        await super().shutdown(sockets)
+
+
 def serve(server: Server, listening: socket.socket) -> None:
     """Until a signal asks for the end, or the model's thread fails."""
-    config = uvicorn.Config(server.application(), log_level="warning", lifespan="off", ws="none", access_log=False,
-                            timeout_graceful_shutdown=3)
-    http = uvicorn.Server(config)
+    http = HTTPServer(server)
     with ThreadPoolExecutor(1) as pool:
         loop = pool.submit(server.batcher.run)
         loop.add_done_callback(lambda _: setattr(http, "should_exit", True))
@@ -448,6 +465,8 @@ def serve(server: Server, listening: socket.socket) -> None:
         finally:
             server.batcher.close()
             loop.result()
+    if http.interrupted:                           # whether or not the signal was raised again
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -675,6 +675,20 @@ def test_memory_that_is_not_there(refusal):
                                                        10 ** 12)
 
 
+def test_ctrl_c_ends_answers_under_way():
+    """A stream, and an answer that is to come whole: at once, without a traceback."""
+    server = Process()
+    body = json.dumps(dict(prompt="x", max_tokens=900, temperature=0, stop=["\0"])).encode()
+    connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=60) for _ in range(2)]
+    for connection, sent in zip(connections, (body[:-1] + b', "stream": true}', body)):
+        connection.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
+    stream = connections[0].getresponse()
+    assert stream.readline().startswith(b"data: ")
+    said = server.stop()
+    assert "Traceback" not in said and server.process.returncode == 130, said
+    assert b"[DONE]" not in stream.read()
+
+
 # ---- the README, several processes, a compiled server
 
 def test_the_readmes_commands(tmp_path):
