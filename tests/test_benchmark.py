@@ -495,6 +495,7 @@ def test_a_worker_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_workers_do_not_recompile_while_they_are_measured(tmp_path):
     done = benchmark.work(tiny_job(tmp_path, compile=True), str(tmp_path))
     assert "failed" not in done, done
@@ -502,6 +503,7 @@ def test_compiled_workers_do_not_recompile_while_they_are_measured(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_measure_a_tiny_shape(tmp_path):
     done = benchmark.work(tiny_job(tmp_path, quantization="int8", ranks=2), str(tmp_path))
     assert "failed" not in done, done

@@ -621,6 +621,7 @@ def test_out_of_memory_says_what_was_needed(folder, loaded, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_without_a_compiler_it_says_so_and_runs_eagerly(folder):
     """With a real compiler setting that cannot work, in a fresh process: the kernels' build fails too."""
     done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", folder / "model.pth", "--compile",
@@ -664,7 +665,7 @@ def test_default_dtype_never_picks_fp16_on_a_cpu(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe-sparse"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2-moe", marks=pytest.mark.long), "qwen3-moe-sparse"])
 @pytest.mark.parametrize("with_kernels", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_experts_compiled(tiny_folder, monkeypatch, family, with_kernels):
     """Steps gather the chosen experts' weights where there are no kernels, and prompts run expert by expert."""

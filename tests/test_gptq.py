@@ -351,6 +351,7 @@ def test_refusals(copied, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_task_whose_data_cannot_be_had(tiny_folder, tmp_path, capsys):
     (tmp_path / "far.yaml").write_text("task: far_away\ndataset_path: nobody/nothing-of-that-name\n"
                                        "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\n"

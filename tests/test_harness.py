@@ -307,6 +307,7 @@ def test_compiled_scores_follow_each_rows_own_ntk(tiny_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_tasks_score_the_same_and_new_lengths_compile_nothing(eval_model):
     eager, compiled = QwenFast(*eval_model, 4), QwenFast(*eval_model, 4, compile=True)
     for shots, limit in ((1, 2), (0, 3)):

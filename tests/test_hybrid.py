@@ -352,8 +352,8 @@ def test_ctrl_c_amid_a_pass(model, monkeypatch, who, at):
 # ---- compiled
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [pytest.param("qwen3-next", marks=pytest.mark.long), "qwen3.5",
-                                    pytest.param("qwen3.5-moe", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["qwen3-next", "qwen3.5", "qwen3.5-moe"])
 def test_compiled_equals_eager(tiny_folder, family, monkeypatch):
     """Decoding, the prompt's pass, and verification."""
     monkeypatch.setattr(speculate, "runs_fused", lambda model: False)

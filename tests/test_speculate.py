@@ -576,7 +576,7 @@ def test_inflating_to_less_is_refused(tmp_path):
 # ---- several processes, scripts
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", ["3", "auto"])
+@pytest.mark.parametrize("k", [pytest.param("3", marks=pytest.mark.long), "auto"])
 def test_two_ranks_write_what_one_process_writes(capsys, k):
     options = ["--temperature", "0", "--dtype", "fp32", "--max_new_tokens", "40", "--prompt", "def f(a, b):",
                "--device", "cpu", "--num_samples", "1"]

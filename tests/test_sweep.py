@@ -82,6 +82,7 @@ def test_sweep(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_over_two_ranks(tmp_path, capsys):
     speculate_sweep.main(["--prompts", "prose", "--max_new_tokens", "8", "--num_samples", "1", "--device", "cpu",
                           "--nproc_per_node", "2", "--out", str(tmp_path)])

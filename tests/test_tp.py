@@ -523,7 +523,7 @@ def four(folder, run_ranks):
     return found_by(4, folder, run_ranks)
 
 
-@pytest.fixture(scope="module", params=["two", "four"])
+@pytest.fixture(scope="module", params=["two", pytest.param("four", marks=pytest.mark.long)])
 def parallel(request):
     return request.getfixturevalue(request.param)
 
@@ -693,6 +693,7 @@ def request_and_text(folder, run_ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_print_what_one_process_prints(request_and_text):
     """As two of torchrun on this one; only the first prints."""
     request, expected = request_and_text
