@@ -650,6 +650,7 @@ sys.argv = ["generate.py", "--max_new_tokens", "4", "--num_samples", "1", "--qui
 runpy.run_path("generate.py", run_name="__main__")
 print(*sorted({"torch._dynamo", "torch._inductor", "transformers", "lm_eval", "huggingface_hub"} & {*sys.modules}))
 """
+    loading.resolve_checkpoint(loading.DEMO, download=True)              # converting, the first time, imports it
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ""
 
