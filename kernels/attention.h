@@ -92,10 +92,24 @@ template <typename T> INLINE float dot(const T* a, const T* b, i64 D) {
     return sum(acc[0] + acc[1]);
 }
 
-// out[r * BLOCK + i] = q[r] . k[i] for NR queries, in the order of Lanes<E>, and KEYS keys
-template <typename E, int NR, int KEYS> INLINE void dot_keys(const E* k, const float* q, i64 D, float* out) {
+// Asks for n numbers that are read soon.
+template <typename C> INLINE void prefetch(const C* from, i64 n) {
+    for (i64 i = 0; i < n * (i64)sizeof(C); i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+// The same of N numbers from next + at, a multiple of N, in the midst of other work, unless next is null. Memory takes
+// half as long if it is asked evenly, and in the order of its addresses whatever that of the work.
+template <int N, typename E> INLINE void prefetch_in_turn(const E* next, i64 at) {
+    constexpr int LINE = 64 / sizeof(E);
+    if (next && at % LINE == 0) UNROLL(i, (N + LINE - 1) / LINE) __builtin_prefetch(next + at + i * LINE, 0, 2);
+}
+
+// out[r * BLOCK + i] = q[r] . k[i] for NR queries, in the order of Lanes<E>, and KEYS keys; asks for as many from next
+template <typename E, int NR, int KEYS>
+INLINE void dot_keys(const E* k, const E* next, const float* q, i64 D, float* out) {
     f32xL acc[NR * KEYS] = {};
     for (i64 d = 0; d < D; d += 16) {
+        prefetch_in_turn<16 * KEYS>(next, KEYS * d);
         typename Lanes<E>::Reg key[KEYS];
         UNROLL(i, KEYS) key[i] = Lanes<E>::load(k + i * D + d);
         UNROLL2(p, 16 / LANES, r, NR) {
@@ -107,16 +121,20 @@ template <typename E, int NR, int KEYS> INLINE void dot_keys(const E* k, const f
 }
 
 // The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. scaled: scale * q in the
-// order of Lanes<E>, if NARROW; q otherwise, and E = T
+// order of Lanes<E>, if NARROW; q otherwise, and E = T. next: what to ask for meanwhile, or null
 template <typename T, typename E>
-INLINE void score_block(const T* q, const float* scaled, const E* k, i64 R, i64 n, i64 D, float scale, float* out) {
+INLINE void score_block(const T* q, const float* scaled, const E* k, const E* next, i64 R, i64 n, i64 D, float scale,
+                        float* out) {
     if constexpr (NARROW) {
         tiles(R, [&](i64 r, auto queries) INLINE_LAMBDA {
             constexpr int KEYS = queries <= 2 ? 4 : 2;
-            const float* q = scaled + r * D;
+            const auto some = [&](i64 j, auto keys) INLINE_LAMBDA {
+                const E* ahead = next && r == 0 ? next + j * D : nullptr;
+                dot_keys<E, queries, keys>(k + j * D, ahead, scaled + r * D, D, out + r * BLOCK + j);
+            };
             i64 j = 0;
-            for (; j + KEYS <= n; j += KEYS) dot_keys<E, queries, KEYS>(k + j * D, q, D, out + r * BLOCK + j);
-            for (; j < n; j++) dot_keys<E, queries, 1>(k + j * D, q, D, out + r * BLOCK + j);
+            for (; j + KEYS <= n; j += KEYS) some(j, std::integral_constant<int, KEYS>());
+            for (; j < n; j++) some(j, std::integral_constant<int, 1>());
         });
     } else {
         i64 j = 0;
@@ -155,11 +173,12 @@ INLINE float softmax_block(float* s, i64 n, i64 from, i64 to, float& max, float&
     return correction;
 }
 
-// acc[r, d .. d + 16 * C) += sum over j < n of p[r, j] v[j, d ..], for NR queries
+// acc[r, d .. d + 16 * C) += sum over j < n of p[r, j] v[j, d ..], for NR queries; asks for as many from next
 template <typename T, int NR, int C>
-INLINE void add_values(float* acc, const float* p, const T* v, i64 n, i64 d, i64 D) {
+INLINE void add_values(float* acc, const float* p, const T* v, const T* next, i64 n, i64 d, i64 D) {
     f32x16 a[NR][C] = {};
     for (i64 j = 0; j < n; j++) {
+        prefetch_in_turn<16 * C>(next, d * n + 16 * C * j);
         f32x16 vj[C];
         UNROLL(c, C) vj[c] = load16(v + j * D + d + 16 * c);
         UNROLL(r, NR) {
@@ -201,7 +220,8 @@ INLINE void add_value_pairs(float* acc, const float* p, const T* v, i64 n, i64 d
     }
 }
 
-template <typename T, int NR> INLINE void add_values(float* acc, const float* p, const T* v, i64 n, i64 D) {
+template <typename T, int NR>
+INLINE void add_values(float* acc, const float* p, const T* v, const T* next, i64 n, i64 D) {
     i64 d = 0;
     if constexpr (Lanes<T>::PAIRS) {
         constexpr int C = NR > 2 ? 2 : 4;  // so that the sums stay in registers
@@ -209,21 +229,20 @@ template <typename T, int NR> INLINE void add_values(float* acc, const float* p,
         for (; d + 32 <= D; d += 32) add_value_pairs<T, NR, 1>(acc, p, v, n, d, D);
     }
     constexpr int C = NARROW ? 4 / NR : 4;
-    for (; d + 16 * C <= D; d += 16 * C) add_values<T, NR, C>(acc, p, v, n, d, D);
-    for (; d < D; d += 16) add_values<T, NR, 1>(acc, p, v, n, d, D);
+    for (; d + 16 * C <= D; d += 16 * C) add_values<T, NR, C>(acc, p, v, next, n, d, D);
+    for (; d < D; d += 16) add_values<T, NR, 1>(acc, p, v, next, n, d, D);
 }
 
-// acc[r] += sum over j < n of p[r, j] v[j], for R queries
-template <typename T> INLINE void add_values(float* acc, const float* p, const T* v, i64 R, i64 n, i64 D) {
+// acc[r] += sum over j < n of p[r, j] v[j], for R queries. next: what to ask for meanwhile, or null
+template <typename T>
+INLINE void add_values(float* acc, const float* p, const T* v, const T* next, i64 R, i64 n, i64 D) {
+    const auto some = [&](i64 r, auto queries) INLINE_LAMBDA {
+        add_values<T, queries>(acc + r * D, p + r * BLOCK, v, r ? nullptr : next, n, D);
+    };
     i64 r = 0;
-    for (; r + 4 <= R; r += 4) add_values<T, 4>(acc + r * D, p + r * BLOCK, v, n, D);
-    for (; r + 2 <= R; r += 2) add_values<T, 2>(acc + r * D, p + r * BLOCK, v, n, D);
-    for (; r < R; r++) add_values<T, 1>(acc + r * D, p + r * BLOCK, v, n, D);
-}
-
-// Asks for n values that are read next: without, a core waited for most of the memory's latency.
-template <typename C> INLINE void prefetch(const C* from, i64 n) {
-    for (i64 i = 0; i < n * (i64)sizeof(C); i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+    for (; r + 4 <= R; r += 4) some(r, std::integral_constant<int, 4>());
+    for (; r + 2 <= R; r += 2) some(r, std::integral_constant<int, 2>());
+    for (; r < R; r++) some(r, std::integral_constant<int, 1>());
 }
 
 // n values of a cache of type C as numbers of type E: where they are, or converted in a buffer
@@ -274,12 +293,15 @@ void attend_as(const Queries& a, const T* q, const Head<C>& head, i64 begin, i64
         const auto each_part = [&](const C* rows, auto f) INLINE_LAMBDA {
             for (i64 j = 0; j < n; j += BLOCK_IN_CACHE) {
                 const i64 count = std::min(BLOCK_IN_CACHE, n - j);
-                prefetch(rows + (t + j + BLOCK_IN_CACHE) * D, std::min(BLOCK_IN_CACHE, end - t - j - count) * D);
-                f(as_type<E>(rows + (t + j) * D, count * D, buffer), scores + j, count);
+                const C* after = rows + (t + j + count) * D;
+                const E* next = nullptr;
+                if constexpr (NARROW && std::is_same_v<E, C>) next = after;
+                else prefetch(after, std::min(BLOCK_IN_CACHE, end - t - j - count) * D);
+                f(as_type<E>(rows + (t + j) * D, count * D, buffer), next, scores + j, count);
             }
         };
-        each_part(head.keys, [&](const E* k, float* s, i64 count) INLINE_LAMBDA {
-            score_block(q, scaled.data(), k, R, count, D, scale, s);
+        each_part(head.keys, [&](const E* k, const E* next, float* s, i64 count) INLINE_LAMBDA {
+            score_block(q, scaled.data(), k, next, R, count, D, scale, s);
         });
         if (head.k_scales) scale_columns(scores, head.k_scales + t, R, n);
         for (i64 r = 0; r < R; r++) {
@@ -290,8 +312,8 @@ void attend_as(const Queries& a, const T* q, const Head<C>& head, i64 begin, i64
                 for (i64 d = 0; d < D; d++) acc[d] *= correction;
         }
         if (head.v_scales) scale_columns(scores, head.v_scales + t, R, n);
-        each_part(head.values, [&](const E* v, float* p, i64 count) INLINE_LAMBDA {
-            add_values(out.acc, p, v, R, count, D);
+        each_part(head.values, [&](const E* v, const E* next, float* p, i64 count) INLINE_LAMBDA {
+            add_values(out.acc, p, v, next, R, count, D);
         });
     }
 }
@@ -307,7 +329,7 @@ void attend_range(const Queries& a, const T* q, const Head<int8_t>& head, i64 be
                   Partial out) {
     if constexpr (NARROW)
         if (a.R <= 4) return attend_as<int8_t>(a, q, head, begin, end, scores, out);
-    attend_as<std::conditional_t<NARROW, float, T>>(a, q, head, begin, end, scores, out);
+    attend_as<T>(a, q, head, begin, end, scores, out);
 }
 
 // How attention is shared out between threads: a job is one KV head of one row of the batch with a tile of its tokens.
