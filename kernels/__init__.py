@@ -52,8 +52,7 @@ def few_on_gpu(x: Tensor, tensors: list[Tensor]) -> bool:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K_in], weight [N, K_in] -> [..., N], summed in fp32."""
-    few = 0 < x.numel() <= MAX_TOKENS * x.size(-1)
-    if on_cpu(x) and few and weight.dtype == x.dtype and weight.is_contiguous() and available():
+    if on_cpu(x) and x.numel() and weight.dtype == x.dtype and weight.is_contiguous() and available():
         return torch.ops.qwen_fast.linear(x, [weight], weight.size(0), False)
     if weight.dtype == x.dtype and few_on_gpu(x, [weight]):
         return torch.ops.qwen_fast.few_tokens_linear(x, [weight])
@@ -67,8 +66,7 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, quantize_activations: bool = True) -> Tensor:
     """x [..., K_in], weight int8 [N, K_in], scales fp32 [N] -> [..., N]; w = scale * q.
 
-    quantize_activations: may round up to 16 tokens (with AVX2 any number, else with VNNI) to int16, in groups of 256
-    with a scale each.
+    quantize_activations: may round up to 16 tokens (with AVX2 or VNNI) to int16, in groups of 256 with a scale each.
     """
     if on_cpu(x) and weight.is_contiguous() and available():
         return torch.ops.qwen_fast.linear(x, [weight, scales], weight.size(0), quantize_activations)
@@ -88,8 +86,7 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
                 quantize_activations: bool = True) -> Tensor:
     """x [..., K_in] and weights from pack_int4 -> [..., N].
 
-    quantize_activations: may round up to 16 tokens (with AVX2 any number, else with VNNI) to int8, in groups of 32
-    with a scale each.
+    quantize_activations: may round up to 16 tokens (with AVX2 or VNNI) to int8, in groups of 32 with a scale each.
     """
     if on_cpu(x) and available():
         return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, quantize_activations)

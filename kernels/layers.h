@@ -89,14 +89,15 @@ struct Linear {
         for (size_t i = 0; i < products.size(); i++) {
             const auto& p = products[i];
             const T* x = (const T*)p.x;
-            if (NARROW && p.M > 2) x32[i] = arranged<T>(p.x, p.M, K);
-            else if (!std::is_same_v<T, float>) {
+            const bool many = p.M > MAX_TOKENS;
+            if (NARROW && p.M > 2 && !many) x32[i] = arranged<T>(p.x, p.M, K);
+            else if (!std::is_same_v<T, float> && !many) {
                 rounded[i].resize(p.M * K);
                 convert(p.x, rounded[i].data(), p.M * K);
                 x = rounded[i].data();
             }
-            rows.push_back({weight.const_data_ptr<T>() + p.e * n * K, x, x32[i].empty() ? nullptr : x32[i].data(), p.y,
-                            p.M, n, K});
+            const float* floats = many ? p.x : x32[i].empty() ? nullptr : x32[i].data();
+            rows.push_back({weight.const_data_ptr<T>() + p.e * n * K, x, floats, p.y, p.M, n, K});
         }
         share_all(rows);
     }
@@ -108,24 +109,22 @@ struct Linear {
     }
 
     // Whether so many tokens go through decode()
-    bool decodes(i64 M, bool quantize_activations) const {
-        return M <= (NARROW && is(weight, at::kBFloat16) ? MAX_TOKENS_BF16 : MAX_TOKENS) ||
-               (INTEGERS_FOR_ALL && scales.defined() && quantize_activations);
-    }
+    static bool decodes(i64 M) { return M <= MAX_TOKENS || FP32_PRODUCTS; }
 
     // x [M, K] -> y [M, N]
     void decode(const float* x, float* y, i64 M, bool quantize_activations) const {
         decode({{0, M, x, y}}, 1, quantize_activations);
         if (!bias.defined()) return;
         const float* b = bias.const_data_ptr<float>();
+#pragma omp parallel for num_threads(threads()) if (M * N > ONE_THREAD)
         for (i64 m = 0; m < M; m++)
             for (i64 n = 0; n < N; n++) y[m * N + n] += b[n];
     }
 
-    // x [M, K] -> [M, N], in fp32 for up to 16 tokens, for more in x's dtype: the model's, or where that is slow, fp32
+    // x [M, K] -> [M, N], in fp32 if it is computed here, else in x's dtype: the model's, or where that is slow, fp32
     Tensor multiply(const Tensor& x, bool quantize_activations) const {
         const i64 M = x.size(0);
-        if (decodes(M, quantize_activations)) {
+        if (decodes(M)) {
             const auto x32 = is(x, at::kFloat) ? x : x.to(at::kFloat);
             auto y = at::empty({M, N}, x32.options());
             if (M > 0) decode(x32.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, quantize_activations);
@@ -439,7 +438,7 @@ template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, 
     std::vector<Linear::Product> products;
     for (i64 e = 0; e < E; e++) {
         const i64 begin = routing.first[e], count = routing.first[e + 1] - begin;
-        if (!w.decodes(count, quantize_activations))
+        if (!w.decodes(count))
             y.narrow(0, begin, count).copy_(w.expert(e, E).multiply(x.narrow(0, begin, count), quantize_activations));
         else if (count)
             products.push_back(

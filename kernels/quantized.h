@@ -1,8 +1,8 @@
 // Linears with int8 and int4 weights.
 // Up to 16 tokens: with VNNI or AVX2 the activations are rounded to integers in groups along k, each with a scale of
 // its own. Without, or where activations shall keep their precision, the weights are converted to fp32 on their way.
-// More tokens: a chunk of the weights at a time is converted to the model's dtype and multiplied by PyTorch. Only where
-// integers are faster even then, they go on in integers (INTEGERS_FOR_ALL).
+// More tokens: the weights are converted, to fp32 for multiply_many, or else a chunk at a time to the model's dtype for
+// PyTorch.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -57,8 +57,7 @@ template <typename Q> struct Activations {
 // The activations are rounded to 16 bits, so that next to nothing of them is lost. Where w + OFFSET stands in for w,
 // OFFSET * sum(x) is taken off again.
 //   y[n] = scale[n] * (sum_g s[g] * sum_{k in g} (w + OFFSET) q - OFFSET * sum_k x[k])
-constexpr int G8 = 256;   // activations to a scale
-constexpr int ROWS = 16;  // whose products are a register
+constexpr int G8 = 256;  // activations to a scale
 
 // out[r * M + m] for R rows, `apart` rows from one another: as integers, still with w + OFFSET for w
 template <int R, int M>
@@ -108,55 +107,26 @@ INLINE void int8_rows_fp32(const int8_t* w, i64 apart, const Activations<int16_t
     }
 }
 
-// Sixteen rows of weights (fewer at the end) side by side: panel[k / 2][row][k % 2]
-inline void interleave(const int8_t* w, i64 rows, i64 K, i64 padded, int16_t* panel) {
-    std::fill_n(panel, padded * ROWS, 0);
-    for (i64 r = 0; r < rows; r++) {
-        int16_t* to = panel + 2 * r;
-        i64 k = 0;
-        for (; k + 32 <= K; k += 32) {
-            int16_t wide[32];
-            store64(wide, widen<i16x32>(w + r * K + k));
-            UNROLL(i, 16) std::memcpy(to + (k / 2 + i) * 2 * ROWS, wide + 2 * i, 4);
-        }
-        for (; k < K; k++) to[k / 2 * 2 * ROWS + k % 2] = w[r * K + k];
-    }
-}
-
-// out[m] = the products of the panel's rows with M tokens, without the rows' scales
-template <int M>
-INLINE void int8_panel(const int16_t* panel, const Activations<int16_t>& a, i64 first, f32x16* out) {
-    UNROLL(m, M) out[m] = f32x16{};
-    for (i64 g = 0; g < a.groups; g++) {
-        i32x16 sums[M] = {};
-        const int16_t* x = a.q.data() + first * a.padded + g * G8;
-        for (i64 k = 0; k < G8; k += 2) {
-            const auto w = load64<i16x32>(panel + (g * G8 + k) * ROWS);
-            UNROLL(m, M) sums[m] = add_words(sums[m], w, bits<i16x32>(splat4((const int8_t*)(x + m * a.padded + k))));
-        }
-        UNROLL(m, M) out[m] += to_float(sums[m]) * a.scale[(first + m) * a.groups + g];
-    }
-}
-
 template <bool quantize> struct Int8Rows {
     const int8_t* w;
-    const float* scales;
+    const float *scales, *x;
     float* y;
     i64 M, N, K;
-    Activations<int16_t> a;
+    Activations<int16_t> a;  // of few tokens
     std::vector<int16_t> arranged_q = arranged(a.q);
     std::vector<float> offset = std::vector<float>(M);
 
     Int8Rows(const int8_t* w, const float* scales, const float* x, float* y, i64 M, i64 N, i64 K)
-        : w(w), scales(scales), y(y), M(M), N(N), K(K), a(x, M, K, (K + G8 - 1) / G8 * G8, G8, quantize) {
+        : w(w), scales(scales), x(x), y(y), M(M), N(N), K(K),
+          a(x, M <= MAX_TOKENS ? M : 0, K, (K + G8 - 1) / G8 * G8, G8, quantize) {
         if (quantize)
-            for (i64 i = 0; i < M * a.groups; i++) offset[i / a.groups] += OFFSET * a.sums[i];
+            for (size_t i = 0; i < a.sums.size(); i++) offset[i / a.groups] += OFFSET * a.sums[i];
     }
     i64 count() const { return N; }
     i64 unit() const { return 16; }
     i64 bytes() const { return K; }
     void operator()(i64 begin, i64 end) const {
-        if (quantize && M > MAX_TOKENS) return many(begin, end);
+        if (M > MAX_TOKENS) return multiply_many(panels_of(w, scales, N, K), x, y, M, N, K, begin, end);
         const Halves rows(begin, end, M <= 2 || (M > 4 && !NARROW));  // a second tile finds them in the cache
         rows.each([&](i64 n, auto R) INLINE_LAMBDA {
             tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
@@ -171,28 +141,6 @@ template <bool quantize> struct Int8Rows {
                 }
             });
         });
-    }
-    // For so many tokens that weights are worth being rearranged
-    void many(i64 begin, i64 end) const {
-        std::vector<int16_t> panel(a.padded * ROWS);
-        for (i64 n = begin; n < end; n += ROWS) {
-            const i64 rows = std::min<i64>(ROWS, end - n);
-            interleave(w + n * K, rows, K, a.padded, panel.data());
-            float scale[ROWS] = {};
-            std::copy_n(scales + n, rows, scale);
-            const auto some = [&](i64 m, auto tokens) INLINE_LAMBDA {
-                f32x16 out[tokens];
-                int8_panel<tokens>(panel.data(), a, m, out);
-                UNROLL(i, tokens) {
-                    float values[ROWS];
-                    store16(values, out[i] * load16(scale));
-                    std::copy_n(values, rows, y + (m + i) * N + n);
-                }
-            };
-            i64 m = 0;
-            for (; m + 6 <= M; m += 6) some(m, std::integral_constant<int, 6>());  // as many as there are registers
-            tiles(M - m, [&](i64 tile, auto tokens) INLINE_LAMBDA { some(m + tile, tokens); });
-        }
     }
 };
 
@@ -220,19 +168,31 @@ inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tenso
 constexpr int G4 = 32;                               // activations to a scale
 constexpr int REGISTER = 64, UNIT = 256;  // bytes
 
+// f(i, q[.., 8 j + i]) for the eight values of k in register j
+template <typename F> INLINE void each_of_eight(const uint8_t* p, F f) {
+    const auto eight = load64<u32x16>(p);
+    UNROLL(i, 8) f(i, to_float(bits<i32x16>((eight >> (i < 4 ? 8 * i : 8 * (i - 4) + 4)) & 15)));
+}
+
 struct Int4 {
     const uint8_t* packed;
     const BFloat16* scales;
     const uint8_t* zeros;
     i64 groups, per;  // groups of G along k, and units in one
     i64 units() const { return groups * per; }
+    // out[i * stride + r] = w[r, k + i] for the sixteen rows of a block, and i < count rounded up to whole units
+    template <typename T> void convert(i64 block, i64 k, i64 count, T* out, i64 stride) const {
+        for (i64 unit = k / G4; unit * G4 < k + count; unit++) {
+            const i64 g = block * groups + unit / per;
+            const f32x16 scale = load16(scales + g * ROWS), zero = load16(zeros + g * ROWS) * (1.0f / 16);
+            const uint8_t* p = packed + (block * units() + unit) * UNIT;
+            for (int j = 0; j < 4; j++, out += 8 * stride)
+                each_of_eight(p + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA {
+                    store16(out + i * stride, scale * (q - zero));
+                });
+        }
+    }
 };
-
-// f(i, q[.., 8 j + i]) for the eight values of k in register j
-template <typename F> INLINE void each_of_eight(const uint8_t* p, F f) {
-    const auto eight = load64<u32x16>(p);
-    UNROLL(i, 8) f(i, to_float(bits<i32x16>((eight >> (i < 4 ? 8 * i : 8 * (i - 4) + 4)) & 15)));
-}
 
 // dots[r * M + m] = sum over a unit's k of q[r, k] * x[m, k] in integers. p, q: weights and rounded x of the unit
 template <int R, int M>
@@ -293,24 +253,24 @@ INLINE void int4_blocks(const Int4& w, i64 block, i64 apart, const Activations<i
 
 template <bool quantize> struct Int4Rows {
     Int4 w;
+    const float* x;
     float* y;
-    i64 M, N;
-    Activations<int8_t> a;
+    i64 M, N, K;
+    Activations<int8_t> a;  // of few tokens
 
     Int4Rows(const Int4& w, const float* x, float* y, i64 M, i64 N, i64 K)
-        : w(w), y(y), M(M), N(N), a(x, M, K, w.units() * G4, G4, quantize) {}
+        : w(w), x(x), y(y), M(M), N(N), K(K), a(x, M <= MAX_TOKENS ? M : 0, K, w.units() * G4, G4, quantize) {}
     i64 count() const { return (N + ROWS - 1) / ROWS; }  // in blocks
     i64 unit() const { return 2; }
     i64 bytes() const { return w.units() * UNIT; }
     void operator()(i64 begin, i64 end) const {
+        if (M > MAX_TOKENS) {
+            const auto fill = [&](i64 n, i64 k, i64 count, float* panel) { w.convert(n / ROWS, k, count, panel, ROWS); };
+            return multiply_many(fill, x, y, M, N, K, begin * ROWS, std::min(N, end * ROWS));
+        }
         const Halves halves(begin, end, M <= 2);
-        for (i64 m = 0; m < M; m += MAX_TOKENS) some(halves, m, std::min<i64>(M - m, MAX_TOKENS));
-    }
-    // Tokens m .. m + count, which stay in the cache
-    void some(const Halves& halves, i64 m, i64 count) const {
         halves.each([&](i64 block, auto R) INLINE_LAMBDA {
-            tiles(count, [&](i64 tile, auto tokens) INLINE_LAMBDA {
-                const i64 first = m + tile;
+            tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
                 f32x16 out[R * tokens];
                 int4_blocks<R, tokens, quantize>(w, block, halves.apart, a, first, out);
                 UNROLL(i, R * tokens) {
@@ -335,18 +295,7 @@ template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& 
     for (i64 n = 0; n < N; n += step) {
         const i64 rows = std::min(step, N - n);
 #pragma omp parallel for num_threads(threads())
-        for (i64 r = 0; r < rows; r += ROWS) {
-            const i64 block = (n + r) / ROWS;
-            for (i64 unit = 0; unit < w.units(); unit++) {
-                const i64 g = block * w.groups + unit / w.per;
-                const f32x16 scale = load16(w.scales + g * ROWS), zero = load16(w.zeros + g * ROWS) * (1.0f / 16);
-                const uint8_t* p = w.packed + (block * w.units() + unit) * UNIT;
-                for (int j = 0; j < 4; j++)
-                    each_of_eight(p + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA {
-                        store16(to + (unit * G4 + 8 * j + i) * width + r, scale * (q - zero));
-                    });
-            }
-        }
+        for (i64 r = 0; r < rows; r += ROWS) w.convert((n + r) / ROWS, 0, padded, to + r, width);
         y.narrow(1, n, rows).copy_(at::mm(x, chunk.narrow(0, 0, K).narrow(1, 0, rows)));
     }
 }

@@ -19,8 +19,8 @@ constexpr i64 AHEAD = 1024, FAR_AHEAD = 8192;  // bytes; the latter where there 
 constexpr i64 TWO_ROWS_MAX_K = 6144, TWO_ROWS_TWO_TOKENS_MAX_K = 2048;
 constexpr i64 FOUR_ROWS_AHEAD = 4096;  // elements, at least
 constexpr i64 LEAST_SHARE = 1 << 16;   // bytes of weights a thread takes at once: enough to hide the atomic counter
-constexpr i64 MAX_TOKENS_BF16 = 64;    // the same without AVX512 for weights of bf16, which PyTorch takes converted
-constexpr i64 ROWS_IN_CACHE = 32;      // of such weights: all tokens are multiplied with them before the next
+constexpr i64 ROWS_IN_CACHE = 32;      // of weights in bf16 without AVX512, multiplied with all tokens before the next
+constexpr i64 PANEL_DEPTH = 1024;      // of sixteen rows in fp32, which many tokens are multiplied with
 constexpr i64 CHUNK = 1 << 20;         // weights converted at a time for many tokens: they stay in the cache
 
 // Attention

@@ -215,6 +215,14 @@ INLINE void store16(BFloat16* p, f32x16 v) {  // to nearest, ties to even
 
 // The same for one register
 INLINE f32xL load_lanes(const float* p) { return load<f32xL>(p); }
+INLINE f32xL load_lanes(const int8_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return __builtin_convertvector(widen_part<i32x16>(p), f32xL);
+#else
+    typedef int8_t i8xL __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(load<i8xL>(p), f32xL);
+#endif
+}
 INLINE void store_lanes(float* p, f32xL v) { std::memcpy(p, &v, sizeof v); }
 #ifdef __AVX512F__
 INLINE f32xL load_lanes(const BFloat16* p) { return load16(p); }
@@ -279,6 +287,31 @@ template <int N> INLINE void store_sums(float* to, const f32xL* v) {
     }
 #endif
     UNROLL(i, N) to[i] = sum(v[i]);
+}
+
+// v[i] lane j <-> v[j] lane i
+INLINE void transpose(f32xL v[LANES]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    f32xL pairs[8], fours[8];
+    UNROLL(i, 4) {
+        pairs[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    }
+    UNROLL2(i, 2, j, 2) {
+        fours[4 * i + 2 * j] = _mm256_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0x44);
+        fours[4 * i + 2 * j + 1] = _mm256_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0xEE);
+    }
+    UNROLL(i, 4) {
+        v[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+        v[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+    }
+#else
+    UNROLL(i, LANES)
+        for (int j = 0; j < i; j++) {
+            const float other = v[i][j];
+            v[i][j] = v[j][i], v[j][i] = other;
+        }
+#endif
 }
 
 // Sixteen sums over lanes at once: lane i of sums16(sums4(v), sums4(v + 4), ...) is the sum of v[i]'s lanes.
@@ -351,6 +384,13 @@ constexpr bool BF16_PRODUCTS = true;
 constexpr bool BF16_PRODUCTS = false;
 #endif
 
+// Whether many tokens are multiplied by our own product in fp32, whatever the weights are.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool FP32_PRODUCTS = true;
+#else
+constexpr bool FP32_PRODUCTS = false;
+#endif
+
 // ByteSums: sums of u8 * s8 over bytes 4 i .. 4 i + 3, by add_bytes. AVX2 adds up neighbours in sixteen bits, where
 // eight products of numbers below 16 fit. total: as sixteen integers.
 // Weights64, WordSums: the same of 64 int8 weights, of which each stands for w + OFFSET, and int16 activations.
@@ -376,7 +416,6 @@ INLINE i32x16 dot_bytes(i32x16 acc, u8x64, i8x64) { return acc; }
 #endif
 
 #ifdef PAIRS_OF_WORDS
-constexpr bool INTEGERS_FOR_ALL = true;  // numbers of tokens: integers are multiplied twice as fast as fp32
 using ByteSums = i16x32;
 INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) {
     UNROLL(i, 2) acc.part[i] += (i16x32::Part)_mm256_maddubs_epi16((__m256i)a.part[i], (__m256i)b.part[i]);
@@ -403,7 +442,6 @@ struct WordSums {
 // The activations as add wants them
 inline std::vector<int16_t> arranged(std::vector<int16_t> x) { return x; }
 #else
-constexpr bool INTEGERS_FOR_ALL = false;
 INLINE i32x16 add_words(i32x16 acc, i16x32, i16x32) { return acc; }
 using ByteSums = i32x16;
 INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) { return dot_bytes(acc, a, b); }

@@ -94,25 +94,24 @@ def test_draft_shares_the_tokenizer_and_is_much_smaller(demo, draft):
 @pytest.mark.slow
 @torch.inference_mode()
 def test_int8_decodes_as_bf16_does(demo):
-    """On 10 held-out prompts most of the first 64 greedy tokens are the same; what differs is a near-tie in fp32."""
+    """64 greedy tokens after each of 10 held-out prompts: int8 would choose most of them, else fp32 nearly ties."""
     model, tokenizer = load_model(DEMO, "cpu", torch.bfloat16)
     exact, _ = demo
     step = len(HELDOUT) // 10
     prompts = [tokenizer.encode(HELDOUT[i * step:i * step + 400])[:64] for i in range(10)]
 
-    def texts():
-        engine = Engine(model, tokenizer)
-        return [sum(engine.generate(prompt, 64, Sampling(0), stop_ids=frozenset()), []) for prompt in prompts]
-    plain = texts()
+    engine = Engine(model, tokenizer)
+    texts = [prompt + sum(engine.generate(prompt, 64, Sampling(0), stop_ids=frozenset()), []) for prompt in prompts]
     quantize_model(model, "int8")
+    model.setup_caches(1, 128)
     exact.setup_caches(1, 128)
-    same = 0
-    for prompt, before, after in zip(prompts, plain, texts(), strict=True):
-        first = next((i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b), None)
-        if first is None:
-            same += 1
-            continue
-        ids = torch.tensor([prompt + before[:first]])
-        logits = exact(ids, torch.arange(ids.size(1)))[0, -1]
-        assert abs(logits[before[first]] - logits[after[first]]) < 0.2
-    assert same >= 7
+    same, everywhere = 0, torch.arange(127)
+    for text in texts:
+        ids, chosen = torch.tensor([text[:-1]]), torch.tensor(text[64:])
+        passes = [everywhere[:64], *everywhere[64:, None]]                     # the prompt, then token by token
+        best = torch.cat([model(ids[:, positions], positions)[0] for positions in passes]).argmax(-1)
+        logits = exact(ids, everywhere, everywhere)[0, 63:]
+        gaps = logits.gather(1, chosen[:, None]) - logits.gather(1, best[:, None])
+        assert gaps.abs().max() < 0.2
+        same += int((best == chosen).sum())
+    assert same >= 0.98 * 10 * 64, same

@@ -34,7 +34,6 @@ CPU = os.environ.get("TEST_CPU", "")               # which other CPU test_other_
 flags = set(build.cpu_flags().split())
 vnni, narrow = "avx512_vnni" in flags, "avx2" in flags and "avx512f" not in flags
 rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "emulated") or not CPU and (vnni or narrow))  # activations
-MOST_ROUNDED = 1 << 30 if CPU == "haswell" or not CPU and narrow else kernels.MAX_TOKENS  # tokens
 # [N, K_in] with tails in both, one large enough to be shared out, and K_in beyond what two rows at once are for
 SHAPES = [(64, 64), (33, 78), (7, 1024), (300, 896), (37, 2100), (21, 6200)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 9, 16]
@@ -73,7 +72,7 @@ def int8_weights(N: int, K_in: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("N,K_in", [*SHAPES, (5, 3)])
 def test_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
     weight = torch.randn(N, K_in).to(dtype)
-    for M in TOKENS:
+    for M in [*TOKENS, 17, 40]:
         x = torch.randn(M, K_in).to(dtype)
         y = kernels.linear(x, weight)
         assert y.dtype == dtype and error(y, x.double() @ weight.double().T) < TOLERANCE[dtype], M
@@ -97,7 +96,7 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int8_linear(x, weight, scales, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if rounds and M <= MOST_ROUNDED else x
+        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if rounds and M <= kernels.MAX_TOKENS else x
         assert error(kernels.int8_linear(x, weight, scales), rounded.double() @ w.T) < tolerance + ROUNDED / 256, M
         assert error(kernels.int8_linear_reference(x, weight, scales), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -114,7 +113,7 @@ def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> N
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int4_linear(x, *packed, N, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if rounds and M <= MOST_ROUNDED else x
+        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if rounds and M <= kernels.MAX_TOKENS else x
         assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
     assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype]
 
@@ -358,7 +357,7 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
             y, expected = kernels.run_fused(fused, x, cos, sin, factors, input_pos), x.double()
             for (layer, weights), cache in zip(both, caches):
                 expected = layer_in_fp64(layer, weights, cache, expected, cos, sin, factors, input_pos,
-                                         rounding if B * S <= MOST_ROUNDED else None)
+                                         rounding if B * S <= kernels.MAX_TOKENS else None)
             assert kernels.accepts(fused, x) and y.dtype == dtype and error(y, expected) < allowed, (B, S)
         for layer, cache in zip(layers, caches):
             keys, values = kernels.dequantize_caches(layer.attention[4:6], layer.attention.scales, torch.float64)
@@ -500,7 +499,7 @@ def test_experts(kind: str, dtype: torch.dtype) -> None:
             unrounded = (False,) if compute is kernels.experts else ()
             y = compute(x, chosen, weights, w13, w2, E_, SIZE, *unrounded)
             assert y.dtype == dtype and error(y, expected) < tolerance, (compute, M, k)
-        few = chosen.flatten().bincount()[chosen] <= MOST_ROUNDED                                # of an expert
+        few = chosen.flatten().bincount()[chosen] <= kernels.MAX_TOKENS                                # of an expert
         expected = (torch.where(few[..., None], in_fp64(x, rounding), exact) * weights[..., None]).sum(1)
         assert error(kernels.experts(x, chosen, weights, w13, w2, E_, SIZE), expected) < tolerance + ROUNDED, (M, k)
 
