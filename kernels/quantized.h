@@ -1,17 +1,15 @@
-// Linears with int8 and int4 weights.
-// Up to 16 tokens: with VNNI or AVX2 the activations are rounded to integers in groups along k, each with a scale of
-// its own. Without, or where activations shall keep their precision, the weights are converted to fp32 on their way.
-// More tokens: a chunk of the weights at a time is converted to the model's dtype and multiplied by PyTorch. Only where
-// integers are faster even then, they go on in integers (INTEGERS_FOR_ALL).
+// Linears with int8 and int4 weights, for up to 16 tokens: with VNNI or AVX2 the activations are rounded to integers in
+// groups along k, each with a scale of its own. Without, or where activations shall keep their precision, the weights
+// are converted to fp32 on their way. Only where integers are faster even for more tokens, they go on in integers
+// (INTEGERS_FOR_ALL).
 #pragma once
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 #include <vector>
 #include "linear.h"
+#include "products.h"
 
 namespace {
+
+using qwen_fast::Int4;
 
 // M tokens of x in fp32, each padded with zeros, and rounded to integers of type Q: x[k] ~ scale[g] * q[k], g = k / G.
 template <typename Q> struct Activations {
@@ -156,7 +154,8 @@ template <bool quantize> struct Int8Rows {
     i64 unit() const { return 16; }
     i64 bytes() const { return K; }
     void operator()(i64 begin, i64 end) const {
-        if (quantize && M > MAX_TOKENS) return many(begin, end);
+        if constexpr (quantize && INTEGERS_FOR_ALL)
+            if (M > MAX_TOKENS) return many(begin, end);
         const Halves rows(begin, end, M <= 2 || (M > 4 && !NARROW));  // a second tile finds them in the cache
         rows.each([&](i64 n, auto R) INLINE_LAMBDA {
             tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
@@ -196,21 +195,6 @@ template <bool quantize> struct Int8Rows {
     }
 };
 
-// x [M, K], weight [N, K] in int8 with scales [N], or in another dtype than x -> y [M, N]
-inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
-    const i64 M = x.size(0), N = weight.size(0), K = weight.size(1);
-    const i64 step = std::min(N, std::max<i64>(64, CHUNK / std::max<i64>(K, 1)));
-    auto chunk = at::empty({step, K}, x.options()), product = at::empty({M, step}, x.options());
-    for (i64 n = 0; n < N; n += step) {
-        const i64 rows = std::min(step, N - n);
-        const auto converted = chunk.narrow(0, 0, rows).copy_(weight.narrow(0, n, rows));
-        auto of_rows = y.narrow(1, n, rows), out = product.narrow(1, 0, rows);
-        at::mm_out(out, x, converted.t());
-        if (scales.defined()) at::mul_out(of_rows, out, scales.view({N}).narrow(0, n, rows));
-        else of_rows.copy_(out);
-    }
-}
-
 // ---- int4: w[n, k] = scale[n, g] * (q[n, k] - zero[n, g] / 16), g = k / G, packed in blocks of 16 rows
 //
 // packed [N / 16, K / 32, 4, 16, 4]: for 32 values of k (a unit) four registers, each of which holds 8 of them for 16
@@ -218,15 +202,7 @@ inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tenso
 // its upper half. scales, zeros [N / 16, K / G, 16]. Sixteen lanes are sixteen rows throughout:
 //   y[n] = sum_g scale[n, g] * (sum_{k in g} q[n, k] x[k] - zero[n, g] / 16 * sum_{k in g} x[k])
 constexpr int G4 = 32;                               // activations to a scale
-constexpr int REGISTER = 64, UNIT = 256;  // bytes
-
-struct Int4 {
-    const uint8_t* packed;
-    const BFloat16* scales;
-    const uint8_t* zeros;
-    i64 groups, per;  // groups of G along k, and units in one
-    i64 units() const { return groups * per; }
-};
+constexpr int REGISTER = 64, UNIT = 256;             // bytes
 
 // f(i, q[.., 8 j + i]) for the eight values of k in register j
 template <typename F> INLINE void each_of_eight(const uint8_t* p, F f) {
@@ -324,31 +300,5 @@ template <bool quantize> struct Int4Rows {
         });
     }
 };
-
-// x [M, K] -> y [M, N]. The chunk is written as [K, rows]: the sixteen rows of a block lie side by side.
-template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& y) {
-    const i64 N = y.size(1), K = x.size(1), padded = w.units() * G4;
-    const i64 step = std::max<i64>(64, CHUNK / padded / 64 * 64);
-    const i64 width = std::min(step, (N + ROWS - 1) / ROWS * ROWS);
-    auto chunk = at::empty({padded, width}, x.options());
-    T* to = chunk.mutable_data_ptr<T>();
-    for (i64 n = 0; n < N; n += step) {
-        const i64 rows = std::min(step, N - n);
-#pragma omp parallel for num_threads(threads())
-        for (i64 r = 0; r < rows; r += ROWS) {
-            const i64 block = (n + r) / ROWS;
-            for (i64 unit = 0; unit < w.units(); unit++) {
-                const i64 g = block * w.groups + unit / w.per;
-                const f32x16 scale = load16(w.scales + g * ROWS), zero = load16(w.zeros + g * ROWS) * (1.0f / 16);
-                const uint8_t* p = w.packed + (block * w.units() + unit) * UNIT;
-                for (int j = 0; j < 4; j++)
-                    each_of_eight(p + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA {
-                        store16(to + (unit * G4 + 8 * j + i) * width + r, scale * (q - zero));
-                    });
-            }
-        }
-        y.narrow(1, n, rows).copy_(at::mm(x, chunk.narrow(0, 0, K).narrow(1, 0, rows)));
-    }
-}
 
 }  // namespace
