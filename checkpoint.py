@@ -58,14 +58,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Quantization | None]
     return state, found
 
 
-def read_weights(path: Path, names: list[str]) -> Iterator[Tensor]:
-    """In turn. The file is mapped anew now and then: its pages count as memory while the mapping lives."""
-    state, mapped = read_checkpoint(path)[0], 0
+def read_weights(state: dict[str, Tensor], names: Iterable[str]) -> Iterator[Tensor]:
+    """Tensors of read_checkpoint, in turn. Those that were read no longer count as this process's memory."""
     for name in names:
-        if mapped > REMAP_BYTES:
-            state, mapped = read_checkpoint(path)[0], 0
-        mapped += state[name].nbytes
         yield state[name]
+        kernels.release_mapped(state[name])
 
 
 # ---- checking

@@ -1,4 +1,5 @@
 """What every command shares: mistakes told in one line, the argument parser, reading and writing files."""
+import gc
 import os
 import signal
 import sys
@@ -24,9 +25,10 @@ def _spin_briefly() -> None:
 
 PARENT = os.getppid()                            # before the imports, during which it may end
 # Commands import this file first: while they import the others (seconds), Ctrl-C ends them without a traceback.
-IS_COMMAND = _is_command()
+IS_COMMAND, GC_THRESHOLDS = _is_command(), gc.get_threshold()
 if IS_COMMAND:
     _spin_briefly()
+    gc.set_threshold(100_000, 50)                # up to run(): looking for garbage amid all that is imported takes long
 if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _exit_quietly)
 
@@ -93,6 +95,9 @@ def run(main: Callable[[], None]) -> None:
     """Calls main(). A UserError becomes one line on stderr and exit status 2, Ctrl-C status 130. A bug keeps its
     traceback."""
     status = 0
+    if IS_COMMAND:
+        gc.freeze()                              # what was imported stays, and is not looked through again
+        gc.set_threshold(*GC_THRESHOLDS)
     try:
         with system_errors():
             try:
@@ -113,6 +118,18 @@ def run(main: Callable[[], None]) -> None:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """For what makes many objects that stay: an import of a large library, a compilation."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def printable(text: object) -> str:

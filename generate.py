@@ -388,6 +388,7 @@ def stream(engine: Engine, prompts: Sequence[Sequence[int]],
     return out, Timing(sum(map(len, out)), steps, total, first or total)
 
 
+@cli.without_gc()
 def warm_up(engine: Engine, prompts: Sequence[Sequence[int]], request: dict[str, Any]) -> float:
     """Compiles what the request will run; returns seconds. Without a working compiler the engine goes on eagerly."""
     start = time.perf_counter()
@@ -542,6 +543,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     return sampling
 
 
+@cli.without_gc()
 def load_engine(args: argparse.Namespace, ranks: tp.Ranks | None, log: TextIO | None = None) -> Engine:
     """The model and what drafts for it, as the flags of add_model_options and add_speed_options say. Errors:
     UserError."""

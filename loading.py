@@ -76,9 +76,8 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
     sharing = ranks.local_world_size if ranks and device.type == "cpu" else 1
     check_memory(device, needed * sharing, f"the weights of {path}")
-    weights = zip(dtypes, read_weights(path, list(dtypes)), strict=True)
     loaded = {}
-    for name, tensor in weights:
+    for name, tensor in zip(dtypes, read_weights(state, dtypes), strict=True):
         loaded[name] = kernels.copy_to(plan.shard(name, tensor) if plan else tensor, device, dtypes[name])
         check_finite(name, loaded[name])
     model.load_state_dict(loaded, assign=True)

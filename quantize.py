@@ -79,7 +79,7 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
     model = empty_model(path, args, plain, None)
     verify_checkpoint(path, required=False)
     others = sorted(plain.keys() - {f"{linear}.weight" for linear in formats.linear_names(model)})
-    for name, tensor in zip(others, read_weights(path, others), strict=True):
+    for name, tensor in zip(others, read_weights(plain, others), strict=True):
         check_finite(name, tensor)           # the linears' when they are quantized
     quantization = Quantization(format, groupsize, lm_head, skipped_names(model, skip), path.name)
     linears = dict(replace_linears(model, quantization))
@@ -92,7 +92,7 @@ def quantize_checkpoint(path: Path, mode: str, groupsize: int = 32, lm_head: str
     lines = []
     for name, buffers, error in itertools.chain(
             gptq_linears(path, args, by_gptq, calibration, device, report, progress) if calibration else (),
-            round_linears(path, rounded, keys, device, report, progress)):
+            round_linears(plain, rounded, keys, device, report, progress)):
         state |= {f"{name}.{key}": value for key, value in buffers.items()}
         lines.append((name, linears[name], error, sum(t.nbytes for t in buffers.values()), plain[keys[name]].nbytes))
     target = path.with_name(f"model_{mode}.pth" if format == "int8" else f"model_{mode}.g{groupsize}.pth")
@@ -119,12 +119,12 @@ def read_unquantized(path: Path) -> tuple[dict[str, Tensor], ModelArgs]:
     return state, ModelArgs.from_hf(cli.read_json(path.parent / "config.json"))
 
 
-def round_linears(path: Path, linears: dict[str, QuantizedLinear], keys: dict[str, str], device: torch.device,
-                  measure: bool, progress: bool) -> Iterator[LinearBuffers]:
+def round_linears(state: dict[str, Tensor], linears: dict[str, QuantizedLinear], keys: dict[str, str],
+                  device: torch.device, measure: bool, progress: bool) -> Iterator[LinearBuffers]:
     """Rounded to nearest; the error is that of the weights. keys: under which names the checkpoint has them."""
     sizes = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
     with tqdm(total=sum(sizes.values()), unit="weight", unit_scale=True, desc="Rounding", disable=not progress) as bar:
-        weights = read_weights(path, [keys[name] for name in linears])
+        weights = read_weights(state, [keys[name] for name in linears])
         for (name, linear), weight in zip(linears.items(), weights, strict=True):
             yield name, *quantize_weight(name, weight, linear, device, measure)
             bar.update(sizes[name])
@@ -138,7 +138,7 @@ def gptq_linears(path: Path, args: ModelArgs, linears: dict[str, QuantizedLinear
 
     def load(layer: int) -> dict[str, Tensor]:
         keys = list(model.layers[layer].state_dict())
-        weights = read_weights(path, [f"layers.{layer}.{key}" for key in keys])
+        weights = read_weights(read_checkpoint(path)[0], [f"layers.{layer}.{key}" for key in keys])
         as_stored = [f"{name}.weight" for name in GPTQ.FEED_FORWARD] if args.has_experts(layer) else []
         return {key: weight.to(device, None if key in as_stored else torch.float32)    # experts become fp32 one by one
                 for key, weight in zip(keys, weights, strict=True)}

@@ -92,6 +92,7 @@ def compile_step(step: Callable, model: Transformer, dynamic: bool | None = Fals
 
     prefill_too: whether the process compiles prefill as well, whose code needs the compiler's vector instructions."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.run_gc_after_compile = False          # it looks through all that is loaded
     if model.device.type == "cuda":
         return RecordedStep(step, model)
     if runs_fused(model) and not prefill_too:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import build
 from .build import available, built_library, cpu_has_bf16, unavailable_reason  # noqa: F401 (re-exported)
-from .memory import copy_to, huge_zeros, trim_memory  # noqa: F401
+from .memory import copy_to, huge_zeros, release_mapped, trim_memory  # noqa: F401
 
 gpu_layers: Any = None
 if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):
@@ -25,7 +25,6 @@ if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("trito
 GPU_KERNELS = ("auto", "triton", "plain")
 chosen = {"gpu": "auto"}          # of GPU_KERNELS: auto times candidates, triton takes the first, plain is PyTorch
 MAX_TOKENS, MAX_HEAD = 16, 512    # tokens of a matrix-vector product, dimensions of a head: as in tuning.h
-PACK_BYTES = 1 << 18              # of int4 weights that are packed at a time
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -150,15 +149,21 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> 
     """The stored form to the CPU's packed form. groupsize: a multiple of 32."""
     (N, groups), width = scales.shape, scales.size(1) * groupsize // 2
     packed = huge_zeros((-(-N // 16), width // 16, 4, 16, 4), torch.uint8)
-    rows = max(1, PACK_BYTES // (16 * width))                   # blocks at a time, so that all stays in the cache
-    for stored, out in zip(weight.split(16 * rows), packed.split(rows), strict=True):
-        stored = F.pad(stored, (0, width - stored.size(1), 0, -len(stored) % 16))
-        words = interleave_halves(stored.view(torch.int32)).view(len(out), 16, width // 16, 4)
-        out.view(torch.int32).squeeze(4).copy_(words.permute(0, 2, 3, 1))      # block, unit, register, row
+    padding = width - weight.size(1)
+    weight = F.pad(weight, (0, padding)) if padding else weight
+    pack = torch.ops.qwen_fast.pack_int4 if available() else pack_int4_reference
+    pack(weight.contiguous(), packed)
 
     def in_blocks(t: Tensor) -> Tensor:
         return F.pad(t, (0, 0, 0, -N % 16)).view(-1, 16, groups).transpose(1, 2)
     return packed, copy_to(in_blocks(scales), "cpu", torch.bfloat16), copy_to(in_blocks(zeros), "cpu", torch.uint8)
+
+
+def pack_int4_reference(weight: Tensor, packed: Tensor) -> None:
+    """The nibbles of whole groups, uint8 [N, K_in / 2], into packed."""
+    words = interleave_halves(F.pad(weight, (0, 0, 0, -len(weight) % 16)).view(torch.int32))
+    words = words.view(len(packed), 16, packed.size(1), 4)
+    packed.view(torch.int32).squeeze(4).copy_(words.permute(0, 2, 3, 1))           # block, unit, register, row
 
 
 def interleave_halves(words: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 #include "linear.h"
+#include "tensors.h"
 
 namespace {
 

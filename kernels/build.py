@@ -1,4 +1,5 @@
 """Builds the C++ kernels on first use, keeps the library in a cache, and loads it."""
+import contextlib
 import functools
 import hashlib
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = Path(__file__).parent    # kernels.cpp, which includes every header beside it
+SOURCES = Path(__file__).parent    # a translation unit in every .cpp, compiled in parallel
 FLAGS = "-O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -std=c++20 -Wno-psabi".split()
 
 
@@ -70,7 +71,7 @@ def built_library() -> Path:
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "qwen_fast")
     library = folder / f"kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        print("building the C++ kernels for this CPU (once, about a minute) ...", file=sys.stderr, flush=True)
+        print("building the C++ kernels for this CPU (once, up to a minute) ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         build(library, root, flags)
@@ -87,19 +88,32 @@ def build(library: Path, root: Path, flags: list[str]) -> None:
     # The libgomp that PyTorch brought along: with a second one, two pools of threads would fight for the cores.
     gomp = [str(path) for path in sorted((root / "lib").glob("libgomp*.so*"))[:1]] or ["-fopenmp"]
     partial = f"{library}.{os.getpid()}.{threading.get_ident()}.tmp"
-    commands = [[*flags, *include, "-c", str(SOURCES / "kernels.cpp"), "-o", f"{partial}.o"],
-                [f"{partial}.o", "-o", partial, "-shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *gomp]]
+    sources = sorted(SOURCES.glob("*.cpp"))
+    objects = [f"{partial}.{source.stem}.o" for source in sources]
     try:
-        for arguments in commands:
-            subprocess.run([compiler, *arguments], check=True, capture_output=True, text=True)
+        run(*([compiler, *flags, *include, "-c", str(source), "-o", to] for source, to in zip(sources, objects)))
+        run([compiler, *objects, "-o", partial, "-shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *gomp])
         os.replace(partial, library)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.splitlines()
         errors = [line for line in lines if "error" in line] or lines[-1:] or ["no message"]
         raise RuntimeError(f"{compiler} failed: {errors[0]}") from error
     finally:
-        for path in (partial, f"{partial}.o"):
+        for path in (partial, *objects):
             Path(path).unlink(missing_ok=True)
+
+
+def run(*commands: list[str]) -> None:
+    """All at once; none goes on where one fails. Errors: OSError, CalledProcessError."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for command in commands:
+            started.append(stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+            stack.callback(started[-1].terminate)
+        for process in started:
+            stderr = process.communicate()[1]
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=stderr)
 
 
 def register_fakes() -> None:

@@ -4,8 +4,10 @@
 // cache in between. Keys, queries and all sums are in fp32.
 #pragma once
 #include <ATen/ops/empty.h>
+#include <functional>
 #include <memory>
 #include "linear.h"
+#include "tensors.h"
 
 namespace {
 
@@ -158,17 +160,21 @@ template <typename T> struct DeltaScratch {
     }
 };
 
-// S new tokens of each row, qkv [B * S, N] before the convolution. T: the model's type, U: qkv's
-template <typename T, typename U> struct DeltaPass {
+// Takes o [V] of token m and value head h; it is a place to write to.
+using Emit = std::function<void(i64 m, i64 h, float* o)>;
+
+// S new tokens of each row, qkv [B * S, N] before the convolution. T: the model's type
+template <typename T> struct DeltaPass {
     const DeltaState& s;
     const T* conv;  // [size, N]
-    const U* qkv;
+    const void* qkv;
+    bool in_fp32;        // qkv, else of type T
     i64 qkv_row, S;      // elements from one token to the next
     const float *g, *b;  // [B * S, Hv]
     i64 ratio = s.Hv / s.Hk, width = 2 * s.K + ratio * s.V;
 
-    // emit(m, h, o [V]) for every token and value head, zeros for padding. pos: [B * S]
-    template <typename F> void run(const i64* pos, const F& emit) const {
+    // emit for every token and value head, zeros for padding. pos: [B * S]
+    void run(const i64* pos, const Emit& emit) const {
         std::vector<DeltaRow> rows;
         i64 most = 1;
         for (i64 row = 0; row < s.B; row++) {
@@ -207,8 +213,7 @@ template <typename T, typename U> struct DeltaPass {
         f(2 * s.Hk * s.K + h * ratio * s.V, ratio * s.V, 2 * s.K);
     }
 
-    template <typename F>
-    void run_head(const DeltaRow& row, i64 r, i64 h, DeltaScratch<T>& scratch, const F& emit) const {
+    void run_head(const DeltaRow& row, i64 r, i64 h, DeltaScratch<T>& scratch, const Emit& emit) const {
         T* kept = s.inputs.mutable_data_ptr<T>() + r * s.inputs.stride(0);
         channels(h, [&](i64 first, i64 count, i64 to) {
             for (i64 i = 0; i < s.size - 1; i++) {
@@ -245,8 +250,7 @@ template <typename T, typename U> struct DeltaPass {
     }
 
     // n tokens from t on. last: they stay pending; else memory takes them up next time
-    template <typename F>
-    void run_chunk(i64 r, i64 h, i64 t, i64 n, bool last, DeltaScratch<T>& scratch, const F& emit) const {
+    void run_chunk(i64 r, i64 h, i64 t, i64 n, bool last, DeltaScratch<T>& scratch, const Emit& emit) const {
         const i64 m = r * S + t, K = s.K, padded = scratch.padded;
         convolve(h, m, n, scratch);
         for (i64 i = 0; i < n; i++) {
@@ -288,7 +292,10 @@ template <typename T, typename U> struct DeltaPass {
         T* inputs = scratch.inputs.get();
         channels(h, [&](i64 first, i64 count, i64 to) {
             for (i64 i = 0; i < n; i++) {
-                convert(qkv + (m + i) * qkv_row + first, inputs + (s.size - 1 + i) * width + to, count);
+                const auto read = [&](const auto* from) {
+                    convert(from + (m + i) * qkv_row + first, inputs + (s.size - 1 + i) * width + to, count);
+                };
+                in_fp32 ? read((const float*)qkv) : read((const T*)qkv);
                 for (i64 c = 0; c < count; c += LANES) {
                     f32xL y = {};
                     for (i64 tap = 0; tap < s.size; tap++)
@@ -353,8 +360,9 @@ Tensor delta_net(const Tensor& qkv_, const Tensor& g_, const Tensor& b_, const T
     float* o = out.mutable_data_ptr<float>();
     by_dtype(qkv, [&](auto zero) {
         using T = decltype(zero);
-        const DeltaPass<T, T> pass{state, taps.const_data_ptr<T>(),  qkv.const_data_ptr<T>(),  state.N,
-                                   S,     g.const_data_ptr<float>(), b.const_data_ptr<float>()};
+        const T* conv = taps.const_data_ptr<T>();
+        const float *decays = g.const_data_ptr<float>(), *strengths = b.const_data_ptr<float>();
+        const DeltaPass<T> pass{state, conv, qkv.const_data_ptr(), false, state.N, S, decays, strengths};
         pass.run(pos.const_data_ptr<i64>(), [&](i64 m, i64 h, const float* from) {
             std::copy_n(from, state.V, o + (m * state.Hv + h) * state.V);
         });

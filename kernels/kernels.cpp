@@ -1,6 +1,6 @@
-// The one translation unit of the CPU kernels: matrix-vector products and attention that run at the speed of the
-// memory, and whole layers made of them, which leave matrix-matrix products to PyTorch. build.py builds it on first
-// use; __init__.py holds a plain PyTorch twin of every operator.
+// The CPU kernels: matrix-vector products (products.cpp) and attention that run at the speed of the memory, and whole
+// layers made of them, which leave matrix-matrix products to PyTorch. build.py builds them on first use; __init__.py
+// holds a plain PyTorch twin of every operator.
 #include <torch/library.h>
 
 #include "layers.h"
@@ -8,6 +8,7 @@
 TORCH_LIBRARY(qwen_fast, m) {
     const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
     m.def("linear(Tensor x, Tensor[] tensors, int out_features, bool quantize_activations) -> Tensor", tags);
+    m.def("pack_int4(Tensor stored, Tensor(a!) packed) -> ()");
     // clang-format off
     m.def("experts(Tensor x, Tensor chosen, Tensor weights, Tensor[] w13, Tensor[] w2, int n_expert, int size, "
           "bool quantize_activations) -> Tensor", tags);
@@ -30,6 +31,7 @@ TORCH_LIBRARY(qwen_fast, m) {
 
 TORCH_LIBRARY_IMPL(qwen_fast, CPU, m) {
     m.impl("linear", &linear);
+    m.impl("pack_int4", &pack_int4);
     m.impl("experts", &experts);
     m.impl("attend", &attend);
     m.impl("delta_net", &delta_net);

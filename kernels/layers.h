@@ -6,9 +6,11 @@
 #include <variant>
 #include "attention.h"
 #include "deltanet.h"
-#include "quantized.h"
+#include "prefill.h"
 
 namespace {
+
+using qwen_fast::Int8, qwen_fast::Product;
 
 using MaybeTensor = std::optional<Tensor>;
 
@@ -42,6 +44,7 @@ struct Linear {
                scales.size(2) == ROWS && scales.size(0) == blocks && weight.size(0) == blocks &&
                weight.numel() == blocks * weight.size(1) * UNIT && K <= padded && K > padded - G;
     }
+    Int8 int8() const { return {weight.const_data_ptr<int8_t>(), scales.const_data_ptr<float>()}; }
     Int4 int4() const {
         return {weight.const_data_ptr<uint8_t>(), scales.const_data_ptr<BFloat16>(), zeros.const_data_ptr<uint8_t>(),
                 scales.size(1), weight.size(1) / scales.size(1)};
@@ -56,56 +59,12 @@ struct Linear {
         return one;
     }
 
-    // One of the products that decode() computes: x [M, K] -> y [M, N] with the weights of expert e
-    struct Product {
-        i64 e, M;
-        const float* x;
-        float* y;
-    };
-    template <bool quantize> void decode_quantized(const std::vector<Product>& products, i64 E) const {
-        const i64 n = N / E;
-        if (zeros.defined()) {
-            std::vector<Int4Rows<quantize>> rows;
-            for (const auto& p : products) {
-                Int4 w = int4();
-                const i64 block = p.e * (n / ROWS);
-                w.packed += block * w.units() * UNIT, w.scales += block * w.groups * ROWS;
-                w.zeros += block * w.groups * ROWS;
-                rows.emplace_back(w, p.x, p.y, p.M, n, K);
-            }
-            return share_all(rows);
-        }
-        std::vector<Int8Rows<quantize>> rows;
-        const auto* w = weight.const_data_ptr<int8_t>();
-        const float* s = scales.const_data_ptr<float>();
-        for (const auto& p : products) rows.emplace_back(w + p.e * n * K, s + p.e * n, p.x, p.y, p.M, n, K);
-        share_all(rows);
-    }
-    template <typename T> void decode_plain(const std::vector<Product>& products, i64 E) const {
-        const i64 n = N / E;
-        std::vector<Rows<T>> rows;
-        std::vector<std::vector<T>> rounded(products.size());
-        std::vector<std::vector<float>> x32(products.size());
-        for (size_t i = 0; i < products.size(); i++) {
-            const auto& p = products[i];
-            const T* x = (const T*)p.x;
-            const bool many = p.M > MAX_TOKENS;
-            if (NARROW && p.M > 2 && !many) x32[i] = arranged<T>(p.x, p.M, K);
-            else if (!std::is_same_v<T, float> && !many) {
-                rounded[i].resize(p.M * K);
-                convert(p.x, rounded[i].data(), p.M * K);
-                x = rounded[i].data();
-            }
-            const float* floats = many ? p.x : x32[i].empty() ? nullptr : x32[i].data();
-            rows.push_back({weight.const_data_ptr<T>() + p.e * n * K, x, floats, p.y, p.M, n, K});
-        }
-        share_all(rows);
-    }
     void decode(const std::vector<Product>& products, i64 E, bool quantize_activations) const {
-        if (scales.defined() && quantize_activations) decode_quantized<INTEGERS>(products, E);
-        else if (scales.defined()) decode_quantized<false>(products, E);
-        else if (is(weight, at::kFloat)) decode_plain<float>(products, E);
-        else decode_plain<BFloat16>(products, E);
+        const i64 n = N / E;
+        if (zeros.defined()) return qwen_fast::multiply(int4(), products, n, K, quantize_activations);
+        if (scales.defined()) return qwen_fast::multiply(int8(), products, n, K, quantize_activations);
+        if (is(weight, at::kFloat)) qwen_fast::multiply(weight.const_data_ptr<float>(), products, n, K);
+        else qwen_fast::multiply(weight.const_data_ptr<BFloat16>(), products, n, K);
     }
 
     // Whether so many tokens go through decode()
@@ -358,7 +317,8 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Delta
             b[m * Hv + i] = 1 / (1 + std::exp(-(float)strengths[2 * m * Hv + i]));
         }
     });
-    const DeltaPass<T, U> pass{state, layer.conv.const_data_ptr<T>(), from, layer.wqkv.N, step.S, g, b};
+    const T* conv = layer.conv.const_data_ptr<T>();
+    const DeltaPass<T> pass{state, conv, from, std::is_same_v<U, float>, layer.wqkv.N, step.S, g, b};
     pass.run(step.pos.template const_data_ptr<i64>(), [&](i64 m, i64 i, float* o) {
         const U* gate = from + m * layer.wqkv.N + state.N + i * V;
         rms_norm(o, norm, o, V, Norm{step.fused.norm.eps, 0});
@@ -435,7 +395,7 @@ template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, 
     const i64 E = routing.first.size() - 1, n = w.N / E, K = w.K;
     Tensor y = at::empty({x.size(0), n}, x.options());
     const Tensor x32 = x.to(at::kFloat), y32 = is(y, at::kFloat) ? y : at::empty(y.sizes(), x32.options());
-    std::vector<Linear::Product> products;
+    std::vector<Product> products;
     for (i64 e = 0; e < E; e++) {
         const i64 begin = routing.first[e], count = routing.first[e + 1] - begin;
         if (!w.decodes(count))
@@ -508,7 +468,8 @@ Tensor experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, at:
     const Routing routing({c, c + M * k}, {w, w + M * k}, M, k, n_expert);
     Tensor y;
     by_dtype(x, [&](auto zero) {
-        if (M > MAX_TOKENS && BF16_PRODUCTS) y = run<decltype(zero)>(all, routing, x, quantize_activations);
+        using U = std::conditional_t<BF16_PRODUCTS, decltype(zero), float>;
+        if (M > MAX_TOKENS) y = run<U>(all, routing, x.to(c10::CppTypeToScalarType<U>::value), quantize_activations);
         else y = run<float>(all, routing, x.to(at::kFloat), quantize_activations);
     });
     return y.to(dtype);
@@ -638,8 +599,9 @@ Tensor run_fused(const Tensor& x, const Tensor& handle, const Tensor& cos_, cons
         }
     };
     by_dtype(x, [&](auto zero) {
-        if (M > MAX_TOKENS && BF16_PRODUCTS) run_all(zero, zero);
-        else if (M > MAX_TOKENS) run_all(zero, 0.0f);
+        if constexpr (BF16_PRODUCTS)
+            if (M > MAX_TOKENS) return run_all(zero, zero);
+        if (M > MAX_TOKENS) run_all(zero, 0.0f);
         else fused->teams[M].run([&] { run_all(zero, 0.0f); });
     });
     return out;

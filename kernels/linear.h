@@ -39,13 +39,15 @@ struct Halves {
     }
 };
 
-// Four tokens share one pass over the weights: f(first, how many) for 0 .. M.
-template <typename F> INLINE void tiles(i64 M, F f) {
+// Four tokens (or MOST) share one pass over the weights: f(first, how many) for 0 .. M.
+template <int MOST = 4, typename F> INLINE void tiles(i64 M, F f) {
     i64 m = 0;
-    for (; m + 4 <= M; m += 4) f(m, std::integral_constant<int, 4>());
-    if (M - m == 3) f(m, std::integral_constant<int, 3>());
-    else if (M - m == 2) f(m, std::integral_constant<int, 2>());
-    else if (M - m == 1) f(m, std::integral_constant<int, 1>());
+    for (; m + MOST <= M; m += MOST) f(m, std::integral_constant<int, MOST>());
+    if constexpr (MOST > 3)
+        if (M - m == 3) return f(m, std::integral_constant<int, 3>());
+    if constexpr (MOST > 2)
+        if (M - m == 2) return f(m, std::integral_constant<int, 2>());
+    if (M - m == 1) f(m, std::integral_constant<int, 1>());
 }
 
 // R rows of w, `apart` rows from one another, against M tokens. U independent sums per product hide the latency of the
@@ -116,9 +118,10 @@ template <typename T> std::vector<float> arranged(const float* x, i64 M, i64 K) 
     return out;
 }
 
-// R neighbouring rows against M tokens, which find the rows in the cache after the first four
+// R neighbouring rows against M tokens, which find the rows in the cache after the first four. If NARROW, M <= 2: more
+// go through dot_rows_narrow.
 template <typename T, int R> void dot_tokens(const T* w, const T* x, float* y, i64 M, i64 K, i64 N) {
-    tiles(M, [&](i64 m, auto tokens) INLINE_LAMBDA {
+    tiles<NARROW ? 2 : 4>(M, [&](i64 m, auto tokens) INLINE_LAMBDA {
         dot_rows<T, R, tokens>(w, 1, x + m * K, y + m * N, K, N, m ? 0 : std::max<i64>(R * K, FOUR_ROWS_AHEAD));
     });
 }

@@ -58,6 +58,15 @@ def copy_to(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> T
     return huge_zeros(tensor.shape, dtype).copy_(tensor)
 
 
+def release_mapped(tensor: Tensor) -> None:
+    """Lets go of the pages of a tensor that is mapped from a file: they count as memory of this process no longer, and
+    come back from the file when they are used again."""
+    begin, end = (address // mmap.PAGESIZE * mmap.PAGESIZE for address in (
+        tensor.data_ptr() + mmap.PAGESIZE - 1, tensor.data_ptr() + tensor.nbytes))         # of whole pages
+    if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
 def trim_memory() -> None:
     """Returns freed memory to the system; glibc would keep what packing the weights has used."""
     with contextlib.suppress(OSError, AttributeError):

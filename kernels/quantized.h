@@ -1,17 +1,15 @@
 // Linears with int8 and int4 weights.
 // Up to 16 tokens: with VNNI or AVX2 the activations are rounded to integers in groups along k, each with a scale of
 // its own. Without, or where activations shall keep their precision, the weights are converted to fp32 on their way.
-// More tokens: the weights are converted, to fp32 for multiply_many, or else a chunk at a time to the model's dtype for
-// PyTorch.
+// More tokens: multiply_many, or PyTorch (prefill.h).
 #pragma once
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 #include <vector>
 #include "linear.h"
+#include "products.h"
 
 namespace {
+
+using qwen_fast::Int4;
 
 // M tokens of x in fp32, each padded with zeros, and rounded to integers of type Q: x[k] ~ scale[g] * q[k], g = k / G.
 template <typename Q> struct Activations {
@@ -144,21 +142,6 @@ template <bool quantize> struct Int8Rows {
     }
 };
 
-// x [M, K], weight [N, K] in int8 with scales [N], or in another dtype than x -> y [M, N]
-inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
-    const i64 M = x.size(0), N = weight.size(0), K = weight.size(1);
-    const i64 step = std::min(N, std::max<i64>(64, CHUNK / std::max<i64>(K, 1)));
-    auto chunk = at::empty({step, K}, x.options()), product = at::empty({M, step}, x.options());
-    for (i64 n = 0; n < N; n += step) {
-        const i64 rows = std::min(step, N - n);
-        const auto converted = chunk.narrow(0, 0, rows).copy_(weight.narrow(0, n, rows));
-        auto of_rows = y.narrow(1, n, rows), out = product.narrow(1, 0, rows);
-        at::mm_out(out, x, converted.t());
-        if (scales.defined()) at::mul_out(of_rows, out, scales.view({N}).narrow(0, n, rows));
-        else of_rows.copy_(out);
-    }
-}
-
 // ---- int4: w[n, k] = scale[n, g] * (q[n, k] - zero[n, g] / 16), g = k / G, packed in blocks of 16 rows
 //
 // packed [N / 16, K / 32, 4, 16, 4]: for 32 values of k (a unit) four registers, each of which holds 8 of them for 16
@@ -166,7 +149,7 @@ inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tenso
 // its upper half. scales, zeros [N / 16, K / G, 16]. Sixteen lanes are sixteen rows throughout:
 //   y[n] = sum_g scale[n, g] * (sum_{k in g} q[n, k] x[k] - zero[n, g] / 16 * sum_{k in g} x[k])
 constexpr int G4 = 32;                               // activations to a scale
-constexpr int REGISTER = 64, UNIT = 256;  // bytes
+constexpr int REGISTER = 64, UNIT = 256;             // bytes
 
 // f(i, q[.., 8 j + i]) for the eight values of k in register j
 template <typename F> INLINE void each_of_eight(const uint8_t* p, F f) {
@@ -174,25 +157,19 @@ template <typename F> INLINE void each_of_eight(const uint8_t* p, F f) {
     UNROLL(i, 8) f(i, to_float(bits<i32x16>((eight >> (i < 4 ? 8 * i : 8 * (i - 4) + 4)) & 15)));
 }
 
-struct Int4 {
-    const uint8_t* packed;
-    const BFloat16* scales;
-    const uint8_t* zeros;
-    i64 groups, per;  // groups of G along k, and units in one
-    i64 units() const { return groups * per; }
-    // out[i * stride + r] = w[r, k + i] for the sixteen rows of a block, and i < count rounded up to whole units
-    template <typename T> void convert(i64 block, i64 k, i64 count, T* out, i64 stride) const {
-        for (i64 unit = k / G4; unit * G4 < k + count; unit++) {
-            const i64 g = block * groups + unit / per;
-            const f32x16 scale = load16(scales + g * ROWS), zero = load16(zeros + g * ROWS) * (1.0f / 16);
-            const uint8_t* p = packed + (block * units() + unit) * UNIT;
-            for (int j = 0; j < 4; j++, out += 8 * stride)
-                each_of_eight(p + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA {
-                    store16(out + i * stride, scale * (q - zero));
-                });
-        }
+// out[i * stride + r] = w[r, k + i] for the sixteen rows of a block, and i < count rounded up to whole units
+template <typename T> void convert_int4(const Int4& w, i64 block, i64 k, i64 count, T* out, i64 stride) {
+    for (i64 unit = k / G4; unit * G4 < k + count; unit++) {
+        const i64 g = block * w.groups + unit / w.per;
+        const f32x16 scale = load16(w.scales + g * ROWS), zero = load16(w.zeros + g * ROWS) * (1.0f / 16);
+        const uint8_t* p = w.packed + (block * w.units() + unit) * UNIT;
+        for (int j = 0; j < 4; j++, out += 8 * stride)
+            each_of_eight(p + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA {
+                store16(out + i * stride, scale * (q - zero));
+            });
     }
-};
+}
+
 
 // dots[r * M + m] = sum over a unit's k of q[r, k] * x[m, k] in integers. p, q: weights and rounded x of the unit
 template <int R, int M>
@@ -265,7 +242,9 @@ template <bool quantize> struct Int4Rows {
     i64 bytes() const { return w.units() * UNIT; }
     void operator()(i64 begin, i64 end) const {
         if (M > MAX_TOKENS) {
-            const auto fill = [&](i64 n, i64 k, i64 count, float* panel) { w.convert(n / ROWS, k, count, panel, ROWS); };
+            const auto fill = [&](i64 n, i64 k, i64 count, float* panel) {
+                convert_int4(w, n / ROWS, k, count, panel, ROWS);
+            };
             return multiply_many(fill, x, y, M, N, K, begin * ROWS, std::min(N, end * ROWS));
         }
         const Halves halves(begin, end, M <= 2);
@@ -284,20 +263,5 @@ template <bool quantize> struct Int4Rows {
         });
     }
 };
-
-// x [M, K] -> y [M, N]. The chunk is written as [K, rows]: the sixteen rows of a block lie side by side.
-template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& y) {
-    const i64 N = y.size(1), K = x.size(1), padded = w.units() * G4;
-    const i64 step = std::max<i64>(64, CHUNK / padded / 64 * 64);
-    const i64 width = std::min(step, (N + ROWS - 1) / ROWS * ROWS);
-    auto chunk = at::empty({padded, width}, x.options());
-    T* to = chunk.mutable_data_ptr<T>();
-    for (i64 n = 0; n < N; n += step) {
-        const i64 rows = std::min(step, N - n);
-#pragma omp parallel for num_threads(threads())
-        for (i64 r = 0; r < rows; r += ROWS) w.convert((n + r) / ROWS, 0, padded, to + r, width);
-        y.narrow(1, n, rows).copy_(at::mm(x, chunk.narrow(0, 0, K).narrow(1, 0, rows)));
-    }
-}
 
 }  // namespace

@@ -5,9 +5,13 @@
 #include <ctime>
 #include "tuning.h"
 
+namespace qwen_fast {
+inline int64_t most_threads = INT64_MAX;  // in the present pass; one for all translation units
+}
+
 namespace {
 
-i64 most_threads = INT64_MAX;  // in the present pass
+using qwen_fast::most_threads;
 
 // Of a parallel region.
 inline i64 threads() { return std::min<i64>(at::get_num_threads(), most_threads); }

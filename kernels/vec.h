@@ -2,7 +2,7 @@
 // -march=native finds; where the compiler misses an instruction, or has none (the products of AVX512-BF16, VNNI and
 // AVX2), it is named here, so that the kernels themselves need no #ifdef.
 #pragma once
-#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -25,8 +25,7 @@
 
 namespace {
 
-using at::BFloat16;
-using at::Tensor;
+using c10::BFloat16;
 #ifdef __AVX512F__
 constexpr bool NARROW = false;  // whether registers hold fewer than sixteen numbers, and there are few of them
 #else
@@ -79,7 +78,15 @@ template <typename To> INLINE void narrow16(To* p, i32x16 v) {
 }
 #else
 // GCC sends a vector wider than the registers through memory at every step, which took most of the time: so here it is
-// made of as many as it needs.
+// made of as many as it needs. EACH_PART spells a statement out for every one of them, which compiles faster than loops
+// that GCC unrolls late.
+#ifdef __AVX2__
+#define EACH_PART(...) { constexpr int i = 0; __VA_ARGS__; } { constexpr int i = 1; __VA_ARGS__; }
+#else
+#define EACH_PART(...) \
+    { constexpr int i = 0; __VA_ARGS__; } { constexpr int i = 1; __VA_ARGS__; } \
+    { constexpr int i = 2; __VA_ARGS__; } { constexpr int i = 3; __VA_ARGS__; }
+#endif
 template <typename T> struct Wide {
 #ifdef __AVX2__
     static constexpr int BYTES = 32;
@@ -93,24 +100,24 @@ template <typename T> struct Wide {
     Wide() = default;
     INLINE Wide(T value) { UNROLL(i, PARTS) part[i] = value - Part{}; }
     INLINE T operator[](int i) const { return part[i / LANES][i % LANES]; }
-#define OPERATOR(op)                                               \
-    friend INLINE Wide operator op(Wide a, Wide b) {               \
-        UNROLL(i, PARTS) a.part[i] = a.part[i] op b.part[i];       \
-        return a;                                                  \
+#define OPERATOR(op)                                  \
+    friend INLINE Wide operator op(Wide a, Wide b) {  \
+        EACH_PART(a.part[i] = a.part[i] op b.part[i]) \
+        return a;                                     \
     }
     OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&) OPERATOR(|) OPERATOR(^)
 #undef OPERATOR
     friend INLINE Wide operator>>(Wide a, int n) {
-        UNROLL(i, PARTS) a.part[i] = a.part[i] >> n;
+        EACH_PART(a.part[i] = a.part[i] >> n)
         return a;
     }
     friend INLINE Wide operator<<(Wide a, int n) {
-        UNROLL(i, PARTS) a.part[i] = a.part[i] << n;
+        EACH_PART(a.part[i] = a.part[i] << n)
         return a;
     }
     friend INLINE Wide<int32_t> operator<(Wide a, Wide b) {
         Wide<int32_t> mask;
-        UNROLL(i, PARTS) mask.part[i] = a.part[i] < b.part[i];
+        EACH_PART(mask.part[i] = a.part[i] < b.part[i])
         return mask;
     }
     INLINE Wide operator-() const { return Wide() - *this; }
@@ -126,25 +133,25 @@ using u8x64 = Wide<uint8_t>;
 
 template <typename To, typename V> INLINE To bits(V v) {
     To to;
-    UNROLL(i, V::PARTS) to.part[i] = (typename To::Part)v.part[i];
+    EACH_PART(to.part[i] = (typename To::Part)v.part[i])
     return to;
 }
 template <typename V> INLINE f32x16 to_float(V v) {
     f32x16 to;
-    UNROLL(i, V::PARTS) to.part[i] = __builtin_convertvector(v.part[i], f32x16::Part);
+    EACH_PART(to.part[i] = __builtin_convertvector(v.part[i], f32x16::Part))
     return to;
 }
 template <typename V> INLINE V select(i32x16 mask, V a, V b) {
-    UNROLL(i, V::PARTS) a.part[i] = mask.part[i] ? a.part[i] : b.part[i];
+    EACH_PART(a.part[i] = mask.part[i] ? a.part[i] : b.part[i])
     return a;
 }
 template <typename V> INLINE V load64(const void* p) {
     V v;
-    UNROLL(i, V::PARTS) v.part[i] = load<typename V::Part>((const char*)p + i * V::BYTES);
+    EACH_PART(v.part[i] = load<typename V::Part>((const char*)p + i * V::BYTES))
     return v;
 }
 template <typename V> INLINE void store64(void* p, V v) {
-    UNROLL(i, V::PARTS) std::memcpy((char*)p + i * V::BYTES, &v.part[i], V::BYTES);
+    EACH_PART(std::memcpy((char*)p + i * V::BYTES, &v.part[i], V::BYTES))
 }
 
 template <typename To, typename From> INLINE typename To::Part widen_part(const From* p) {
@@ -167,15 +174,13 @@ template <> INLINE i16x32::Part widen_part<i16x32>(const int8_t* p) {
 #endif
 template <typename To, typename From> INLINE To widen(const From* p) {
     To to;
-    UNROLL(i, To::PARTS) to.part[i] = widen_part<To>(p + i * To::LANES);
+    EACH_PART(to.part[i] = widen_part<To>(p + i * To::LANES))
     return to;
 }
 template <typename To> INLINE void narrow16(To* p, i32x16 v) {
     typedef To Narrow __attribute__((vector_size(i32x16::LANES * sizeof(To))));
-    UNROLL(i, i32x16::PARTS) {
-        const Narrow narrow = __builtin_convertvector(v.part[i], Narrow);
-        std::memcpy(p + i * i32x16::LANES, &narrow, sizeof narrow);
-    }
+    EACH_PART(const Narrow narrow = __builtin_convertvector(v.part[i], Narrow);
+              std::memcpy(p + i * i32x16::LANES, &narrow, sizeof narrow))
 }
 #endif
 
@@ -268,7 +273,7 @@ INLINE float sum(f32xL v) {
 }
 INLINE float sum(f32x16 v) {
     f32xL all = v.part[0];
-    UNROLL(i, f32x16::PARTS - 1) all += v.part[i + 1];
+    EACH_PART(if (i > 0) all += v.part[i])
     return sum(all);
 }
 #endif
@@ -360,7 +365,7 @@ INLINE f32x16 exp16(f32x16 x) {
 #ifdef __AVX512F__
     return exp_below_0(x);
 #else
-    UNROLL(i, f32x16::PARTS) x.part[i] = exp_below_0(x.part[i]);
+    EACH_PART(x.part[i] = exp_below_0(x.part[i]))
     return x;
 #endif
 }
@@ -418,11 +423,11 @@ INLINE i32x16 dot_bytes(i32x16 acc, u8x64, i8x64) { return acc; }
 #ifdef PAIRS_OF_WORDS
 using ByteSums = i16x32;
 INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) {
-    UNROLL(i, 2) acc.part[i] += (i16x32::Part)_mm256_maddubs_epi16((__m256i)a.part[i], (__m256i)b.part[i]);
+    EACH_PART(acc.part[i] += (i16x32::Part)_mm256_maddubs_epi16((__m256i)a.part[i], (__m256i)b.part[i]))
     return acc;
 }
 INLINE i32x16 add_words(i32x16 acc, i16x32 a, i16x32 b) {
-    UNROLL(i, 2) acc.part[i] += (i32x16::Part)_mm256_madd_epi16((__m256i)a.part[i], (__m256i)b.part[i]);
+    EACH_PART(acc.part[i] += (i32x16::Part)_mm256_madd_epi16((__m256i)a.part[i], (__m256i)b.part[i]))
     return acc;
 }
 INLINE i32x16 total(ByteSums sums) { return add_words(i32x16(0), sums, i16x32(1)); }
@@ -548,13 +553,6 @@ template <> struct Lanes<BFloat16> {  // the numbers in even places, then those 
 
 template <typename T> INLINE typename Lanes<T>::Reg load_up_to(const T* p, int n) {
     return n < Lanes<T>::N ? Lanes<T>::load_first(p, n) : Lanes<T>::load(p);
-}
-
-// Calls f with a BFloat16 or a float, the type of t's values.
-template <typename F> void by_dtype(const Tensor& t, F f) {
-    if (t.scalar_type() == at::kBFloat16) f(BFloat16());
-    else if (t.scalar_type() == at::kFloat) f(0.0f);
-    else TORCH_CHECK(false, "kernels: dtype ", t.scalar_type(), " (bfloat16 and float are supported)");
 }
 
 }  // namespace

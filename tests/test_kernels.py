@@ -25,7 +25,7 @@ from torch import Tensor
 import kernels
 from kernels import build, memory
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FEW = torch.bfloat16, torch.float32, kernels.MAX_TOKENS
 TOLERANCE = {BF16: 4e-3, FP32: 3e-6}
 ROUNDED = 2e-3
 HAVE_OPS = kernels.available()
@@ -96,7 +96,7 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int8_linear(x, weight, scales, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if rounds and M <= kernels.MAX_TOKENS else x
+        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if rounds and M <= FEW else x
         assert error(kernels.int8_linear(x, weight, scales), rounded.double() @ w.T) < tolerance + ROUNDED / 256, M
         assert error(kernels.int8_linear_reference(x, weight, scales), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -109,11 +109,14 @@ def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> N
     weight, scales, zeros, w = int4_weights(N, K_in, groupsize)
     packed = kernels.pack_int4(weight, scales, zeros, groupsize)
     assert torch.equal(kernels.dequantize_packed_int4(*packed, N, K_in, torch.float64), w)
+    if K_in % groupsize == 0:
+        kernels.pack_int4_reference(weight, by_twin := torch.zeros_like(packed[0]))
+        assert torch.equal(by_twin, packed[0])
     for M in [*TOKENS, 40] if groupsize == 32 else [1, 3, 16, 40]:
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int4_linear(x, *packed, N, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if rounds and M <= kernels.MAX_TOKENS else x
+        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if rounds and M <= FEW else x
         assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
     assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype]
 
@@ -357,7 +360,7 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
             y, expected = kernels.run_fused(fused, x, cos, sin, factors, input_pos), x.double()
             for (layer, weights), cache in zip(both, caches):
                 expected = layer_in_fp64(layer, weights, cache, expected, cos, sin, factors, input_pos,
-                                         rounding if B * S <= kernels.MAX_TOKENS else None)
+                                         rounding if B * S <= FEW else None)
             assert kernels.accepts(fused, x) and y.dtype == dtype and error(y, expected) < allowed, (B, S)
         for layer, cache in zip(layers, caches):
             keys, values = kernels.dequantize_caches(layer.attention[4:6], layer.attention.scales, torch.float64)
@@ -499,9 +502,41 @@ def test_experts(kind: str, dtype: torch.dtype) -> None:
             unrounded = (False,) if compute is kernels.experts else ()
             y = compute(x, chosen, weights, w13, w2, E_, SIZE, *unrounded)
             assert y.dtype == dtype and error(y, expected) < tolerance, (compute, M, k)
-        few = chosen.flatten().bincount()[chosen] <= kernels.MAX_TOKENS                                # of an expert
+        few = chosen.flatten().bincount()[chosen] <= FEW                                # of an expert
         expected = (torch.where(few[..., None], in_fp64(x, rounding), exact) * weights[..., None]).sum(1)
         assert error(kernels.experts(x, chosen, weights, w13, w2, E_, SIZE), expected) < tolerance + ROUNDED, (M, k)
+
+
+@needs_ops
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    """By no bit, also with more threads than cores: linears large enough to be shared out, experts, packing and layers
+    over a short text. Attention adds up a long one in as many parts as threads want: to rounding."""
+    N, K_in, before = 1000, 896, torch.get_num_threads()
+    weight, scales, zeros, _ = int4_weights(N, K_in, 32)
+    int8, scale, _ = int8_weights(N, K_in)
+    plain, xs = torch.randn(N, K_in), [torch.randn(M, K_in) for M in (1, 3, 16)]
+    chosen, expert_weights = torch.stack([torch.randperm(E_)[:3] for _ in range(9)]), torch.rand(9, 3)
+    w13, w2, x9 = torch.randn(E_ * 2 * SIZE, WIDTH), torch.randn(E_ * WIDTH, SIZE), torch.randn(9, WIDTH)
+    layer, (cos, sin, input_pos) = make_layer("int4", FP32)[0], step_inputs(1, 5, 20)
+    fused, x5 = kernels.fuse([layer], H, EPS, 0.0, True), torch.randn(1, 5, C)
+    q, k, v = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 3000, 64), torch.randn(1, 2, 3000, 64)
+
+    def results() -> list[Tensor]:
+        packed = kernels.pack_int4(weight, scales, zeros, 32)
+        linears = [y for x in xs for quantize in (False, True) for y in (
+            kernels.linear(x, plain), kernels.linear(x.bfloat16(), plain.bfloat16()),
+            kernels.int8_linear(x, int8, scale, quantize), kernels.int4_linear(x, *packed, N, quantize))]
+        return [*packed, *linears, kernels.experts(x9, chosen, expert_weights, [w13], [w2], E_, SIZE),
+                kernels.run_fused(fused, x5, cos, sin, None, input_pos)]
+    try:
+        found = []
+        for threads in (1, 2, 4, 8):
+            torch.set_num_threads(threads)
+            found.append((results(), kernels.attend(q, k, v, torch.tensor([2000, 2999]))))
+    finally:
+        torch.set_num_threads(before)
+    for others, attended in found[1:]:
+        assert all(map(torch.equal, found[0][0], others)) and error(attended, found[0][1].double()) < 3e-6
 
 
 @needs_ops

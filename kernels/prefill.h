@@ -1,0 +1,67 @@
+// Linears with many tokens unless FP32_PRODUCTS: a chunk of the weights at a time, in the model's dtype, for PyTorch.
+#pragma once
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include "quantized.h"
+#include "tensors.h"
+
+namespace {
+
+// x [M, K], weight [N, K] in int8 with scales [N], or in another dtype than x -> y [M, N]
+inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
+    const i64 M = x.size(0), N = weight.size(0), K = weight.size(1);
+    const i64 step = std::min(N, std::max<i64>(64, CHUNK / std::max<i64>(K, 1)));
+    auto chunk = at::empty({step, K}, x.options()), product = at::empty({M, step}, x.options());
+    for (i64 n = 0; n < N; n += step) {
+        const i64 rows = std::min(step, N - n);
+        const auto converted = chunk.narrow(0, 0, rows).copy_(weight.narrow(0, n, rows));
+        auto of_rows = y.narrow(1, n, rows), out = product.narrow(1, 0, rows);
+        at::mm_out(out, x, converted.t());
+        if (scales.defined()) at::mul_out(of_rows, out, scales.view({N}).narrow(0, n, rows));
+        else of_rows.copy_(out);
+    }
+}
+
+// x [M, K] -> y [M, N]. The chunk is written as [K, rows]: the sixteen rows of a block lie side by side.
+template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& y) {
+    const i64 N = y.size(1), K = x.size(1), padded = w.units() * G4;
+    const i64 step = std::max<i64>(64, CHUNK / padded / 64 * 64);
+    const i64 width = std::min(step, (N + ROWS - 1) / ROWS * ROWS);
+    auto chunk = at::empty({padded, width}, x.options());
+    T* to = chunk.mutable_data_ptr<T>();
+    for (i64 n = 0; n < N; n += step) {
+        const i64 rows = std::min(step, N - n);
+#pragma omp parallel for num_threads(threads())
+        for (i64 r = 0; r < rows; r += ROWS) convert_int4(w, (n + r) / ROWS, 0, padded, to + r, width);
+        y.narrow(1, n, rows).copy_(at::mm(x, chunk.narrow(0, 0, K).narrow(1, 0, rows)));
+    }
+}
+
+// stored [N, K / 2], where a byte is two neighbouring values of q, the lower half first -> packed; K is whole groups.
+void pack_int4(const Tensor& stored, const Tensor& packed) {
+    const i64 N = stored.size(0), words = stored.size(1) / 4;  // of eight values
+    const i64 blocks = (N + ROWS - 1) / ROWS;
+    TORCH_CHECK(stored.is_contiguous() && packed.is_contiguous() && stored.size(1) % (G4 / 2) == 0 &&
+                    packed.numel() == blocks * ROWS * stored.size(1),
+                "pack_int4: ", stored.sizes(), " to ", packed.sizes());
+    const uint8_t* from = stored.const_data_ptr<uint8_t>();
+    uint8_t* to = packed.mutable_data_ptr<uint8_t>();
+#pragma omp parallel for num_threads(threads())
+    for (i64 block = 0; block < blocks; block++)
+        for (i64 i = 0; i < words; i++) {
+            uint32_t word[ROWS] = {};
+            const i64 rows = std::min<i64>(ROWS, N - block * ROWS);
+            for (i64 r = 0; r < rows; r++) word[r] = load<uint32_t>(from + ((block * ROWS + r) * words + i) * 4);
+            for (auto& w : word) {  // k = 0 1 2 3 4 5 6 7 -> 0 4 1 5 2 6 3 7
+                const auto swap = [&](int shift, uint32_t lower) {
+                    const uint32_t both = (w ^ w >> shift) & lower;
+                    w ^= both ^ both << shift;
+                };
+                swap(8, 0x0000ff00), swap(4, 0x00f000f0);
+            }
+            std::memcpy(to + (block * words + i) * sizeof word, word, sizeof word);
+        }
+}
+
+}  // namespace

@@ -1,0 +1,56 @@
+// A translation unit of its own, without PyTorch's headers: products of weights of every kind.
+#include "products.h"
+#include "quantized.h"
+
+namespace qwen_fast {
+
+template <typename T> void multiply_plain(const T* w, const std::vector<Product>& products, i64 N, i64 K) {
+    std::vector<Rows<T>> rows;
+    std::vector<std::vector<T>> rounded(products.size());
+    std::vector<std::vector<float>> x32(products.size());
+    for (size_t i = 0; i < products.size(); i++) {
+        const auto& p = products[i];
+        const T* x = (const T*)p.x;
+        const bool many = p.M > MAX_TOKENS;
+        if (NARROW && p.M > 2 && !many) x32[i] = arranged<T>(p.x, p.M, K);
+        else if (!std::is_same_v<T, float> && !many) {
+            rounded[i].resize(p.M * K);
+            convert(p.x, rounded[i].data(), p.M * K);
+            x = rounded[i].data();
+        }
+        const float* floats = many ? p.x : x32[i].empty() ? nullptr : x32[i].data();
+        rows.push_back({w + p.e * N * K, x, floats, p.y, p.M, N, K});
+    }
+    share_all(rows);
+}
+
+template <bool quantize> void multiply_int8(const Int8& w, const std::vector<Product>& products, i64 N, i64 K) {
+    std::vector<Int8Rows<quantize>> rows;
+    for (const auto& p : products) rows.emplace_back(w.w + p.e * N * K, w.scales + p.e * N, p.x, p.y, p.M, N, K);
+    share_all(rows);
+}
+
+template <bool quantize> void multiply_int4(const Int4& w, const std::vector<Product>& products, i64 N, i64 K) {
+    std::vector<Int4Rows<quantize>> rows;
+    for (const auto& p : products) {
+        const i64 block = p.e * (N / ROWS), at = block * w.groups * ROWS;
+        const Int4 own{w.packed + block * w.units() * UNIT, w.scales + at, w.zeros + at, w.groups, w.per};
+        rows.emplace_back(own, p.x, p.y, p.M, N, K);
+    }
+    share_all(rows);
+}
+
+void multiply(const float* w, const std::vector<Product>& products, i64 N, i64 K) {
+    multiply_plain(w, products, N, K);
+}
+void multiply(const BFloat16* w, const std::vector<Product>& products, i64 N, i64 K) {
+    multiply_plain(w, products, N, K);
+}
+void multiply(const Int8& w, const std::vector<Product>& products, i64 N, i64 K, bool quantize) {
+    quantize ? multiply_int8<INTEGERS>(w, products, N, K) : multiply_int8<false>(w, products, N, K);
+}
+void multiply(const Int4& w, const std::vector<Product>& products, i64 N, i64 K, bool quantize) {
+    quantize ? multiply_int4<INTEGERS>(w, products, N, K) : multiply_int4<false>(w, products, N, K);
+}
+
+}  // namespace qwen_fast
