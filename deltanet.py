@@ -62,9 +62,8 @@ class DeltaState(nn.Module):
 
         qkv: before the convolution, [B, S, N]; g, b: fp32 [B, S, Hv]; conv_weight: [N, size]; input_pos: int64 [B, S].
         A row may end in padding: positions that do not follow one another."""
-        if kernels.fits_delta_net(conv_weight, self.tensors(), qkv.dtype) and kernels.available():
-            return torch.ops.qwen_fast.delta_net(qkv, g, b, conv_weight, input_pos, self.tensors())
-        return self.run_reference(qkv, g, b, conv_weight, input_pos)
+        o = kernels.delta_net(qkv, g, b, conv_weight, input_pos, self.tensors())
+        return self.run_reference(qkv, g, b, conv_weight, input_pos) if o is None else o
 
     def run_reference(self, qkv: Tensor, g: Tensor, b: Tensor, conv_weight: Tensor, input_pos: Tensor) -> Tensor:
         """The same by PyTorch's operators; o of the padding is another."""

@@ -159,6 +159,13 @@ class Transformer(nn.Module):
         return present(self.inv_freq, *(t for module in modules
                                         for t in (*module._parameters.values(), *module._buffers.values())))
 
+    def linears(self) -> list[list[Tensor]]:
+        """What the linears are computed from where they run by themselves, the head's last. Without experts, which do
+        not."""
+        modules: list[Any] = [m for m in self.modules() if hasattr(m, "expert_args") and m.experts == 1]
+        tied = [[self.tok_embeddings.weight]] if self.output is None else []
+        return [module.expert_args(self.dtype) for module in modules] + tied
+
     def is_unmodified_around_layers(self) -> bool:
         """Whether the modules elsewhere than the layers compute what their classes say."""
         modules = self, self.tok_embeddings, self.norm, self.output, self.gather

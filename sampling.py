@@ -64,8 +64,20 @@ def shortlist(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     logits, ids = logits.topk(choice.candidates, dim=-1)           # sorted, the most probable first
     logits = (logits.float() / temperature).masked_fill(every >= top_k, -torch.inf)
     probs = logits.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs                          # of all more probable tokens together
+    whole = probs.is_cuda and choice.candidates > CANDIDATES[-1]
+    before = (called_cumsum(probs) if whole else probs.cumsum(dim=-1)) - probs     # of all more probable tokens
     return logits.masked_fill(before >= top_p, -torch.inf), ids
+
+
+@torch.library.custom_op("qwen_fast::cumsum", mutates_args=())
+def called_cumsum(x: Tensor) -> Tensor:
+    """Over the last dimension. Opaque to the compiler: PyTorch 2.11's fails where it fuses a long one with sums."""
+    return x.cumsum(dim=-1)
+
+
+@called_cumsum.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def sample(logits: Tensor, choice: Choice, noise: Tensor) -> Tensor:
@@ -114,12 +126,16 @@ class RecordedStep:
         self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
         self.model = model
         self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+        self.tuned: set[int] = set()                 # for one token or for several
 
     def __call__(self, *args: Any) -> Any:
         """args: of the step, fused layers and the model among them."""
         fused = next((arg for arg in args if isinstance(arg, kernels.FusedLayers)), None)
         tokens = next(t.numel() for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_cuda)     # idx comes first
         if fused is None or tokens > fused.max_tokens or not self.model.is_unmodified_around_layers():
+            if (few := min(tokens, 2)) not in self.tuned and tokens <= kernels.MAX_TOKENS:
+                kernels.tune(None, self.model.linears(), tokens, self.model.dtype)
+                self.tuned.add(few)
             torch.compiler.cudagraph_mark_step_begin()
             return self.by_compiler(*(None if isinstance(arg, kernels.FusedLayers) else arg for arg in args))
         flat, spec = tree_flatten([arg for arg in args if not isinstance(arg, kernels.FusedLayers)])
@@ -137,7 +153,7 @@ class RecordedStep:
         return outputs
 
     def record(self, fused: kernels.FusedLayers, args: tuple, inputs: list[Tensor], tokens: int) -> tuple:
-        kernels.tune(fused, tokens)
+        kernels.tune(fused, self.model.linears()[-1:], tokens, self.model.dtype)
         static = {id(t): t.clone() for t in inputs}
         args = tree_map(lambda arg: static[id(arg)] if isinstance(arg, Tensor) and id(arg) in static else arg, args)
         stream = torch.cuda.Stream()

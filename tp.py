@@ -6,7 +6,8 @@ wqkv and w13 are split by output rows (whole heads, of a DeltaNet key heads with
 gate and up), wo and w2 by the input columns that meet those rows. So attention and the feed-forward need nothing from
 other ranks until their last product, whose partial results are summed over the ranks: two all-reduces a layer
 (Megatron-LM, Shoeybi et al. 2019, section 3). The embedding and the output head are split over the vocabulary. A size
-that does not divide is padded with zeros, which is exact.
+that does not divide is padded with zeros, which is exact. On GPUs NCCL's collectives are part of the compiled step and
+its CUDA graph, or small sums are taken in one launch (kernels/collectives.py).
 """
 import contextlib
 import datetime
@@ -31,6 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from cli import PARENT, UserError, fail, system_errors
 from config import ModelArgs
 from formats import Int4Linear, Quantization, replace_linears
+from kernels.collectives import all_reduce, enable_one_shot
 from model import Transformer
 
 ROWS, COLUMNS = 0, 1
@@ -234,11 +236,6 @@ def select(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
 collectives = torch.ops._c10d_functional         # to the compiler operators like any other
 
 
-def all_reduce(x: Tensor, group: str) -> Tensor:
-    """The sum of every rank's x, of the same shape everywhere."""
-    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
-
-
 def broadcast(x: Tensor, group: str) -> Tensor:
     """Rank 0's x, of the same shape everywhere."""
     return collectives.wait_tensor(collectives.broadcast(x.contiguous(), 0, group))
@@ -341,6 +338,8 @@ class Ranks:
             all_reduce(torch.ones(1, device=device), self.group).item()
         except RuntimeError as error:
             raise UserError(f"the ranks cannot reach each other from {device}: {str(error)[:200]}") from error
+        if device.type == "cuda":
+            enable_one_shot(self, device)
         return device
 
     def gather(self, value: Any) -> list[Any]:

@@ -323,9 +323,9 @@ def fuse(layers: Sequence[LayerTensors], n_head: int, eps: float, norm_offset: f
         return None
     dtype = layers[0].attention_norm.dtype
     if on_gpu(layers[0].attention_norm.device):
-        handle = gpu_layers.fuse(layers, n_head, eps) if not norm_offset else None
-        has_experts = any(layer.feed_forward.n_expert for layer in layers)     # which are not fused for many tokens
-        return None if handle is None else FusedLayers(handle, dtype, MAX_TOKENS if has_experts else 1 << 62)
+        handle = gpu_layers.fuse(layers, n_head, eps, norm_offset)
+        few = any(layer.feed_forward.n_expert or isinstance(layer.attention, DeltaNetTensors) for layer in layers)
+        return None if handle is None else FusedLayers(handle, dtype, MAX_TOKENS if few else 1 << 62)
 
     def supported(layer: LayerTensors) -> bool:
         return layer.attention_norm.dtype == layer.ffn_norm.dtype == dtype and layer.attention.fits(dtype)
@@ -354,10 +354,12 @@ def fused_alive() -> set[int]:
     return {layers.key for layers in gpu_layers.fused.values()}
 
 
-def tune(fused: FusedLayers, tokens: int) -> None:
-    """On a GPU: finds the fastest kernels for steps of so many tokens, where they are not known."""
-    if chosen["gpu"] == "auto" and tokens <= MAX_TOKENS:
-        gpu_layers.tune(gpu_layers.fused[int(fused.handle)], tokens)
+def tune(fused: FusedLayers | None, linears: list[list[Tensor]], tokens: int, dtype: torch.dtype) -> None:
+    """On a GPU: finds the fastest kernels for steps of so many tokens, where they are not known: for fused layers, and
+    for linears by themselves, whose activations are of a dtype."""
+    if gpu_layers is not None and chosen["gpu"] == "auto" and tokens <= MAX_TOKENS and linears:
+        calls = [] if fused is None else list(gpu_layers.fused[int(fused.handle)].calls(tokens))
+        gpu_layers.tune([*calls, *gpu_layers.calls_of(linears, tokens, dtype)], linears[0][0].device, tokens)
 
 
 def accepts(fused: FusedLayers | None, x: Tensor) -> bool:
@@ -383,8 +385,17 @@ def run_fused(fused: FusedLayers, x: Tensor, cos: Tensor, sin: Tensor, logn: Ten
 
 # ---- Gated DeltaNet; the twin is deltanet.DeltaState.run_reference
 
+def delta_net(qkv: Tensor, g: Tensor, b: Tensor, conv: Tensor, input_pos: Tensor, state: list[Tensor]) -> Tensor | None:
+    """As DeltaState.run, whose tensors `state` holds; None where none of the kernels computes it."""
+    if fits_delta_net(conv, state, qkv.dtype) and available():
+        return torch.ops.qwen_fast.delta_net(qkv, g, b, conv, input_pos, state)
+    if on_gpu(qkv.device) and gpu_layers.fits_delta_net(conv, state, qkv.dtype, qkv.size(1)):
+        return torch.ops.qwen_fast.delta_net_gpu(qkv, g, b, conv, input_pos, state)
+    return None
+
+
 def fits_delta_net(conv: Tensor, state: list[Tensor], dtype: torch.dtype) -> bool:
-    """Whether the operator delta_net computes the recurrence of a DeltaNetTensors, for activations of a dtype."""
+    """Whether the C++ computes the recurrence of a DeltaNetTensors, for activations of a dtype."""
     memory, _, inputs, *_ = state
     whole = memory.size(2) % 16 == 0 and memory.size(3) % 16 == 0 and all(t.is_contiguous() for t in state)
     return on_cpu(inputs) and inputs.dtype == conv.dtype == dtype and whole

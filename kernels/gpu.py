@@ -5,6 +5,12 @@ in. A dense layer takes six launches:
 
     norm, wqkv, bias | QK-norm, RoPE, cache write | attention | wo, residual | norm, w13, silu(gate) * up | w2, residual
 
+One of a Gated DeltaNet takes as many (gpu_deltanet.py). In the place of the last two, experts take
+
+    norm, router | choice | chosen w13 | chosen w2, their sum, residual
+
+and two more, where one is for all tokens.
+
 On Hopper a kernel begins to load its weights while the one before it ends (programmatic dependent launch): gdc_wait
 stands before the first load of what another kernel writes.
 
@@ -35,15 +41,17 @@ class Tile(NamedTuple):
 
 
 LIBRARY = Tile(0, 0, 0, 0)           # no tile: PyTorch's operators
+COMPILED = Tile(0, 0, 0, 1)          # or what its compiler makes of them
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 MAGIC = {8: 0x47008000, 4: 0x43000000}      # the former flips a byte's sign, too
+ODD = tl.constexpr(0x02000000)       # makes 2^11 of the latter
 
 
 # ---- linears
 #
 # Quantized weights are read as words, and become floats without a conversion instruction, of which a multiprocessor
-# does 16 a cycle: their bits are put into the mantissa of a constant, 2^15 + q from a byte, 2^7 + q or 2^7 + q / 16
-# from a nibble. The constant is an argument, because one instruction takes a mask and a register, not two constants.
+# does 16 a cycle: their bits are put into the mantissa of a constant, 2^15 + q of a byte, 2^7 + q or 2^11 + q of a
+# nibble. The constant is an argument, because one instruction takes a mask and a register, not two constants.
 
 @triton.jit
 def load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, t: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
@@ -70,8 +78,12 @@ def load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, t: tl.constexpr, K: tl.c
 
 
 @triton.jit
-def byte_floats(w, n: tl.constexpr, magic):
+def byte_floats(w, n: tl.constexpr, magic, PERMUTE: tl.constexpr):
     """Byte n of words, int8: 2^15 + 128 + q."""
+    if PERMUTE:                                                    # one instruction, after one for all four signs
+        w = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [w ^ -0x7F7F7F80, magic, 0x7604 + 16 * n],
+                                      dtype=tl.int32, is_pure=True, pack=1)
+        return w.to(tl.float32, bitcast=True)
     if n == 0:
         w = w << 8
     elif n > 1:
@@ -81,7 +93,7 @@ def byte_floats(w, n: tl.constexpr, magic):
 
 @triton.jit
 def nibble_floats(w, n: tl.constexpr, magic):
-    """Nibble n of words: 2^7 + q, or 2^7 + q / 16 where n is 1, 3 or 5."""
+    """Nibble n of words: 2^11 + q where n is 1, 3 or 5, else 2^7 + q."""
     if n == 0:
         w = w << 16
     elif n <= 2:
@@ -90,35 +102,46 @@ def nibble_floats(w, n: tl.constexpr, magic):
         w = w >> 8
     elif n == 7:
         w = w >> 12
-    return ((w & (0xF000 if n == 1 or n == 3 or n == 5 else 0xF0000)) | magic).to(tl.float32, bitcast=True)
+    if n == 1 or n == 3 or n == 5:
+        return ((w & 0xF000) | (magic + ODD)).to(tl.float32, bitcast=True)
+    return ((w & 0xF0000) | magic).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def load_x(x_ptr, norm_ptr, column, inside, WHOLE: tl.constexpr, squares):
-    """x at [chunks, columns] times the norm's weight, fp32, and the sums of squares so far."""
-    if WHOLE:
-        x = tl.load(x_ptr + column).to(tl.float32)
-    else:
-        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+def load_floats(ptr, first, inside, COUNT: tl.constexpr, WHOLE: tl.constexpr):
+    """COUNT numbers from first [chunks, 1] on, fp32 [chunks, COUNT]; zeros outside, where not the WHOLE is inside."""
+    if ptr.dtype.element_ty == tl.bfloat16:                        # by words: an instruction a number, not two
+        word = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (first // 2 + tl.arange(0, COUNT // 2)[None, :])
+        word = tl.load(word) if WHOLE else tl.load(word, mask=inside, other=0)
+        low, high = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), [first.shape[0], COUNT])
+    at = ptr + (first + tl.arange(0, COUNT)[None, :])
+    return (tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def load_x(x_ptr, norm_ptr, first, inside, COUNT: tl.constexpr, WHOLE: tl.constexpr, squares, OFFSET: tl.constexpr):
+    """x times the norm's weight plus OFFSET, as load_floats, and the squares of x so far, by their place in a chunk."""
+    x = load_floats(x_ptr, first, inside, COUNT, WHOLE)
     if norm_ptr is not None:
-        squares += tl.sum(x * x, axis=1)
-        if WHOLE:
-            x *= tl.load(norm_ptr + column).to(tl.float32)
-        else:
-            x *= tl.load(norm_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        squares += x * x
+        weight = load_floats(norm_ptr, first, inside, COUNT, WHOLE)
+        if OFFSET != 0:
+            weight += OFFSET
+        x *= weight
     return x, squares
 
 
 @triton.jit
 def one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K: tl.constexpr, BITS: tl.constexpr,
-              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-              residual_ptr, at, wanted):
+              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+              PERMUTE: tl.constexpr, PDL: tl.constexpr, residual_ptr, at, wanted, OFFSET: tl.constexpr):
     """Rows of W times x [K] (times the norm's weight), fp32 [ROWS], the sum of x's squares, and the residual."""
     TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     SPAN: tl.constexpr = 128 // BITS
     CHUNKS: tl.constexpr = COLUMNS // SPAN
     acc = tl.zeros([CHUNKS, ROWS], tl.float32)
-    squares = tl.zeros([CHUNKS], tl.float32)
+    squares = tl.zeros([CHUNKS, 4 if BITS <= 8 else SPAN], tl.float32)  # pyright: ignore
     w, scale, shift = load_tile(w_ptr, scales_ptr, zeros_ptr, rows, here, 0, K, BITS, GROUP, COLUMNS)
     w1, scale1, shift1 = w, scale, shift
     if TILES > 1 and AHEAD > 1:
@@ -135,34 +158,34 @@ def one_token(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, 
         WHOLE = (t + 1) * COLUMNS <= K
         chunk = t * CHUNKS + tl.arange(0, CHUNKS)[:, None]
         if BITS > 8:
-            column = chunk * SPAN + tl.arange(0, SPAN)[None, :]
-            x, squares = load_x(x_ptr, norm_ptr, column, column < K, WHOLE, squares)
+            x, squares = load_x(x_ptr, norm_ptr, chunk * SPAN, chunk * SPAN < K, SPAN, WHOLE, squares, OFFSET)
             acc += tl.sum(w.to(tl.float32) * x[:, None], axis=2)
         else:
             dot = tl.zeros([CHUNKS, ROWS, 4], tl.float32)
-            offset, total = tl.zeros([CHUNKS, 4], tl.float32), tl.zeros([CHUNKS, 4], tl.float32)
+            total, odd = tl.zeros([CHUNKS, 4], tl.float32), tl.zeros([CHUNKS, 4], tl.float32)
             for n in tl.static_range(32 // BITS):
-                at = n * (K * BITS // 32) + chunk * 4 + tl.arange(0, 4)[None, :]           # see in_planes
-                x, squares = load_x(x_ptr, norm_ptr, at, chunk * SPAN < K, WHOLE, squares)
-                total += x
+                first = n * (K * BITS // 32) + chunk * 4                                   # see in_planes
+                x, squares = load_x(x_ptr, norm_ptr, first, chunk * SPAN < K, 4, WHOLE, squares, OFFSET)
                 if BITS == 8:
-                    dot += byte_floats(w, n, magic) * x[:, None]
+                    total += x
+                    dot += byte_floats(w, n, magic, PERMUTE) * x[:, None]
                 else:
                     if n == 1 or n == 3 or n == 5:
-                        x *= 16
-                    offset += x
+                        odd += x
+                    else:
+                        total += x
                     dot += nibble_floats(w, n, magic) * x[:, None]
             if BITS == 8:
                 acc += tl.sum(dot, axis=2) - 32896 * tl.sum(total, axis=1)[:, None]
             else:
-                dot = tl.sum(dot, axis=2) - 128 * tl.sum(offset, axis=1)[:, None]
-                acc += scale * dot - shift * tl.sum(total, axis=1)[:, None]
+                dot = tl.sum(dot, axis=2) - tl.sum(128 * total + 2048 * odd, axis=1)[:, None]
+                acc += scale * dot - shift * tl.sum(total + odd, axis=1)[:, None]
         if AHEAD > 1:
             w, scale, shift = w1, scale1, shift1
             w1, scale1, shift1 = w2, scale2, shift2
         else:
             w, scale, shift = w2, scale2, shift2
-    return tl.sum(acc, axis=0), tl.sum(squares, axis=0), residual
+    return tl.sum(acc, axis=0), tl.sum(squares), residual
 
 
 @triton.jit
@@ -174,7 +197,7 @@ def join_four(a, b, c, d):
 @triton.jit
 def few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K: tl.constexpr, BITS: tl.constexpr,
                GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-               DTYPE: tl.constexpr, PDL: tl.constexpr):
+               DTYPE: tl.constexpr, PERMUTE: tl.constexpr, PDL: tl.constexpr):
     """The same for up to 16 rows of x [M, K], by tensor cores: fp32 [ROWS, 16]."""
     acc = tl.zeros([ROWS, 16], tl.float32)
     token = tl.arange(0, 16)[None, :]
@@ -186,13 +209,13 @@ def few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K: tl.
         w = tl.load(w_ptr + rows[:, None] * (K // ENTRY) + entry[None, :],
                     mask=here[:, None] & (entry * ENTRY < K)[None, :], other=0, eviction_policy="evict_first")
         if BITS == 8:
-            w = join_four(byte_floats(w, 0, magic), byte_floats(w, 1, magic), byte_floats(w, 2, magic),
-                          byte_floats(w, 3, magic)) - 32896
+            w = join_four(byte_floats(w, 0, magic, PERMUTE), byte_floats(w, 1, magic, PERMUTE),
+                          byte_floats(w, 2, magic, PERMUTE), byte_floats(w, 3, magic, PERMUTE)) - 32896
         elif BITS == 4:
             even = join_four(nibble_floats(w, 0, magic) - 128, nibble_floats(w, 2, magic) - 128,
                              nibble_floats(w, 4, magic) - 128, nibble_floats(w, 6, magic) - 128)
-            odd = join_four(16 * nibble_floats(w, 1, magic) - 2048, 16 * nibble_floats(w, 3, magic) - 2048,
-                            16 * nibble_floats(w, 5, magic) - 2048, nibble_floats(w, 7, magic) - 128)
+            odd = join_four(nibble_floats(w, 1, magic) - 2048, nibble_floats(w, 3, magic) - 2048,
+                            nibble_floats(w, 5, magic) - 2048, nibble_floats(w, 7, magic) - 128)
             group = first // GROUP + tl.arange(0, COLUMNS // GROUP)
             at, mask = rows[:, None] * (K // GROUP) + group[None, :], here[:, None] & (group * GROUP < K)[None, :]
             scale = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)[:, :, None]
@@ -208,7 +231,8 @@ def few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K: tl.
 def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, chosen_ptr, y_ptr, eps, magic,
                   M, N, per_token, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr,
-                  DTYPE: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr):
+                  DTYPE: tl.constexpr, PLANES: tl.constexpr, OFFSET: tl.constexpr, PERMUTE: tl.constexpr,
+                  PDL: tl.constexpr):
     """y [M, N] = norm(x) W^T + bias + residual; GATED: silu(gate) * up, of W's rows 0 .. N - 1 and N .. 2 N - 1.
 
     With chosen [pairs], W holds experts one after another, and y [pairs, N] is of per_token experts for each x."""
@@ -234,13 +258,13 @@ def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, resid
     if ONE:
         y, squares, residual = one_token(  # pyright: ignore
             x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS, GROUP, ROWS, COLUMNS, STAGES,
-            PDL, residual_ptr, place, unit < N)
+            PERMUTE, PDL, residual_ptr, place, unit < N, OFFSET)
         if norm_ptr is not None:
             y *= tl.rsqrt(squares / K + eps)
         y, token = tl.reshape(y, [ROWS, 1]), tl.arange(0, 1)
     else:
         y = few_tokens(x_ptr, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, M, K, BITS, GROUP, ROWS, COLUMNS, STAGES,
-                       DTYPE, PDL)
+                       DTYPE, PERMUTE, PDL)
         token = tl.arange(0, 16)
     if BITS == 8:
         y *= tl.load(scales_ptr + rows, mask=here, other=0.0)[:, None]
@@ -260,11 +284,51 @@ def linear_kernel(x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, bias_ptr, resid
 
 
 @triton.jit
-def experts_down_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, chosen_ptr, weights_ptr, residual_ptr, y_ptr, magic, N,
-                        K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHOSEN: tl.constexpr,
-                        ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PLANES: tl.constexpr,
-                        PDL: tl.constexpr):
-    """y [M, N] = residual + the weighted sum of what each token's CHOSEN experts make of their x [M * CHOSEN, K]."""
+def normed_dot(x_ptr, norm_ptr, w_ptr, eps, offset, C, BLOCK: tl.constexpr):
+    """norm(x) . w, of C elements."""
+    squares, dot = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, C, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = column < C
+        x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        squares += x * x
+        x *= tl.load(norm_ptr + column, mask=mask, other=0.0).to(tl.float32) + offset
+        dot += x * tl.load(w_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(dot) * tl.rsqrt(tl.sum(squares) / C + eps)
+
+
+@triton.jit
+def choose_kernel(logits_ptr, x_ptr, norm_ptr, gate_ptr, chosen_ptr, weights_ptr, share_ptr, eps, offset, E, C,
+                  CHOSEN: tl.constexpr, NORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+                  BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """A token's CHOSEN most probable experts, their weights, and its share of what all tokens' expert makes of it."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    m, e, slot = tl.program_id(0), tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
+    p = tl.load(logits_ptr + m * E + e, mask=e < E, other=-float("inf")).to(tl.float32)
+    p = tl.exp(p - tl.max(p, axis=0))
+    p /= tl.sum(p, axis=0)
+    chosen, weights = tl.zeros([SLOTS], tl.int32), tl.zeros([SLOTS], tl.float32)
+    for j in tl.static_range(CHOSEN):
+        most, which = tl.max(p, axis=0, return_indices=True)
+        chosen, weights = tl.where(slot == j, which, chosen), tl.where(slot == j, most, weights)
+        p = tl.where(e == which, -1.0, p)
+    if NORMALIZE:
+        weights /= tl.sum(weights, axis=0)
+    tl.store(chosen_ptr + m * CHOSEN + slot, chosen, mask=slot < CHOSEN)
+    tl.store(weights_ptr + m * CHOSEN + slot, weights, mask=slot < CHOSEN)
+    if gate_ptr is not None:
+        tl.store(share_ptr + m, tl.sigmoid(normed_dot(x_ptr + m * C, norm_ptr, gate_ptr, eps, offset, C, BLOCK)))
+
+
+@triton.jit
+def experts_down_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, chosen_ptr, weights_ptr, residual_ptr, shared_ptr,
+                        share_ptr, y_ptr, magic, N, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+                        CHOSEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+                        PLANES: tl.constexpr, PERMUTE: tl.constexpr, PDL: tl.constexpr):
+    """y [M, N] = residual + share * shared + the weighted sum of what each token's CHOSEN experts make of their
+    x [M * CHOSEN, K]."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -272,12 +336,14 @@ def experts_down_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, chosen_ptr, weights
     here = unit < N
     place = unit if PLANES == 1 else unit % PLANES * (N // PLANES) + unit // PLANES
     total = tl.load(residual_ptr + m * N + place, mask=here, other=0.0).to(tl.float32)
+    if shared_ptr is not None:
+        total += tl.load(share_ptr + m) * tl.load(shared_ptr + m * N + place, mask=here, other=0.0).to(tl.float32)
     for j in range(CHOSEN):
         pair = m * CHOSEN + j
         rows = tl.load(chosen_ptr + pair) * N + unit
         y, squares, residual = one_token(  # pyright: ignore
             x_ptr + pair * K, None, w_ptr, scales_ptr, zeros_ptr, rows, here, magic, K, BITS, GROUP, ROWS, COLUMNS,
-            STAGES, False, None, unit, here)
+            STAGES, PERMUTE, False, None, unit, here, 0.0)
         if BITS == 8:
             y *= tl.load(scales_ptr + rows, mask=here, other=0.0)
         total += y * tl.load(weights_ptr + pair)
@@ -285,14 +351,15 @@ def experts_down_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, chosen_ptr, weights
 
 
 @triton.jit
-def norm_kernel(x_ptr, norm_ptr, y_ptr, eps, C, WIDTH: tl.constexpr, PDL: tl.constexpr):
+def norm_kernel(x_ptr, norm_ptr, y_ptr, eps, offset, C, WIDTH: tl.constexpr, PDL: tl.constexpr):
     """The RMS norm of a row of x [M, C]."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     i, row = tl.arange(0, WIDTH), tl.program_id(0).to(tl.int64) * C
     x = tl.load(x_ptr + row + i, mask=i < C, other=0.0).to(tl.float32)
-    y = x * tl.rsqrt(tl.sum(x * x) / C + eps) * tl.load(norm_ptr + i, mask=i < C, other=0.0).to(tl.float32)
+    weight = tl.load(norm_ptr + i, mask=i < C, other=0.0).to(tl.float32) + offset
+    y = x * tl.rsqrt(tl.sum(x * x) / C + eps) * weight
     tl.store(y_ptr + row + i, y, mask=i < C)
 
 
@@ -351,34 +418,38 @@ def fits(tensors: list[Tensor]) -> bool:
 
 
 def linear(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-           gated: bool = False, tile: Tile = LIBRARY, planes: tuple[int, int] = (1, 1)) -> Tensor:
-    """x [M, K] through a linear, M up to 16, with all that norm (an RMS norm's weight), residual [M, N] and gated ask
-    for. planes: the order of x and norm, and of y and residual: see in_planes; more than 1 only for one token."""
+           gated: bool = False, tile: Tile = LIBRARY, planes: tuple[int, int] = (1, 1), offset: float = 0.0) -> Tensor:
+    """x [M, K] through a linear, M up to 16, with all that norm (an RMS norm's weight, to which offset is added),
+    residual [M, N] and gated ask for. planes: the order of x and norm, and of y and residual: see in_planes; more than
+    1 only for one token."""
     (M, K), rows = x.shape, w.weight.size(0)
     N, dtype = rows // 2 if gated else rows, norm.dtype if norm is not None else x.dtype
+    if tile == COMPILED:
+        return compiled_reference()(x, w, norm, eps, residual, gated, planes, offset)
     if tile == LIBRARY:
         if w.scales is not None:
             w = Weights(16, dequantize(w, dtype), bias=w.bias)
-        return linear_reference(x, w, norm, eps, residual, gated, planes)
+        return linear_reference(x, w, norm, eps, residual, gated, planes, offset)
     if M == 1 and planes[0] == 1 < w.fields:
         x, norm = in_planes(x, w.fields), None if norm is None else in_planes(norm[None], w.fields)
     if norm is not None and M > 1:
-        x, norm = rms_norm(x, norm, eps), None
+        x, norm = rms_norm(x, norm, eps, offset), None
     y = torch.empty(M, N, dtype=residual.dtype if residual is not None else dtype, device=x.device)
     launch(linear_kernel, (cdiv(rows, tile.rows),), x, norm, w.weight, w.scales, w.zeros, w.bias, residual, None,
            y, eps, MAGIC.get(w.bits, 0), M, N, 0, K, BITS=w.bits, GROUP=w.groupsize, GATED=gated, ROWS=tile.rows,
            COLUMNS=tile.columns, STAGES=tile.stages, ONE=M == 1, DTYPE=TRITON_DTYPES[dtype], PLANES=planes[1],
-           num_warps=tile.warps)
+           OFFSET=offset, PERMUTE=on_nvidia(x.device), num_warps=tile.warps)
     return y
 
 
 def linear_reference(x: Tensor, w: Weights, norm: Tensor | None = None, eps: float = 0.0,
-                     residual: Tensor | None = None, gated: bool = False, planes: tuple[int, int] = (1, 1)) -> Tensor:
+                     residual: Tensor | None = None, gated: bool = False, planes: tuple[int, int] = (1, 1),
+                     offset: float = 0.0) -> Tensor:
     def natural(t: Any, n: int) -> Any:
         return None if t is None else out_of_planes(t.view(-1, t.size(-1)), n)
     x, norm, residual = natural(x, planes[0]), natural(norm, planes[0]), natural(residual, planes[1])
     if norm is not None:
-        x = F.rms_norm(x.float(), x.shape[1:], norm.float().view(-1), eps).to(norm.dtype)
+        x = F.rms_norm(x.float(), x.shape[1:], norm.float().view(-1) + offset, eps).to(norm.dtype)
     y = F.linear(x, w.dequantize(x.dtype), w.bias)
     if gated:
         gate, up = y.chunk(2, dim=1)
@@ -386,11 +457,19 @@ def linear_reference(x: Tensor, w: Weights, norm: Tensor | None = None, eps: flo
     return in_planes(y if residual is None else residual + y, planes[1])
 
 
+@functools.cache
+def compiled_reference() -> Any:
+    """linear_reference by PyTorch's compiler. The tuning makes a product with one token a fused multiply and sum."""
+    return torch.compile(linear_reference, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
+
+
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weights, w2: Weights, norm: Tensor, eps: float,
-            residual: Tensor, tiles: tuple[Tile, Tile], planes: int = 1) -> Tensor:
+            residual: Tensor, tiles: tuple[Tile, Tile], planes: int = 1, offset: float = 0.0,
+            shared: Tensor | None = None, share: Tensor | None = None) -> Tensor:
     """residual [M, C] and the weighted sum of what experts make of norm(x) [M, C], M up to 16: in two launches.
 
-    chosen: int64 [M, k]; weights: fp32 [M, k]. planes: the order of x, norm and residual. w13, w2: of all experts."""
+    chosen, weights, share: see choose. planes: the order of x, norm, residual and shared. w13, w2: of all experts.
+    offset: as in linear. shared: what all tokens' expert makes of x [M, C], if there is one."""
     (M, C), k, size = x.shape, chosen.size(1), w2.in_features
     dtype = norm.dtype
     hidden, y = torch.empty(M * k, size, dtype=dtype, device=x.device), torch.empty_like(residual)
@@ -400,22 +479,49 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weights, w2: Weight
     launch(linear_kernel, (cdiv(2 * size, up.rows), M * k), x, norm, w13.weight, w13.scales, w13.zeros, None,
            None, chosen, hidden, eps, MAGIC.get(w13.bits, 0), 1, size, k, C, BITS=w13.bits, GROUP=w13.groupsize,
            GATED=True, ROWS=up.rows, COLUMNS=up.columns, STAGES=up.stages, ONE=True, DTYPE=TRITON_DTYPES[dtype],
-           PLANES=w2.fields, num_warps=up.warps)
+           PLANES=w2.fields, OFFSET=offset, PERMUTE=on_nvidia(x.device), num_warps=up.warps)
     launch(experts_down_kernel, (cdiv(C, down.rows), M), hidden, w2.weight, w2.scales, w2.zeros, chosen, weights,
-           residual, y, MAGIC.get(w2.bits, 0), C, size, BITS=w2.bits, GROUP=w2.groupsize, CHOSEN=k, ROWS=down.rows,
-           COLUMNS=down.columns, STAGES=down.stages, PLANES=planes, num_warps=down.warps)
+           residual, shared, share, y, MAGIC.get(w2.bits, 0), C, size, BITS=w2.bits, GROUP=w2.groupsize, CHOSEN=k,
+           ROWS=down.rows, COLUMNS=down.columns, STAGES=down.stages, PLANES=planes, PERMUTE=on_nvidia(x.device),
+           num_warps=down.warps)
     return y
 
 
 def experts_reference(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weights, w2: Weights, norm: Tensor, eps: float,
-                      residual: Tensor) -> Tensor:
+                      residual: Tensor, offset: float = 0.0, shared: Tensor | None = None,
+                      share: Tensor | None = None) -> Tensor:
     """In natural order."""
     C, size = x.size(1), w2.in_features
-    normed = F.rms_norm(x.float(), (C,), norm.float(), eps).to(norm.dtype)
+    normed = F.rms_norm(x.float(), (C,), norm.float() + offset, eps).to(norm.dtype)
     up, down = w13.dequantize(norm.dtype).view(-1, 2 * size, C), w2.dequantize(norm.dtype).view(-1, C, size)
     gate, up = torch.einsum("mkfc,mc->mkf", up[chosen], normed).chunk(2, dim=-1)
     y = torch.einsum("mkcf,mkf->mkc", down[chosen], F.silu(gate) * up)
+    if shared is not None and share is not None:
+        residual = residual + share[:, None] * shared
     return residual + (y.float() * weights[:, :, None]).sum(1).to(residual.dtype)
+
+
+def choose(logits: Tensor, n: int, normalize: bool, x: Tensor, norm: Tensor, eps: float, offset: float,
+           gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The n most probable experts of a router's logits [M, E] and their weights, int64 and fp32 [M, n]; and, if there
+    is a gate [1, C], the share of what all tokens' expert makes of norm(x) [M, C], fp32 [M]."""
+    (M, E), C, device = logits.shape, x.size(1), x.device
+    chosen = torch.empty(M, n, dtype=torch.int64, device=device)
+    weights, share = (torch.empty(*shape, dtype=torch.float32, device=device) for shape in ((M, n), (M,)))
+    launch(choose_kernel, (M,), logits, x, norm, gate, chosen, weights, share, eps, offset, E, C, CHOSEN=n,
+           NORMALIZE=normalize, EXPERTS=next_power_of_2(E), SLOTS=next_power_of_2(n),
+           BLOCK=min(2048, next_power_of_2(C)), num_warps=4)
+    return chosen, weights, None if gate is None else share
+
+
+def choose_reference(logits: Tensor, n: int, normalize: bool, x: Tensor, norm: Tensor, eps: float, offset: float,
+                     gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    weights, chosen = logits.float().softmax(-1).topk(n, dim=-1)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    if gate is None:
+        return chosen, weights, None
+    return chosen, weights, (F.rms_norm(x.float(), norm.shape, norm.float() + offset, eps) @ gate[0].float()).sigmoid()
 
 
 def in_planes(x: Tensor, planes: int) -> Tensor:
@@ -455,9 +561,9 @@ def dequantize(w: Weights, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def rms_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, norm: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     y = torch.empty(x.shape, dtype=norm.dtype, device=x.device)
-    launch(norm_kernel, (len(x),), x, norm, y, eps, x.size(1), WIDTH=next_power_of_2(x.size(1)), num_warps=8)
+    launch(norm_kernel, (len(x),), x, norm, y, eps, offset, x.size(1), WIDTH=next_power_of_2(x.size(1)), num_warps=8)
     return y
 
 
@@ -465,52 +571,56 @@ def rms_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def prepare_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, logn_ptr, pos_ptr, q_ptr, k_ptr, v_ptr,
-                   k_scales_ptr, v_scales_ptr, ready_ptr, eps, S, T, H, KV, D, HALF: tl.constexpr, PDL: tl.constexpr):
-    """One head of one token: norm and RoPE; queries go to q [M, H, D], keys and values to the cache, where there are
-    scales in int8."""
+                   k_scales_ptr, v_scales_ptr, ready_ptr, eps, offset, row, S, T, H, KV, D: tl.constexpr,
+                   R: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr):
+    """One head of one token: norm and RoPE of R dimensions; queries go to q [M, H, D], keys and values to the cache,
+    where there are scales in int8."""
     m, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, HALF)
     mask = i < D // 2
+    a, b = i, i + D // 2                                           # pairs of dimensions, of which RoPE turns the first
+    if R < D:
+        a = tl.where(i < R // 2, i, i + R // 2)
+        b = tl.where(i < R // 2, i + R // 2, i + D // 2)
     is_query, is_value = head < H, head >= H + KV
-    cos = tl.load(cos_ptr + m * D + i, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + m * D + i, mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + m * R + i, mask=i < R // 2, other=1.0)
+    sin = tl.load(sin_ptr + m * R + i, mask=i < R // 2, other=0.0)
     slot = tl.load(pos_ptr + m)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    source = qkv_ptr + (m * (H + 2 * KV) + head) * D + i
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32)
+    source = qkv_ptr + m * row + head * D
+    first = tl.load(source + a, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + b, mask=mask, other=0.0).to(tl.float32)
     if not is_value:
         if q_norm_ptr is not None:
             scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / D + eps)
             of_q, of_k = mask & is_query, mask & (head >= H)
-            first *= scale * (tl.load(q_norm_ptr + i, mask=of_q, other=0.0).to(tl.float32)
-                              + tl.load(k_norm_ptr + i, mask=of_k, other=0.0).to(tl.float32))
-            second *= scale * (tl.load(q_norm_ptr + D // 2 + i, mask=of_q, other=0.0).to(tl.float32)
-                               + tl.load(k_norm_ptr + D // 2 + i, mask=of_k, other=0.0).to(tl.float32))
+            first *= scale * (tl.load(q_norm_ptr + a, mask=of_q, other=0.0).to(tl.float32)
+                              + tl.load(k_norm_ptr + a, mask=of_k, other=0.0).to(tl.float32) + offset)
+            second *= scale * (tl.load(q_norm_ptr + b, mask=of_q, other=0.0).to(tl.float32)
+                               + tl.load(k_norm_ptr + b, mask=of_k, other=0.0).to(tl.float32) + offset)
         first, second = first * cos - second * sin, second * cos + first * sin
     if is_query:
         if logn_ptr is not None:
             scale = tl.load(logn_ptr + m)
             first *= scale
             second *= scale
-        to = q_ptr + (m * H + head) * D + i
-        tl.store(to, first, mask=mask)
-        tl.store(to + D // 2, second, mask=mask)
+        to = q_ptr + (m * H + head) * D
+        tl.store(to + a, first, mask=mask)
+        tl.store(to + b, second, mask=mask)
     else:
-        row = ((m // S).to(tl.int64) * KV + (head - H) % KV) * T + slot
+        line = ((m // S).to(tl.int64) * KV + (head - H) % KV) * T + slot
         if k_scales_ptr is not None:
             high = tl.maximum(tl.max(tl.abs(first)), tl.max(tl.abs(second)))
-            tl.store(k_scales_ptr + row, high / 127, mask=head < H + KV)
-            tl.store(v_scales_ptr + row, high / 127, mask=is_value)
+            tl.store(k_scales_ptr + line, high / 127, mask=head < H + KV)
+            tl.store(v_scales_ptr + line, high / 127, mask=is_value)
             inverse = tl.where(high > 1e-30, 127 / high, 0.0)
             first, second = tl.floor(first * inverse + 0.5), tl.floor(second * inverse + 0.5)
-        at = row * D + i
-        tl.store(k_ptr + at, first, mask=mask & (head < H + KV))
-        tl.store(k_ptr + at + D // 2, second, mask=mask & (head < H + KV))
-        tl.store(v_ptr + at, first, mask=mask & is_value)
-        tl.store(v_ptr + at + D // 2, second, mask=mask & is_value)
+        tl.store(k_ptr + line * D + a, first, mask=mask & (head < H + KV))
+        tl.store(k_ptr + line * D + b, second, mask=mask & (head < H + KV))
+        tl.store(v_ptr + line * D + a, first, mask=mask & is_value)
+        tl.store(v_ptr + line * D + b, second, mask=mask & is_value)
     if ready_ptr is not None:
         if m % S == 0 and head < KV:
             tl.store(ready_ptr + m // S * KV + head, 0)
@@ -536,8 +646,16 @@ def add_up_shares(partial_ptr, active, query, d, QUERIES: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def attend_kernel(q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pos_ptr, y_ptr, partial_ptr, ready_ptr, scale, S, T,
-                  H, KV, D, window, splits, fewest, PER_HEAD: tl.constexpr, TOKENS: tl.constexpr,
+def store_heads(to, y, gates, inside):
+    """Times the sigmoid of the gates, if there are any."""
+    if gates is not None:
+        y *= tl.sigmoid(tl.load(gates, mask=inside, other=0.0).to(tl.float32))
+    tl.store(to, y, mask=inside)
+
+
+@triton.jit
+def attend_kernel(q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pos_ptr, gates_ptr, y_ptr, partial_ptr, ready_ptr,
+                  scale, row, S, T, H, KV, D, window, splits, fewest, PER_HEAD: tl.constexpr, TOKENS: tl.constexpr,
                   QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
                   PLANES: tl.constexpr, PDL: tl.constexpr):
     """TOKENS tokens of one row and the PER_HEAD query heads of one KV head, QUERIES in all, over a share of the cache.
@@ -557,7 +675,8 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pos_ptr, y_pt
     at = ((b * S + token) * H + kv * PER_HEAD + query % PER_HEAD)[:, None] * D + d[None, :]
     inside = real[:, None] & (d < D)[None, :]
     column = (kv * PER_HEAD + query % PER_HEAD)[:, None] * D + d[None, :]
-    out = (b * S + token)[:, None] * H * D + column % PLANES * (H * D // PLANES) + column // PLANES
+    out = y_ptr + (b * S + token)[:, None] * H * D + column % PLANES * (H * D // PLANES) + column // PLANES
+    gates = None if gates_ptr is None else gates_ptr + (b * S + token)[:, None] * row + column
     begin, end = 0, tl.max(pos, axis=0) + 1
     if window > 0:
         begin = tl.maximum(tl.min(tl.where(real, pos, 2147483647), axis=0) - window + 1, 0) // KEYS * KEYS
@@ -594,9 +713,9 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pos_ptr, y_pt
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             most = new
         if not SPLIT:
-            tl.store(y_ptr + out, acc / total[:, None], mask=inside)
+            store_heads(out, acc / total[:, None], gates, inside)
         elif active == 1:
-            tl.store(y_ptr + out, acc / total[:, None], mask=inside)
+            store_heads(out, acc / total[:, None], gates, inside)
         else:
             SIZE: tl.constexpr = QUERIES * (WIDTH + 2)
             to = partial_ptr + (program * splits + split) * SIZE
@@ -606,32 +725,35 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pos_ptr, y_pt
             tl.debug_barrier()
             if tl.atomic_add(ready_ptr + program, 1, sem="acq_rel") == active - 1:
                 acc, total = add_up_shares(partial_ptr + program * splits * SIZE, active, query, d, QUERIES, WIDTH)
-                tl.store(y_ptr + out, acc / total[:, None], mask=inside)
+                store_heads(out, acc / total[:, None], gates, inside)
 
 
 def prepare(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, logn: Tensor | None,
             input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, n_head: int, eps: float,
-            ready: Tensor | None = None, scales: Sequence[Tensor] = ()) -> Tensor:
-    """Queries [B, S, H, D] of qkv [M, (H + 2 K) * D], normed and rotated; writes keys and values to the caches.
+            ready: Tensor | None = None, scales: Sequence[Tensor] = (), offset: float = 0.0) -> Tensor:
+    """Queries [B, S, H, D] of qkv [M, (H + 2 K) * D or more], normed and rotated; writes keys and values to the caches.
 
-    ready: int32 [B * K], which becomes 0 for attend. scales: of caches in int8, as in kernels.attend."""
+    cos, sin: fp32 [B, S, 1, R]. ready: int32 [B * K], which becomes 0 for attend. scales: of caches in int8, as in
+    kernels.attend. offset: of the norms' weights."""
     (B, S), (_, KV, T, D) = input_pos.shape, k_cache.shape
     q = torch.empty(B, S, n_head, D, dtype=qkv.dtype, device=qkv.device)
     launch(prepare_kernel, (B * S, n_head + 2 * KV), qkv, q_norm, k_norm, cos, sin, logn, input_pos, q, k_cache,
-           v_cache, *(scales or (None, None)), ready, eps, S, T, n_head, KV, D, HALF=next_power_of_2(D // 2),
-           num_warps=1)
+           v_cache, *(scales or (None, None)), ready, eps, offset, qkv.size(1), S, T, n_head, KV, D=D, R=cos.size(-1),
+           HALF=next_power_of_2(D // 2), num_warps=1)
     return q
 
 
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int = 0,
-           ready: Tensor | None = None, planes: int = 1, scales: Sequence[Tensor] = ()) -> Tensor:
+           ready: Tensor | None = None, planes: int = 1, scales: Sequence[Tensor] = (),
+           gates: Tensor | None = None) -> Tensor:
     """As kernels.attend, input_pos [B, S]. ready: int32 [B * K] of zeros, without which no head's cache is split.
-    planes: the order of the result, see in_planes."""
+    planes: the order of the result, see in_planes. gates: [M, H * D], rows at any distance, whose sigmoid the result is
+    multiplied by."""
     (B, S, H, D), (_, KV, T, _) = q.shape, k_cache.shape
     per_head = H // KV
-    most, keys = 64, 64                                            # less, where shared memory or registers are short
+    most, keys, stages = 64, 64, 2                                 # less, where shared memory or registers are short
     if not has_tensor_cores(q.device):
-        most, keys = 16, 16
+        most, keys, stages = 16, 16, 1
     elif q.dtype == torch.float32:
         most, keys = 64 if D <= 128 else 32, 16
     elif D > 128 or scales:
@@ -644,10 +766,11 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, windo
         splits = max(1, min(2 * multiprocessors(q.device) // (B * KV), cdiv(T, FEWEST_KEYS)))
     y = torch.empty(B, S, H * D, dtype=q.dtype, device=q.device)
     partial = torch.empty(B * KV * splits, queries * (width + 2), dtype=torch.float32, device=q.device)
-    launch(attend_kernel, (B * KV, blocks, splits), q, k_cache, v_cache, *(scales or (None, None)), input_pos, y,
-           partial, ready, D ** -0.5 / math.log(2), S, T, H, KV, D, window, splits, FEWEST_KEYS, PER_HEAD=per_head,
+    row = 0 if gates is None else gates.stride(0)
+    launch(attend_kernel, (B * KV, blocks, splits), q, k_cache, v_cache, *(scales or (None, None)), input_pos, gates, y,
+           partial, ready, D ** -0.5 / math.log(2), row, S, T, H, KV, D, window, splits, FEWEST_KEYS, PER_HEAD=per_head,
            TOKENS=tokens, QUERIES=queries, KEYS=keys, WIDTH=width, SPLIT=splits > 1, PLANES=planes, num_warps=4,
-           num_stages=2)
+           num_stages=stages)
     return y
 
 
@@ -666,16 +789,24 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def on_nvidia(device: torch.device) -> bool:
+    """Whether the device has a byte permutation; elsewhere the compiler finds its own."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 @functools.cache
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton has a matrix product for them: without, before sm_80, large tiles do not fit into registers."""
-    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether Triton has a matrix product for them that keeps large tiles in registers: NVIDIA's from sm_80 on, and
+    AMD's MI series."""
+    if device.type == "cuda" and torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9")
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def launches_early(device: torch.device) -> bool:
     """Whether the device has programmatic dependent launch."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return on_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:

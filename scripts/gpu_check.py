@@ -34,7 +34,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"               # before Triton is imported
 try:
-    from kernels import gpu
+    from kernels import gpu, gpu_deltanet
 except ImportError:
     cli.fail("this needs Triton, which PyTorch's builds for GPUs bring along (or pip install --no-deps triton)")
 
@@ -42,6 +42,7 @@ import formats
 import kernels
 from cli import UserError
 from config import ModelArgs
+from deltanet import DeltaState
 from generate import Engine, bytes_read_per_token
 from loading import DEMO, load_model
 from model import Linear, Transformer
@@ -49,7 +50,7 @@ from sampling import Sampling
 from shapes import PUBLISHED
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-MODELS = ("Qwen3-0.6B", "Qwen-1.8B", "Qwen3-8B")
+MODELS = ("Qwen3-0.6B", "Qwen3.5-0.8B", "Qwen-1.8B", "Qwen3-8B")
 KINDS = ("none", "int8", "int4")
 GREEDY = Sampling(temperature=0.0)
 NAMES = {"none": "bf16", "int8": "int8", "int4": "int4, g32"}
@@ -134,6 +135,28 @@ def check_kernels(report: Report) -> None:
         expected = kernels.attend_reference(q, k, v, input_pos, window, scales)
         y = gpu.attend(q, k, v, input_pos, window, ready.zero_(), scales=scales)
         report.check("kernels", f"{what}, {str(dtype)[6:]}, int8", difference(y, expected), limits[dtype])
+    check_delta_net(report, dtypes)
+
+
+def check_delta_net(report: Report, dtypes: list[torch.dtype]) -> None:
+    """Results and memory of a Gated DeltaNet after passes of many lengths, some tokens of which are taken back."""
+    args = ModelArgs.from_name("Qwen3.5-4B")
+    if not HAS_GPU:
+        args = dataclasses.replace(args, delta_key_heads=1, delta_value_heads=2, delta_key_dim=16, delta_value_dim=24)
+    B, N, Hv = 1 + HAS_GPU, args.delta_channels, args.delta_value_heads
+    for dtype in dtypes:
+        states, most, at = [DeltaState(args, B, 16, dtype, DEVICE) for _ in range(2)], 0.0, 0
+        conv = torch.randn(N, args.conv_size, device=DEVICE).to(dtype)
+        for S, back in ((5, 0), (1, 2), (1, 0), (16, 0), (9, 7), (2, 0)):
+            at -= back
+            qkv, g, b = (torch.randn(B, S, n, device=DEVICE) for n in (N, Hv, Hv))
+            input_pos = (at + torch.arange(S, device=DEVICE)).expand(B, S).contiguous()
+            qkv, gates = qkv.to(dtype), (-g.square(), b.sigmoid())
+            y = gpu_deltanet.delta_net(qkv.flatten(0, 1), conv, input_pos, states[0].tensors(), gates)
+            expected = states[1].run_reference(qkv, *gates, conv, input_pos)
+            most, at = max(most, difference(y.view_as(expected), expected)), at + S
+        most = max(most, difference(states[0].memory, states[1].memory))
+        report.check("kernels", f"Gated DeltaNet, {str(dtype)[6:]} inputs", most, 1e-4)
 
 
 # ---- the demo: the same text by every way
@@ -160,16 +183,20 @@ def check_texts(report: Report) -> None:
     kernels.chosen["gpu"] = "auto"
 
 
-def check_experts(report: Report) -> None:
-    """A mixture of experts, one row and seventeen, against PyTorch's kernels, eager."""
-    for kind, rows in [(k, r) for k in ("none", "int4") for r in (1, 17)]:
-        model, texts = random_model("Qwen1.5-MoE-A2.7B", kind, torch.float32, layers=2), []
-        for kernels.chosen["gpu"], compile in (("plain", False), ("auto", True)):
-            engine = Engine(model, compile=compile)
-            texts.append(list(engine.generate([list(range(20))] * rows, 16, GREEDY, stop_ids=frozenset())))
-        report.check("texts", f"experts, fp32, {kind}, {rows} rows: of 16 steps differ",
-                     sum(a != b for a, b in zip(*texts)), 0)
-        free(model)
+def check_families(report: Report) -> None:
+    """A mixture of experts and a hybrid, one row, five of several lengths and seventeen, against PyTorch's kernels,
+    eager; one row by drafts, too."""
+    for name, layers in (("Qwen1.5-MoE-A2.7B", 2), ("Qwen3.5-0.8B", 4)):
+        for kind, rows in [(k, r) for k in ("none", "int4") for r in (1, 5, 17)]:
+            model, texts = random_model(name, kind, torch.float32, layers), []
+            prompts = [list(range(20 + (row if rows == 5 else 0))) for row in range(rows)]
+            for kernels.chosen["gpu"], compile, draft in (("plain", False, None), ("auto", True, None),
+                                                          ("auto", True, "ngram"))[:3 if rows == 1 else 2]:
+                engine = Engine(model, compile=compile, draft=draft, speculate_k=4 if draft else None)
+                texts.append(list(engine.generate(prompts, 16, GREEDY, stop_ids=frozenset())))
+            report.check("texts", f"{name}, {layers} layers, fp32, {kind}, {rows} rows: of 16 steps differ",
+                         sum(len(set(map(tuple, steps))) > 1 for steps in zip(*texts)), 0)
+            free(model)
 
 
 # ---- models of published shapes
@@ -199,21 +226,24 @@ def random_model(name: str, kind: str, dtype: torch.dtype = torch.bfloat16, laye
 def check_models(report: Report) -> None:
     """Logits with fused layers against those of the modules, for one token, several and many."""
     limits = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-    for name, kind, dtype in [(n, k, d) for n in MODELS[:2] for k in KINDS for d in limits]:
-        model = random_model(name, kind, dtype, layers=2)
+    for name, kind, dtype in [(n, k, d) for n in MODELS[:3] for k in KINDS for d in limits]:
+        model = random_model(name, kind, dtype, layers=4)
         model.setup_caches(1, 512)
         ids = torch.randint(model.args.vocab_size, (1, 400), device=DEVICE)
         model(ids[:, :20], torch.arange(20, device=DEVICE))
+        before = model.save()
         for tokens in (1, 9, 300):
             everywhere = torch.arange(tokens, device=DEVICE)
             call = ids[:, 20:20 + tokens], 20 + everywhere, everywhere
             kernels.chosen["gpu"] = "plain"
             expected = model(*call)
+            model.restore(before)
             kernels.chosen["gpu"] = "triton"
             fused = model.fuse()
             assert fused is not None
-            report.check("models", f"{name}, 2 layers, {kind}, {str(dtype)[6:]}, {tokens} tokens",
+            report.check("models", f"{name}, 4 layers, {kind}, {str(dtype)[6:]}, {tokens} tokens",
                          difference(model(*call, fused), expected), limits[dtype])
+            model.restore(before)
     kernels.chosen["gpu"] = "auto"
 
 
@@ -353,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     if HAS_GPU:
         if "parity" in args.stages:
             check_texts(report)
-            check_experts(report)
+            check_families(report)
             with torch.inference_mode():
                 check_models(report)
         bandwidth, rate = measure_device(report)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import kernels
 from config import ModelArgs
+from deltanet import DeltaState
 from kernels import gpu
 from model import Transformer, rotate
 from quantize import quantize_model
@@ -70,8 +71,23 @@ def linears(bits: int, dtype: torch.dtype, one: bool) -> float:
             x = torch.randn(M, K).to(FP32 if normed else dtype)         # in fp16 models, what is normed is fp32
             norm = (torch.rand(K) + 0.5).to(dtype) if normed else None
             residual = None if normed else torch.randn(M, N // 2 if gated else N)
-            given = x, w, norm, EPS, residual, gated
-            most = max(most, error(gpu.linear(*given, gpu.Tile(*tile)), gpu.linear_reference(*given)))
+            given, offset = (x, w, norm, EPS, residual, gated), float(case % 2)
+            most = max(most, error(gpu.linear(*given, gpu.Tile(*tile), offset=offset),
+                                   gpu.linear_reference(*given, offset=offset)))
+    return most
+
+
+def words() -> float:
+    """x, a norm and weights in bf16, one token: sums in fp32, because the interpreter truncates to bf16."""
+    most = 0.0
+    for bits, normed in itertools.product((16, 8, 4), (False, True)):
+        w = gpu.Weights.of(stored(16, 288, bits, 32, torch.bfloat16))
+        x, norm, residual = torch.randn(1, 288).bfloat16(), (torch.rand(288) + 0.5).bfloat16(), torch.randn(1, 16)
+        tile = gpu.Tile(8, 256 if bits < 16 else 128, 4, 1)
+        y = gpu.linear(x, w, norm if normed else None, EPS, residual, False, tile)
+        w32 = w._replace(weight=w.weight.float()) if bits == 16 else w
+        expected = gpu.linear_reference(x.float(), w32, norm.float() if normed else None, EPS, residual)
+        most = max(most, error(y, expected))
     return most
 
 
@@ -112,7 +128,8 @@ SHAPES = [(1, 1, 4, 4, 16, 64, 0, [0]), (1, 1, 4, 2, 16, 256, 0, [255]), (1, 1, 
 
 
 def attend(dtype: torch.dtype, split: bool) -> float:
-    """With NaN where no query may look. Result in the order of int4's activations, too. Every other cache in int8."""
+    """With NaN where no query may look. Result in the order of int4's activations, too. Every other cache in int8, and
+    every third result times gates."""
     most = 0.0
     for i, (B, S, H, KV, D, T, window, starts) in enumerate([*SHAPES, *SHAPES[1:]]):
         q, input_pos = torch.randn(B, S, H, D).to(dtype), torch.tensor(starts)[:, None] + torch.arange(S)
@@ -120,45 +137,79 @@ def attend(dtype: torch.dtype, split: bool) -> float:
         if i % 2:
             (k, v), scales = zip(*map(kernels.quantize_heads, (k, v)))
         expected = kernels.attend_reference(q, k, v, input_pos, window, scales)
+        gates = torch.randn(B * S, 3 * H * D).to(dtype)[:, H * D:2 * H * D] if i % 3 == 0 else None
+        if gates is not None:
+            expected = expected * gates.view_as(expected).sigmoid()
         for b, t in itertools.product(range(B), scales or (k, v)):
             t[b, :, input_pos[b, -1] + 1:] = torch.nan
         ready = torch.zeros(B * KV, dtype=torch.int32) if split else None
-        y = gpu.attend(q, k, v, input_pos, window, ready, scales=scales)
+        y = gpu.attend(q, k, v, input_pos, window, ready, scales=scales, gates=gates)
         most = max(most, error(y, expected))
         if B * S == 1:
             ready = torch.zeros(KV, dtype=torch.int32) if split else None
-            y = gpu.attend(q, k, v, input_pos, window, ready, 8, scales)
+            y = gpu.attend(q, k, v, input_pos, window, ready, 8, scales, gates)
             assert torch.equal(gpu.out_of_planes(y[0], 8)[None], gpu.attend(q, k, v, input_pos, window, None if ready is
-                               None else torch.zeros_like(ready), scales=scales))
+                               None else torch.zeros_like(ready), scales=scales, gates=gates))
     return most
 
 
 def prepare(dtype: torch.dtype) -> float:
-    """Queries, the caches, which change only where the tokens are, and the zeros for attend."""
+    """Queries, the caches, which change only where the tokens are, and the zeros for attend. RoPE of all dimensions or
+    of some, norms with an offset or none, queries and keys alone or before gates."""
     most = 0.0
     for (B, S, H, KV, D, T, _, starts), normed, scaled in itertools.product(SHAPES[1:9:3], *BOTH):
-        input_pos, angles = torch.tensor(starts)[:, None] + torch.arange(S), torch.randn(B, S, 1, D // 2)
-        qkv, caches = torch.randn(B * S, (H + 2 * KV) * D).to(dtype), torch.randn(2, B, KV, T, D).to(dtype)
+        R, offset, gated = (D // 4, 1.0, H) if scaled else (D, 0.0, 0)
+        input_pos, angles = torch.tensor(starts)[:, None] + torch.arange(S), torch.randn(B, S, 1, R // 2)
+        wide, caches = torch.randn(B * S, (H + 2 * KV + gated) * D).to(dtype), torch.randn(2, B, KV, T, D).to(dtype)
+        qkv = wide[:, :(H + 2 * KV) * D]
         q_norm, k_norm = (torch.rand(2, D) + 0.5).to(dtype) if normed else (None, None)
         cos, sin = (torch.cat((t, t), dim=-1) for t in (angles.cos(), angles.sin()))
         logn = torch.rand(B, S, 1, 1) + 1 if scaled else None
-        q, k, v = qkv.view(B, S, -1, D).float().split([H, KV, KV], dim=2)
+        q, k, v = qkv.reshape(B, S, -1, D).float().split([H, KV, KV], dim=2)
         if normed:
-            q, k = F.rms_norm(q, (D,), q_norm.float(), EPS), F.rms_norm(k, (D,), k_norm.float(), EPS)
+            q, k = (F.rms_norm(x, (D,), norm.float() + offset, EPS) for x, norm in ((q, q_norm), (k, k_norm)))
         expected, rows = caches.clone(), torch.arange(B)[:, None]
         expected[0][rows, :, input_pos], expected[1][rows, :, input_pos] = rotate(k, cos, sin).to(dtype), v.to(dtype)
         ready = torch.full((B * KV,), 7, dtype=torch.int32)
-        y = gpu.prepare(qkv, q_norm, k_norm, cos, sin, logn, input_pos, *caches, H, EPS, ready)
+        y = gpu.prepare(wide, q_norm, k_norm, cos, sin, logn, input_pos, *caches, H, EPS, ready, offset=offset)
         most = max(most, error(y, (rotate(q, cos, sin) * (1 if logn is None else logn)).to(dtype)),
                    error(caches, expected))
         assert not ready.any()
         int8, scales = caches.to(torch.int8), torch.zeros(2, B, KV, T, 1)
-        gpu.prepare(qkv, q_norm, k_norm, cos, sin, logn, input_pos, *int8, H, EPS, ready, list(scales))
+        gpu.prepare(wide, q_norm, k_norm, cos, sin, logn, input_pos, *int8, H, EPS, ready, list(scales), offset)
         for cache, scale, x in zip(int8, scales, (rotate(k, cos, sin), v)):
             steps, expected_scale = kernels.quantize_heads(x)
             assert (cache[rows, :, input_pos] - steps).abs().max() <= 1        # it may fall to either side of a step
             most = max(most, error(scale[rows, :, input_pos], expected_scale))
             assert scale.count_nonzero() == B * S * KV
+    return most
+
+
+# ---- Gated DeltaNet
+
+def delta_net(dtype: torch.dtype) -> float:
+    """Results and states, row by row at positions of their own: texts begin, and begin anew; of what is pending all
+    stays, or less; the last row ends in padding."""
+    most = 0.0
+    for B, Hk, Hv, K, V, size in ((1, 1, 1, 16, 16, 4), (2, 2, 4, 20, 12, 4), (3, 1, 2, 16, 40, 3)):
+        args = ModelArgs("qwen3_5_text", 8, 1, 1, 1, 4, 8, 8, 64, delta_layers=(0,), delta_key_heads=Hk,
+                         delta_value_heads=Hv, delta_key_dim=K, delta_value_dim=V, conv_size=size)
+        mine, twin = (DeltaState(args, B, 16, dtype, torch.device("cpu")) for _ in range(2))
+        mine.memory.fill_(torch.nan)
+        N, row, ends = args.delta_channels, torch.arange(B), torch.zeros(B, dtype=torch.int64)
+        conv = torch.randn(N, size).to(dtype)
+        for S, back, padding in ((5, 0, 2), (1, 2, 0), (16, 0, 3), (7, 10, 1), (1, 99, 0), (2, 1, 0)):
+            begin = torch.where(row == 0, (ends - back).clamp(min=0), ends)
+            ends = begin + torch.where(row == B - 1, S - padding, S)
+            input_pos = begin[:, None] + torch.arange(S)
+            input_pos = torch.where(input_pos < ends[:, None], input_pos, 60)
+            qkv, g, b = torch.randn(B, S, N).to(dtype), -torch.rand(B, S, Hv) ** 4, torch.rand(B, S, Hv)
+            y = torch.ops.qwen_fast.delta_net_gpu(qkv, g, b, conv, input_pos, mine.tensors())
+            most = max(most, error(y, twin.run_reference(qkv, g, b, conv, input_pos)))
+            for ours, theirs in zip(mine.tensors(), twin.tensors()):
+                exact = torch.equal(ours, theirs)                  # and so not divided by 0, in an empty memory
+                most = max(most, 0.0 if exact else error(ours, theirs))
+            assert all(torch.equal(getattr(mine, name), getattr(twin, name)) for name in ("length", "pending"))
     return most
 
 
@@ -178,7 +229,7 @@ def layers(mode: str) -> float:
             quantize_model(model, mode, groupsize=32)
         model.int8_kv_cache = bias
         model.setup_caches(B, 48)
-        handle = gpu_layers.fuse([tensors_of(layer) for layer in model.layers], 4, args.norm_eps)
+        handle = gpu_layers.fuse([tensors_of(layer) for layer in model.layers], 4, args.norm_eps, 0.0)
         start = 0
         for S in (5, 1):
             input_pos = (start + torch.arange(S) + torch.arange(B)[:, None])[:B]
@@ -196,17 +247,31 @@ def layers(mode: str) -> float:
 
 
 def experts(bits: int) -> float:
-    """Three of six experts, for one token and four, in natural order and in planes."""
-    most, E, C, size, k = 0.0, 6, 96, 64, 3
+    """Three of six experts, for one token and four, in natural order and in planes; thread blocks for more rows and
+    columns than there are."""
+    most, E, C, size, k = 0.0, 6, 160, 96, 3
     w13, w2 = (gpu.Weights.of(stored(N, K, bits, 32, FP32)) for N, K in ((E * 2 * size, C), (E * C, size)))
     for M, planes in ((1, w13.fields), (4, 1)):
         x, residual, norm, weights = torch.randn(M, C), torch.randn(M, C), torch.rand(C) + 0.5, torch.rand(M, k)
         chosen = torch.stack([torch.randperm(E)[:k] for _ in range(M)])
-        expected = gpu.experts_reference(x, chosen, weights, w13, w2, norm, EPS, residual)
+        shared = (torch.randn(M, C), torch.rand(M)) if M > 1 else ()
+        expected = gpu.experts_reference(x, chosen, weights, w13, w2, norm, EPS, residual, float(M == 1), *shared)
         x, residual = gpu.in_planes(x, planes), gpu.in_planes(residual, planes)
         norm = gpu.in_planes(norm[None], planes)[0]
-        y = gpu.experts(x, chosen, weights, w13, w2, norm, EPS, residual, (gpu.Tile(8, 128, 1, 1),) * 2, planes)
+        tiles = gpu.Tile(128, 128, 4, 1), gpu.Tile(64, 128, 4, 2)
+        y = gpu.experts(x, chosen, weights, w13, w2, norm, EPS, residual, tiles, planes, float(M == 1), *shared)
         most = max(most, error(gpu.out_of_planes(y, planes), expected))
+    return most
+
+
+def choose() -> float:
+    most = 0.0
+    for M, E, n, C, normalize, gated in ((1, 6, 2, 96, True, False), (3, 60, 4, 200, False, True),
+                                         (2, 256, 10, 5000, True, True)):
+        gate = torch.randn(1, C) if gated else None
+        given = torch.randn(M, E), n, normalize, torch.randn(M, C), torch.randn(C), EPS, 1.0, gate
+        for y, expected in zip(gpu.choose(*given), gpu.choose_reference(*given)):
+            most = max(most, 0.0 if y is expected is None else error(y, expected))
     return most
 
 
@@ -222,7 +287,7 @@ def layers_of_experts(mode: str) -> float:
         quantize_model(model, mode, groupsize=32)
     for S in (1, 3):
         model.setup_caches(1, 16 * S)
-        handle = gpu_layers.fuse([tensors_of(layer) for layer in model.layers], 4, args.norm_eps)
+        handle = gpu_layers.fuse([tensors_of(layer) for layer in model.layers], 4, args.norm_eps, 0.0)
         input_pos = torch.arange(S)[None]
         cos, sin = model.rope(input_pos)
         x = torch.randn(1, S, 64)
@@ -233,13 +298,44 @@ def layers_of_experts(mode: str) -> float:
     return most
 
 
+def layers_of_a_hybrid(mode: str, moe: bool) -> float:
+    """A Gated DeltaNet and an attention against the modules: results, caches and states. One row, or two; several
+    tokens, of which some are taken back, and one. As Qwen3.5 has them, or with experts, as Qwen3-Next."""
+    most, more = 0.0, dict(n_expert=4, n_expert_per_token=2, expert_size=32, shared_expert_size=64,
+                           normalize_experts=True) if moe else dict()
+    args = ModelArgs("qwen3_next" if moe else "qwen3_5_text", dim=64, n_layer=2, n_head=2, n_local_heads=1, head_dim=32,
+                     intermediate_size=96, vocab_size=64, max_position=512, qk_norm=True, norm_offset=1.0,
+                     output_gate=True, rotary_dim=8, delta_layers=(0,), delta_key_heads=2, delta_value_heads=4,
+                     delta_key_dim=16, delta_value_dim=24, conv_size=4, **more)
+    model = Transformer(args)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    if mode != "none":
+        quantize_model(model, mode, groupsize=32)
+    B = 2 if mode == "int8" else 1
+    model.setup_caches(B, 48)
+    handle = gpu_layers.fuse([tensors_of(layer) for layer in model.layers], 2, args.norm_eps, 1.0)
+
+    def remembered() -> list[Tensor]:
+        tensors = (t for layer in model.layers for t in layer.attention.caches())
+        return [t.clone() for t in tensors if t.is_floating_point()]
+    for S, start in ((2, 0), (1, 1)) if moe else ((5, 0), (1, 3), (1, 4)):
+        input_pos, x = torch.arange(start, start + S).expand(B, S), torch.randn(B, S, 64)
+        (cos, sin), before = model.rope(input_pos), model.save()
+        y, mine = torch.ops.qwen_fast.run_layers(x, handle, cos, sin, None, input_pos), remembered()
+        model.restore(before)
+        for layer in model.layers:
+            x = layer(x, cos, sin, None, input_pos)
+        most = max(most, error(y, x), *(error(a, b) for a, b in zip(mine, remembered()) if not torch.equal(a, b)))
+    return most
+
+
 def tensors_of(layer) -> kernels.LayerTensors:
     """As layer.kernel_args would give them on a GPU, where int4 stays in the stored form."""
     def of(linear) -> list[Tensor]:
         tensors = (getattr(linear, name, None) for name in ("weight", "scales", "zeros", "bias"))
         return [tensor for tensor in tensors if tensor is not None]
     attention, feed_forward = layer.attention, layer.feed_forward
-    q_norm, k_norm = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
     tensors = kernels.FeedForwardTensors(of(feed_forward.w13), of(feed_forward.w2), feed_forward.size)
     if hasattr(feed_forward, "router"):
         shared = feed_forward.shared
@@ -247,8 +343,15 @@ def tensors_of(layer) -> kernels.LayerTensors:
             router=of(feed_forward.router), shared_gate=of(feed_forward.shared_gate), shared_w13=of(shared.w13),
             shared_w2=of(shared.w2), shared_size=shared.size, n_expert=feed_forward.n_expert,
             n_chosen=feed_forward.n_chosen, normalize=feed_forward.normalize)
-    heads = kernels.AttentionTensors(of(attention.wqkv), q_norm, k_norm, of(attention.wo), attention.kv_cache.k_cache,
-                                     attention.kv_cache.v_cache, attention.window, False, attention.kv_cache.scales())
+    wqkv, wo = of(attention.wqkv), of(attention.wo)
+    if hasattr(attention, "state"):
+        heads = kernels.DeltaNetTensors(wqkv, of(attention.wba), attention.conv, attention.A_log, attention.dt_bias,
+                                        attention.norm.weight, wo, attention.state.tensors())
+    else:
+        q_norm, k_norm = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
+        cache = attention.kv_cache
+        heads = kernels.AttentionTensors(wqkv, q_norm, k_norm, wo, cache.k_cache, cache.v_cache, attention.window,
+                                         attention.output_gate, cache.scales())
     return kernels.LayerTensors(layer.attention_norm.weight, heads, layer.ffn_norm.weight, tensors)
 
 
@@ -257,6 +360,7 @@ def cases() -> Iterator[tuple]:
     for name, (bits, dtype) in FORMATS.items():
         yield f"linear, {name}, one token", linears, bits, dtype, True
         yield f"linear, {name}, few tokens", linears, bits, dtype, False
+    yield "words", words
     yield "planes, int8", planes, 8
     yield "planes, int4", planes, 4
     yield "dequantize", dequantize
@@ -265,10 +369,14 @@ def cases() -> Iterator[tuple]:
         yield f"prepare, {name}", prepare, dtype
         yield f"attend, whole, {name}", attend, dtype, False
         yield f"attend, split, {name}", attend, dtype, True
+        yield f"delta net, {name}", delta_net, dtype
+    yield "choose", choose
     for mode, bits in (("none", 32), ("int8", 8), ("int4", 4)):
         yield f"experts, {mode}", experts, bits
         yield f"layers, {mode}", layers, mode
         yield f"layers of experts, {mode}", layers_of_experts, mode
+        yield f"layers of a hybrid, {mode}", layers_of_a_hybrid, mode, False
+        yield f"layers of a hybrid with experts, {mode}", layers_of_a_hybrid, mode, True
 
 
 @torch.inference_mode()
