@@ -85,7 +85,8 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
                 quantize_activations: bool = True) -> Tensor:
     """x [..., K_in] and weights from pack_int4 -> [..., N].
 
-    quantize_activations: may round up to 16 tokens (with AVX2 or VNNI) to int8, in groups of 32 with a scale each.
+    quantize_activations: may round up to 16 tokens (with AVX2 any number, else with VNNI) to int8, in groups of 32
+    with a scale each.
     """
     if on_cpu(x) and available():
         return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, quantize_activations)

@@ -1,7 +1,8 @@
 // Linears with int8 and int4 weights.
 // Up to 16 tokens: with VNNI or AVX2 the activations are rounded to integers in groups along k, each with a scale of
 // its own. Without, or where activations shall keep their precision, the weights are converted to fp32 on their way.
-// More tokens: multiply_many, or PyTorch (prefill.h).
+// More tokens: multiply_many, or PyTorch (prefill.h). Only int4 goes on in integers where those are faster even then
+// (INTEGERS_FOR_ALL).
 #pragma once
 #include <vector>
 #include "linear.h"
@@ -233,23 +234,29 @@ template <bool quantize> struct Int4Rows {
     const float* x;
     float* y;
     i64 M, N, K;
-    Activations<int8_t> a;  // of few tokens
+    bool in_panels = M > MAX_TOKENS && !(quantize && INTEGERS_FOR_ALL);
+    Activations<int8_t> a;
 
     Int4Rows(const Int4& w, const float* x, float* y, i64 M, i64 N, i64 K)
-        : w(w), x(x), y(y), M(M), N(N), K(K), a(x, M <= MAX_TOKENS ? M : 0, K, w.units() * G4, G4, quantize) {}
+        : w(w), x(x), y(y), M(M), N(N), K(K), a(x, in_panels ? 0 : M, K, w.units() * G4, G4, quantize) {}
     i64 count() const { return (N + ROWS - 1) / ROWS; }  // in blocks
     i64 unit() const { return 2; }
     i64 bytes() const { return w.units() * UNIT; }
     void operator()(i64 begin, i64 end) const {
-        if (M > MAX_TOKENS) {
+        if (in_panels) {
             const auto fill = [&](i64 n, i64 k, i64 count, float* panel) {
                 convert_int4(w, n / ROWS, k, count, panel, ROWS);
             };
             return multiply_many(fill, x, y, M, N, K, begin * ROWS, std::min(N, end * ROWS));
         }
         const Halves halves(begin, end, M <= 2);
+        for (i64 m = 0; m < M; m += MAX_TOKENS) some(halves, m, std::min<i64>(M - m, MAX_TOKENS));
+    }
+    // Tokens m .. m + count, which stay in the cache
+    void some(const Halves& halves, i64 m, i64 count) const {
         halves.each([&](i64 block, auto R) INLINE_LAMBDA {
-            tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
+            tiles(count, [&](i64 tile, auto tokens) INLINE_LAMBDA {
+                const i64 first = m + tile;
                 f32x16 out[R * tokens];
                 int4_blocks<R, tokens, quantize>(w, block, halves.apart, a, first, out);
                 UNROLL(i, R * tokens) {

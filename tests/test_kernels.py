@@ -25,7 +25,7 @@ from torch import Tensor
 import kernels
 from kernels import build, memory
 
-BF16, FP32, FEW = torch.bfloat16, torch.float32, kernels.MAX_TOKENS
+BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = {BF16: 4e-3, FP32: 3e-6}
 ROUNDED = 2e-3
 HAVE_OPS = kernels.available()
@@ -34,6 +34,9 @@ CPU = os.environ.get("TEST_CPU", "")               # which other CPU test_other_
 flags = set(build.cpu_flags().split())
 vnni, narrow = "avx512_vnni" in flags, "avx2" in flags and "avx512f" not in flags
 rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "emulated") or not CPU and (vnni or narrow))  # activations
+MOST_ROUNDED = {"int8": kernels.MAX_TOKENS, "int4": kernels.MAX_TOKENS}                       # tokens
+if CPU == "haswell" or not CPU and narrow:
+    MOST_ROUNDED["int4"] = 1 << 30
 # [N, K_in] with tails in both, one large enough to be shared out, and K_in beyond what two rows at once are for
 SHAPES = [(64, 64), (33, 78), (7, 1024), (300, 896), (37, 2100), (21, 6200)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 9, 16]
@@ -96,7 +99,8 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int8_linear(x, weight, scales, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if rounds and M <= FEW else x
+        few = M <= MOST_ROUNDED["int8"]
+        rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if rounds and few else x
         assert error(kernels.int8_linear(x, weight, scales), rounded.double() @ w.T) < tolerance + ROUNDED / 256, M
         assert error(kernels.int8_linear_reference(x, weight, scales), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -116,7 +120,8 @@ def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> N
         x = torch.randn(M, K_in).to(dtype)
         tolerance = TOLERANCE[dtype] * (1 if HAVE_OPS and M <= 16 else 2)
         assert error(kernels.int4_linear(x, *packed, N, False), x.double() @ w.T) < tolerance, M
-        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if rounds and M <= FEW else x
+        few = M <= MOST_ROUNDED["int4"]
+        rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if rounds and few else x
         assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
     assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype]
 
@@ -360,7 +365,7 @@ def test_fused_layers(kind: str, dtype: torch.dtype, quantize_activations: bool)
             y, expected = kernels.run_fused(fused, x, cos, sin, factors, input_pos), x.double()
             for (layer, weights), cache in zip(both, caches):
                 expected = layer_in_fp64(layer, weights, cache, expected, cos, sin, factors, input_pos,
-                                         rounding if B * S <= FEW else None)
+                                         rounding if rounding and B * S <= MOST_ROUNDED[kind] else None)
             assert kernels.accepts(fused, x) and y.dtype == dtype and error(y, expected) < allowed, (B, S)
         for layer, cache in zip(layers, caches):
             keys, values = kernels.dequantize_caches(layer.attention[4:6], layer.attention.scales, torch.float64)
@@ -502,7 +507,7 @@ def test_experts(kind: str, dtype: torch.dtype) -> None:
             unrounded = (False,) if compute is kernels.experts else ()
             y = compute(x, chosen, weights, w13, w2, E_, SIZE, *unrounded)
             assert y.dtype == dtype and error(y, expected) < tolerance, (compute, M, k)
-        few = chosen.flatten().bincount()[chosen] <= FEW                                # of an expert
+        few = chosen.flatten().bincount()[chosen] <= MOST_ROUNDED.get(kind, 0)          # of an expert
         expected = (torch.where(few[..., None], in_fp64(x, rounding), exact) * weights[..., None]).sum(1)
         assert error(kernels.experts(x, chosen, weights, w13, w2, E_, SIZE), expected) < tolerance + ROUNDED, (M, k)
 
