@@ -93,19 +93,20 @@ template <typename T> INLINE float dot(const T* a, const T* b, i64 D) {
     return sum(acc[0] + acc[1]);
 }
 
-// Asks for n numbers that are read soon.
+// Prefetches n numbers at once.
 template <typename C> INLINE void prefetch(const C* from, i64 n) {
     for (i64 i = 0; i < n * (i64)sizeof(C); i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }
 
-// The same of N numbers from next + at, a multiple of N, in the midst of other work, unless next is null. Memory takes
-// half as long if it is asked evenly, and in the order of its addresses whatever that of the work.
+// Prefetches N numbers from next + at, a multiple of N, in the midst of other work, unless next is null. A burst stalls
+// the core; spread evenly, and in the order of addresses whatever the order of use, prefetches take half as long.
 template <int N, typename E> INLINE void prefetch_in_turn(const E* next, i64 at) {
     constexpr int LINE = 64 / sizeof(E);
     if (next && at % LINE == 0) UNROLL(i, (N + LINE - 1) / LINE) __builtin_prefetch(next + at + i * LINE, 0, 2);
 }
 
-// out[r * BLOCK + i] = q[r] . k[i] for NR queries, in the order of Lanes<E>, and KEYS keys; asks for as many from next
+// out[r * BLOCK + i] = q[r] . k[i] for NR queries, in the order of Lanes<E>, and KEYS keys; prefetches as many from
+// next
 template <typename E, int NR, int KEYS>
 INLINE void dot_keys(const E* k, const E* next, const float* q, i64 D, float* out) {
     f32xL acc[NR * KEYS] = {};
@@ -122,7 +123,7 @@ INLINE void dot_keys(const E* k, const E* next, const float* q, i64 D, float* ou
 }
 
 // The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. scaled: scale * q in the
-// order of Lanes<E>, if NARROW; q otherwise, and E = T. next: what to ask for meanwhile, or null
+// order of Lanes<E>, if NARROW; q otherwise, and E = T. next: what to prefetch meanwhile, or null
 template <typename T, typename E>
 INLINE void score_block(const T* q, const float* scaled, const E* k, const E* next, i64 R, i64 n, i64 D, float scale,
                         float* out) {
@@ -174,7 +175,7 @@ INLINE float softmax_block(float* s, i64 n, i64 from, i64 to, float& max, float&
     return correction;
 }
 
-// acc[r, d .. d + 16 * C) += sum over j < n of p[r, j] v[j, d ..], for NR queries; asks for as many from next
+// acc[r, d .. d + 16 * C) += sum over j < n of p[r, j] v[j, d ..], for NR queries; prefetches as many from next
 template <typename T, int NR, int C>
 INLINE void add_values(float* acc, const float* p, const T* v, const T* next, i64 n, i64 d, i64 D) {
     f32x16 a[NR][C] = {};
@@ -234,7 +235,7 @@ INLINE void add_values(float* acc, const float* p, const T* v, const T* next, i6
     for (; d < D; d += 16) add_values<T, NR, 1>(acc, p, v, next, n, d, D);
 }
 
-// acc[r] += sum over j < n of p[r, j] v[j], for R queries. next: what to ask for meanwhile, or null
+// acc[r] += sum over j < n of p[r, j] v[j], for R queries. next: what to prefetch meanwhile, or null
 template <typename T>
 INLINE void add_values(float* acc, const float* p, const T* v, const T* next, i64 R, i64 n, i64 D) {
     const auto some = [&](i64 r, auto queries) INLINE_LAMBDA {

@@ -167,7 +167,7 @@ INLINE void multiply_panel(const float* panel, const float* x, i64 K, i64 n, i64
 }
 
 // x [M, K] -> y [M, N] for rows begin .. end of the weights. fill(n, k, count, panel): the panel of rows n .. n + 16,
-// those past the last are of no matter, for `count` values of k.
+// whatever stands in those past the last, for `count` values of k.
 template <typename F>
 void multiply_many(F fill, const float* x, float* y, i64 M, i64 N, i64 K, i64 begin, i64 end) {
     // Of registers, so that none lies across two cache lines. int4 is converted in units of 32.
@@ -203,7 +203,7 @@ template <typename W> auto panels_of(const W* w, const float* scales, i64 N, i64
 // This and its like in quantized.h are what a thread computes of y for the rows it is given, 0 .. count.
 template <typename T> struct Rows {
     const T *w, *x;
-    const float* x32;  // in the place of x: as it is for many tokens, else for dot_rows_narrow
+    const float* x32;  // in the place of x: for dot_rows_narrow arranged, for multiply_many as it is; or null
     float* y;
     i64 M, N, K;
     i64 count() const { return N; }
