@@ -80,6 +80,16 @@ struct Linear {
             for (i64 n = 0; n < N; n++) y[m * N + n] += b[n];
     }
 
+    // x [M, K] -> y [M, N] in bf16, or false
+    bool multiply_tiles(const Tensor& x, Tensor& y) const {
+        const i64 M = x.size(0);
+        const auto* from = x.const_data_ptr<BFloat16>();
+        auto* to = y.mutable_data_ptr<BFloat16>();
+        if (zeros.defined()) return qwen_fast::multiply_tiles(int4(), from, to, M, N, K);
+        if (scales.defined()) return qwen_fast::multiply_tiles(int8(), from, to, M, N, K);
+        return qwen_fast::multiply_tiles(weight.const_data_ptr<BFloat16>(), from, to, M, N, K);
+    }
+
     // x [M, K] -> [M, N], in fp32 if it is computed here, else in x's dtype: the model's, or where that is slow, fp32
     Tensor multiply(const Tensor& x, bool quantize_activations) const {
         const i64 M = x.size(0);
@@ -90,9 +100,11 @@ struct Linear {
             return y;
         }
         const bool as_it_is = is(weight, x.scalar_type());
-        auto y = as_it_is ? at::mm(x, weight.t()) : at::empty({M, N}, x.options());
-        if (zeros.defined()) by_dtype(x, [&](auto zero) { int4_prefill<decltype(zero)>(x, int4(), y); });
-        else if (!as_it_is) converted_prefill(x, weight, scales, y);
+        auto y = at::empty({M, N}, x.options());
+        if (is(x, at::kBFloat16) && multiply_tiles(x, y)) return bias.defined() ? y.add_(bias) : y;
+        if (as_it_is) at::mm_out(y, x, weight.t());
+        else if (zeros.defined()) by_dtype(x, [&](auto zero) { int4_prefill<decltype(zero)>(x, int4(), y); });
+        else converted_prefill(x, weight, scales, y);
         return bias.defined() ? y.add_(bias) : y;
     }
 };

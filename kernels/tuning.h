@@ -21,6 +21,8 @@ constexpr i64 FOUR_ROWS_AHEAD = 4096;  // elements, at least
 constexpr i64 LEAST_SHARE = 1 << 16;   // bytes of weights a thread takes at once: enough to hide the atomic counter
 constexpr i64 ROWS_IN_CACHE = 32;      // of weights in bf16 without AVX512, multiplied with all tokens before the next
 constexpr i64 PANEL_DEPTH = 1024;      // of sixteen rows in fp32, which many tokens are multiplied with
+constexpr i64 TILE_DEPTH = 256;        // of a panel of 32 rows for AMX: 16 KB
+constexpr i64 TILE_GROUP = 256, TILE_TOKENS = 512;  // rows whose sums with so many tokens stay in the cache: 512 KB
 constexpr i64 CHUNK = 1 << 20;         // weights converted at a time for many tokens: they stay in the cache
 
 // Attention

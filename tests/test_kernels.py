@@ -284,7 +284,7 @@ def make_layer(kind: str, dtype: torch.dtype, B: int = 1, T: int = 48, window: i
             weight, scales, w = int8_weights(N, K_in)
             tensors, weights[name] = [weight, scales / 4], w / 4
         else:
-            tensors = [(torch.randn(N, K_in) / 4).to(dtype)]
+            tensors = [(torch.randn(N, K_in) / 6).to(dtype)]
             weights[name] = tensors[0].double()
         return [*tensors, torch.randn(N).to(dtype)] if biases else tensors
 
