@@ -2,35 +2,18 @@
 // positions (Milakov and Gimelshein, 2018), where the positions are split between threads as in Flash-Decoding.
 #pragma once
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <vector>
 #include "linear.h"
-#include "tensors.h"
+#include "states.h"
 
 namespace {
 
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
+using qwen_fast::KVCache;
 
-// Keys and values [B, K, T, D] of all positions so far, in the model's type, or in int8 with a scale each, fp32 [B, K,
-// T, 1]: k = scale * q
-struct KVCache {
-    Tensor k, v, k_scales, v_scales;
-    KVCache(const Tensor& k, const Tensor& v, at::TensorList scales, at::ScalarType dtype) : k(k), v(v) {
-        bool fits = k.dim() == 4 && k.sizes() == v.sizes() && k.numel() > 0 && k.size(3) % 16 == 0 &&
-                    k.size(3) <= MAX_HEAD && (scales.empty() || scales.size() == 2);
-        if (!scales.empty()) dtype = at::kChar;
-        for (const auto& t : {k, v}) fits = fits && t.scalar_type() == dtype && t.is_contiguous();
-        for (const auto& t : scales)
-            fits = fits && t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() * k.size(3) == k.numel();
-        TORCH_CHECK(fits, "caches of ", k.sizes(), " ", k.scalar_type(), " and ", v.sizes(), " ", v.scalar_type(),
-                    " with ", scales.size(), " scales for ", dtype);
-        if (!scales.empty()) k_scales = scales[0], v_scales = scales[1];
-    }
-    bool is_int8() const { return k_scales.defined(); }
-};
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 // The G query heads that share one KV head, at a few tokens: R queries in all, query r belongs to token r / G.
 struct Queries {
@@ -122,17 +105,16 @@ INLINE void dot_keys(const E* k, const E* next, const float* q, i64 D, float* ou
     UNROLL(r, NR) store_sums<KEYS>(out + r * BLOCK, acc + r * KEYS);
 }
 
-// The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. scaled: scale * q in the
-// order of Lanes<E>, if NARROW; q otherwise, and E = T. next: what to prefetch meanwhile, or null
-template <typename T, typename E>
-INLINE void score_block(const T* q, const float* scaled, const E* k, const E* next, i64 R, i64 n, i64 D, float scale,
-                        float* out) {
+// The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. q: of type E, or if NARROW,
+// scale * q in fp32 in the order of Lanes<E>. next: what to prefetch meanwhile, or null
+template <typename E, typename Q>
+INLINE void score_block(const Q* q, const E* k, const E* next, i64 R, i64 n, i64 D, float scale, float* out) {
     if constexpr (NARROW) {
         tiles(R, [&](i64 r, auto queries) INLINE_LAMBDA {
             constexpr int KEYS = queries <= 2 ? 4 : 2;
             const auto some = [&](i64 j, auto keys) INLINE_LAMBDA {
                 const E* ahead = next && r == 0 ? next + j * D : nullptr;
-                dot_keys<E, queries, keys>(k + j * D, ahead, scaled + r * D, D, out + r * BLOCK + j);
+                dot_keys<E, queries, keys>(k + j * D, ahead, q + r * D, D, out + r * BLOCK + j);
             };
             i64 j = 0;
             for (; j + KEYS <= n; j += KEYS) some(j, std::integral_constant<int, KEYS>());
@@ -142,8 +124,8 @@ INLINE void score_block(const T* q, const float* scaled, const E* k, const E* ne
         i64 j = 0;
         for (; j + 16 <= n; j += 16) {
             i64 r = 0;
-            for (; r + 2 <= R; r += 2) dot16<T, 2>(q + r * D, k + j * D, D, scale, out + r * BLOCK + j);
-            for (; r < R; r++) dot16<T, 1>(q + r * D, k + j * D, D, scale, out + r * BLOCK + j);
+            for (; r + 2 <= R; r += 2) dot16<E, 2>(q + r * D, k + j * D, D, scale, out + r * BLOCK + j);
+            for (; r < R; r++) dot16<E, 1>(q + r * D, k + j * D, D, scale, out + r * BLOCK + j);
         }
         for (; j < n; j++)
             for (i64 r = 0; r < R; r++) out[r * BLOCK + j] = dot(q + r * D, k + j * D, D) * scale;
@@ -247,24 +229,15 @@ INLINE void add_values(float* acc, const float* p, const T* v, const T* next, i6
     for (; r < R; r++) some(r, std::integral_constant<int, 1>());
 }
 
-// n values of a cache of type C as numbers of type E: where they are, or converted in a buffer
-template <typename E, typename C> INLINE const E* as_type(const C* from, i64 n, std::vector<E>& buffer) {
-    if constexpr (std::is_same_v<E, C>) return from;
-    else {
-        convert(from, buffer.data(), n);
-        return buffer.data();
-    }
-}
-
 // The keys and values of one KV head, [T, D], with a scale for each position if they are in int8
-template <typename C> struct Head {
-    const C *keys, *values;
-    const float *k_scales, *v_scales;
-    Head(const KVCache& cache, i64 head)
-        : keys(cache.k.const_data_ptr<C>() + head * cache.k.stride(1)),
-          values(cache.v.const_data_ptr<C>() + head * cache.v.stride(1)) {
-        k_scales = cache.is_int8() ? cache.k_scales.const_data_ptr<float>() + head * cache.k.size(2) : nullptr;
-        v_scales = cache.is_int8() ? cache.v_scales.const_data_ptr<float>() + head * cache.k.size(2) : nullptr;
+struct Head {
+    const void *keys, *values;
+    const float *k_scales = nullptr, *v_scales = nullptr;
+    // bytes: of a number that is not in int8
+    Head(const KVCache& cache, i64 head, i64 bytes) {
+        const i64 first = head * cache.T, at = first * cache.D * (cache.is_int8() ? 1 : bytes);
+        keys = (const char*)cache.k + at, values = (const char*)cache.v + at;
+        if (cache.is_int8()) k_scales = cache.k_scales + first, v_scales = cache.v_scales + first;
     }
 };
 
@@ -274,36 +247,37 @@ INLINE void scale_columns(float* s, const float* scales, i64 R, i64 n) {
         for (i64 j = 0; j < n; j++) s[r * BLOCK + j] *= scales[j];
 }
 
-// Attention over positions begin .. end of one KV head, whose numbers are multiplied as type E. q [R, D], scratch
-// scores [R, BLOCK]. What is in int8 is multiplied without its scales: those of the keys go to the scores, those of the
-// values to the weights.
-template <typename E, typename T, typename C>
-void attend_as(const Queries& a, const T* q, const Head<C>& head, i64 begin, i64 end, float* scores, Partial out) {
+// Attention over positions begin .. end of one KV head, whose numbers are multiplied as type E. q [R, D] as score_block
+// takes it, scratch scores [R, BLOCK]. What is in int8 is multiplied without its scales: those of the keys go to the
+// scores, those of the values to the weights.
+template <typename E, typename Q>
+void attend_as(const Queries& a, const Q* q, const Head& head, i64 begin, i64 end, float* scores, Partial out) {
     const i64 R = a.R, D = a.D;
     const float scale = 1.0f / std::sqrt((float)D);
     std::fill_n(out.max, R, -INFINITE);
     std::fill_n(out.total, R, 0.0f);
     std::fill_n(out.acc, R * D, 0.0f);
-    std::vector<float> scaled(NARROW ? R * D : 0);
-    std::vector<E> buffer(std::is_same_v<E, C> ? 0 : BLOCK_IN_CACHE * D);
-    for (i64 i = 0; NARROW && i < R * D; i += 16) {
-        if constexpr (NARROW && std::is_same_v<E, T>) store16(scaled.data() + i, Lanes<T>::load(q + i) * scale);
-        else store16(scaled.data() + i, load16(q + i) * scale);
-    }
+    std::vector<E> buffer(head.k_scales ? BLOCK_IN_CACHE * D : 0);  // of what was in int8
     for (i64 t = begin; t < end; t += BLOCK) {
         const i64 n = std::min<i64>(BLOCK, end - t);
-        const auto each_part = [&](const C* rows, auto f) INLINE_LAMBDA {
+        const auto each_part = [&](const void* rows, auto f) INLINE_LAMBDA {
             for (i64 j = 0; j < n; j += BLOCK_IN_CACHE) {
-                const i64 count = std::min(BLOCK_IN_CACHE, n - j);
-                const C* after = rows + (t + j + count) * D;
-                const E* next = nullptr;
-                if constexpr (NARROW && std::is_same_v<E, C>) next = after;
-                else prefetch(after, std::min(BLOCK_IN_CACHE, end - t - j - count) * D);
-                f(as_type<E>(rows + (t + j) * D, count * D, buffer), next, scores + j, count);
+                const i64 first = (t + j) * D, count = std::min(BLOCK_IN_CACHE, n - j);
+                const i64 after = std::min(BLOCK_IN_CACHE, end - t - j - count) * D;  // is prefetched
+                const E *part = (const E*)rows + first, *next = NARROW ? part + count * D : nullptr;
+                if constexpr (!std::is_same_v<E, int8_t>)
+                    if (head.k_scales) {
+                        const int8_t* stored = (const int8_t*)rows + first;
+                        prefetch(stored + count * D, after);
+                        convert(stored, buffer.data(), count * D);
+                        part = buffer.data(), next = nullptr;
+                    }
+                if (!NARROW && !head.k_scales) prefetch(part + count * D, after);
+                f(part, next, scores + j, count);
             }
         };
         each_part(head.keys, [&](const E* k, const E* next, float* s, i64 count) INLINE_LAMBDA {
-            score_block(q, scaled.data(), k, next, R, count, D, scale, s);
+            score_block<E>(q, k, next, R, count, D, scale, s);
         });
         if (head.k_scales) scale_columns(scores, head.k_scales + t, R, n);
         for (i64 r = 0; r < R; r++) {
@@ -321,17 +295,17 @@ void attend_as(const Queries& a, const T* q, const Head<C>& head, i64 begin, i64
 }
 
 template <typename T>
-void attend_range(const Queries& a, const T* q, const Head<T>& head, i64 begin, i64 end, float* scores, Partial out) {
-    attend_as<T>(a, q, head, begin, end, scores, out);
-}
-
-// int8 for a few queries is converted in registers, else once for all of them.
-template <typename T>
-void attend_range(const Queries& a, const T* q, const Head<int8_t>& head, i64 begin, i64 end, float* scores,
-                  Partial out) {
-    if constexpr (NARROW)
-        if (a.R <= 4) return attend_as<int8_t>(a, q, head, begin, end, scores, out);
-    attend_as<T>(a, q, head, begin, end, scores, out);
+void attend_range(const Queries& a, const T* q, const Head& head, i64 begin, i64 end, float* scores, Partial out) {
+    if constexpr (NARROW) {
+        // int8 for a few queries is converted in registers, else once for all of them.
+        const bool in_registers = head.k_scales && a.R <= 4;
+        const float scale = 1.0f / std::sqrt((float)a.D);
+        std::vector<float> scaled(a.R * a.D);
+        for (size_t i = 0; i < scaled.size(); i += 16)
+            store16(scaled.data() + i, (in_registers ? load16(q + i) : Lanes<T>::load(q + i)) * scale);
+        if (in_registers) attend_as<int8_t>(a, scaled.data(), head, begin, end, scores, out);
+        else attend_as<T>(a, scaled.data(), head, begin, end, scores, out);
+    } else attend_as<T>(a, q, head, begin, end, scores, out);
 }
 
 // How attention is shared out between threads: a job is one KV head of one row of the batch with a tile of its tokens.
@@ -341,10 +315,9 @@ struct Schedule {
         i64 head, b, first, tokens;  // head: b * K + the KV head
     };
     i64 H, K, D, G, S, tile, tiles, jobs, splits = 1;
-    Schedule(const Tensor& keys, i64 H, i64 S, i64 longest, i64 threads)
-        : H(H), K(keys.size(1)), D(keys.size(3)), G(H / K), S(S),
-          tile(std::min(S, std::max<i64>(1, TILE_QUERIES / G))), tiles((S + tile - 1) / tile),
-          jobs(keys.size(0) * K * tiles) {
+    Schedule(const KVCache& cache, i64 H, i64 S, i64 longest, i64 threads)
+        : H(H), K(cache.K), D(cache.D), G(H / K), S(S), tile(std::min(S, std::max<i64>(1, TILE_QUERIES / G))),
+          tiles((S + tile - 1) / tile), jobs(cache.B * K * tiles) {
         if (jobs < 4 * threads || (jobs % threads && jobs < 8 * threads))
             splits = std::clamp<i64>((4 * threads + jobs - 1) / jobs, 1, std::max<i64>(1, longest / LEAST_SPLIT));
     }
@@ -367,16 +340,17 @@ template <typename P, typename Y> INLINE void merge_splits(const P& partial, i64
     for (i64 d = 0; d < D; d += 16) store16(y + d, load16(sum + d) * (1 / total));
 }
 
-// q [B, S, H, D], a cache of numbers of type C, pos from positions() -> y [B, S, H, D]
-template <typename C, typename T, typename Y>
-void attend_heads_of(const T* q, const KVCache& cache, i64 H, const Tensor& pos, i64 window, Y* y) {
-    const i64 S = pos.numel() / cache.k.size(0), *p = pos.const_data_ptr<i64>();
-    const i64 longest = *std::max_element(p, p + pos.numel()) + 1;
-    const Schedule plan(cache.k, H, S, longest, at::get_num_threads());  // not threads(): it decides how sums are split
+}  // namespace
+
+// See states.h
+template <typename T, typename Y>
+void qwen_fast::attend_heads(const T* q, const KVCache& cache, i64 H, i64 S, const i64* pos, i64 window, Y* y) {
+    const i64 count = cache.B * S, longest = *std::max_element(pos, pos + count) + 1;
+    const Schedule plan(cache, H, S, longest, at::get_num_threads());  // not threads(): it decides how sums are split
     const i64 D = plan.D, G = plan.G, R = plan.tile * G, splits = plan.splits, partial_size = Partial::size(R, D);
     const std::unique_ptr<float[]> partials(new float[plan.jobs * splits * partial_size]);
     const auto partial = [&](i64 i) { return Partial(partials.get() + i * partial_size, R); };
-    const i64 work = longest * pos.numel() * H * D;
+    const i64 work = longest * count * H * D;
 #pragma omp parallel num_threads(threads()) if (work > ONE_THREAD)
     {
         std::vector<float> scores(R * BLOCK);
@@ -384,13 +358,13 @@ void attend_heads_of(const T* q, const KVCache& cache, i64 H, const Tensor& pos,
 #pragma omp for schedule(dynamic)
         for (i64 i = 0; i < plan.jobs * splits; i++) {
             const auto j = plan.job(i / splits);
-            const Queries a{G, j.tokens * G, D, window, p + j.b * S + j.first};
+            const Queries a{G, j.tokens * G, D, window, pos + j.b * S + j.first};
             const auto [low, high] = std::minmax_element(a.pos, a.pos + j.tokens);
             const i64 least = window > 0 ? std::max<i64>(0, *low - window + 1) : 0;
             const i64 length = (*high + splits - least) / splits;
             const i64 begin = least + i % splits * length, end = std::min(*high + 1, begin + length);
             for (i64 r = 0; r < a.R; r += G) std::copy_n(q + plan.row(j, r), G * D, queries.data() + r * D);
-            attend_range(a, queries.data(), Head<C>(cache, j.head), begin, end, scores.data(), partial(i));
+            attend_range(a, queries.data(), Head(cache, j.head, sizeof(T)), begin, end, scores.data(), partial(i));
         }
 #pragma omp for schedule(static)
         for (i64 i = 0; i < plan.jobs; i++) {
@@ -400,39 +374,3 @@ void attend_heads_of(const T* q, const KVCache& cache, i64 H, const Tensor& pos,
         }
     }
 }
-
-template <typename T, typename Y>
-void attend_heads(const T* q, const KVCache& cache, i64 H, const Tensor& pos, i64 window, Y* y) {
-    if (cache.is_int8()) attend_heads_of<int8_t>(q, cache, H, pos, window, y);
-    else attend_heads_of<T>(q, cache, H, pos, window, y);
-}
-
-// input_pos int64 [S] or [B, S], checked -> B * S of them, one after another
-Tensor positions(const Tensor& input_pos, i64 B, i64 S, i64 slots) {
-    TORCH_CHECK(input_pos.scalar_type() == at::kLong, "input_pos of ", input_pos.scalar_type());
-    const bool all = input_pos.dim() <= 2 && input_pos.size(-1) == S && input_pos.numel() == B * S;
-    const auto pos = (all ? input_pos : input_pos.expand({B, S})).contiguous();
-    const i64* p = pos.const_data_ptr<i64>();
-    for (i64 i = 0; i < B * S; i++)
-        TORCH_CHECK(p[i] >= 0 && p[i] < slots, "position ", p[i], " is outside the cache of ", slots);
-    return pos;
-}
-
-// q [B, S, H, D], a KVCache, input_pos int64 [S] or [B, S], window 0 = none -> [B, S, H * D]
-Tensor attend(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos, i64 window,
-              at::TensorList scales) {
-    const KVCache cache(k_cache, v_cache, scales, q_.scalar_type());
-    const bool fits = q_.dim() == 4 && q_.size(0) == k_cache.size(0) && q_.size(3) == k_cache.size(3);
-    TORCH_CHECK(fits && q_.size(2) % k_cache.size(1) == 0, "attend: q ", q_.sizes(), ", cache ", k_cache.sizes());
-    const i64 B = q_.size(0), S = q_.size(1), H = q_.size(2);
-    const auto q = q_.contiguous(), pos = positions(input_pos, B, S, k_cache.size(2));
-    auto out = at::empty({B, S, H * q.size(3)}, q.options());
-    if (!out.numel()) return out;
-    by_dtype(q, [&](auto zero) {
-        using T = decltype(zero);
-        attend_heads(q.const_data_ptr<T>(), cache, H, pos, window, out.mutable_data_ptr<T>());
-    });
-    return out;
-}
-
-}  // namespace

@@ -3,13 +3,13 @@
 // or what was pending, and what is read from it meet in one sweep over its rows, some of which stay in the first-level
 // cache in between. Keys, queries and all sums are in fp32.
 #pragma once
-#include <ATen/ops/empty.h>
-#include <functional>
 #include <memory>
 #include "linear.h"
-#include "tensors.h"
+#include "states.h"
 
 namespace {
+
+using qwen_fast::DeltaState, qwen_fast::DeltaTokens, qwen_fast::Emit;
 
 // ---- products of small matrices in fp32
 
@@ -68,32 +68,6 @@ INLINE f32xL decay(f32xL x) { return x < -60.0f - f32xL{} ? f32xL{} : exp_below_
 INLINE float decay(float x) { return x < -60.0f ? 0.0f : std::exp(x); }
 
 // ---- memory
-
-// deltanet.DeltaState
-struct DeltaState {
-    Tensor memory, length, inputs, pending, keys, updates, decays;
-    i64 B = memory.size(0), Hv = memory.size(1), K = memory.size(2), V = memory.size(3), P = keys.size(1);
-    i64 Hk = keys.size(2), N = 2 * Hk * K + Hv * V, size = inputs.size(1) - P + 1;  // positions of the convolution
-
-    explicit DeltaState(at::TensorList t)
-        : memory(at(t, 0, 4)), length(at(t, 1, 1)), inputs(at(t, 2, 3)), pending(at(t, 3, 1)), keys(at(t, 4, 4)),
-          updates(at(t, 5, 4)), decays(at(t, 6, 3)) {
-        const auto is = [&](const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
-            return t.sizes() == sizes && t.scalar_type() == dtype && t.is_contiguous() && t.is_cpu();
-        };
-        const auto f = at::kFloat;
-        TORCH_CHECK(B > 0 && P > 0 && Hk > 0 && Hv % Hk == 0 && K > 0 && K % 16 == 0 && V > 0 && V % 16 == 0 &&
-                        size > 1 && is(memory, {B, Hv, K, V}, f) && is(length, {B}, at::kLong) &&
-                        is(inputs, {B, size - 1 + P, N}, inputs.scalar_type()) && is(pending, {B}, at::kLong) &&
-                        is(keys, {B, P, Hk, K}, f) && is(updates, {B, P, Hv, V}, f) && is(decays, {B, P, Hv}, f),
-                    "deltanet: memory ", memory.sizes(), ", inputs ", inputs.sizes(), ", keys ", keys.sizes(),
-                    ", updates ", updates.sizes());
-    }
-    static Tensor at(at::TensorList t, size_t i, i64 dims) {
-        TORCH_CHECK(t.size() == 7 && t[i].dim() == dims, "deltanet: the tensors of a state");
-        return t[i];
-    }
-};
 
 // What memory takes up: n tokens of these keys, each times its decay up to the last, and updates. keys and updates are
 // nothing but places to write to. (n = 0, decay 0) makes it forget everything, (n = 0, decay 1) leaves it as it was.
@@ -160,25 +134,16 @@ template <typename T> struct DeltaScratch {
     }
 };
 
-// Takes o [V] of token m and value head h; it is a place to write to.
-using Emit = std::function<void(i64 m, i64 h, float* o)>;
-
-// S new tokens of each row, qkv [B * S, N] before the convolution. T: the model's type
 template <typename T> struct DeltaPass {
     const DeltaState& s;
-    const T* conv;  // [size, N]
-    const void* qkv;
-    bool in_fp32;        // qkv, else of type T
-    i64 qkv_row, S;      // elements from one token to the next
-    const float *g, *b;  // [B * S, Hv]
-    i64 ratio = s.Hv / s.Hk, width = 2 * s.K + ratio * s.V;
+    const DeltaTokens<T>& in;
+    i64 S = in.S, ratio = s.Hv / s.Hk, width = 2 * s.K + ratio * s.V;
 
-    // emit for every token and value head, zeros for padding. pos: [B * S]
-    void run(const i64* pos, const Emit& emit) const {
+    void run(const Emit& emit) const {
         std::vector<DeltaRow> rows;
         i64 most = 1;
         for (i64 row = 0; row < s.B; row++) {
-            rows.push_back(follow(row, pos + row * S));
+            rows.push_back(follow(row, in.pos + row * S));
             most = std::max({most, rows.back().kept, rows.back().left, std::min<i64>(rows.back().taken, DELTA_CHUNK)});
         }
         const i64 work = s.B * S * s.Hv * s.K * s.V, jobs = s.B * s.Hk;
@@ -189,13 +154,13 @@ template <typename T> struct DeltaPass {
             for (i64 i = 0; i < jobs; i++) run_head(rows[i / s.Hk], i / s.Hk, i % s.Hk, scratch, emit);
         }
         for (i64 row = 0; row < s.B; row++) {
-            s.length.mutable_data_ptr<i64>()[row] = rows[row].length + rows[row].taken;
-            s.pending.mutable_data_ptr<i64>()[row] = rows[row].left;
+            s.length[row] = rows[row].length + rows[row].taken;
+            s.pending[row] = rows[row].left;
         }
     }
 
     DeltaRow follow(i64 row, const i64* pos) const {
-        const i64 length = s.length.const_data_ptr<i64>()[row], pending = s.pending.const_data_ptr<i64>()[row];
+        const i64 length = s.length[row], pending = s.pending[row];
         const bool again = pos[0] == 0;
         const i64 kept = again ? 0 : std::clamp<i64>(pos[0] - length, 0, std::clamp<i64>(pending, 0, s.P));
         DeltaRow out{again ? 0 : length + kept, kept, 0, 0, again};
@@ -214,7 +179,7 @@ template <typename T> struct DeltaPass {
     }
 
     void run_head(const DeltaRow& row, i64 r, i64 h, DeltaScratch<T>& scratch, const Emit& emit) const {
-        T* kept = s.inputs.mutable_data_ptr<T>() + r * s.inputs.stride(0);
+        T* kept = (T*)s.inputs + r * (s.size - 1 + s.P) * s.N;
         channels(h, [&](i64 first, i64 count, i64 to) {
             for (i64 i = 0; i < s.size - 1; i++) {
                 T* into = scratch.inputs.get() + i * width + to;
@@ -242,11 +207,10 @@ template <typename T> struct DeltaPass {
         const i64 first = r * s.P;
         float sum = 0;
         for (i64 i = 0; i < row.kept; i++) {
-            sums[i] = sum += s.decays.const_data_ptr<float>()[(first + i) * s.Hv + hv];
-            std::copy_n(s.updates.const_data_ptr<float>() + ((first + i) * s.Hv + hv) * s.V, s.V,
-                        taken.updates + i * s.V);
+            sums[i] = sum += s.decays[(first + i) * s.Hv + hv];
+            std::copy_n(s.updates + ((first + i) * s.Hv + hv) * s.V, s.V, taken.updates + i * s.V);
         }
-        taken.weigh(s.keys.const_data_ptr<float>() + (first * s.Hk + h) * s.K, s.Hk * s.K, sums, row.kept, s.K);
+        taken.weigh(s.keys + (first * s.Hk + h) * s.K, s.Hk * s.K, sums, row.kept, s.K);
     }
 
     // n tokens from t on. last: they stay pending; else memory takes them up next time
@@ -268,22 +232,21 @@ template <typename T> struct DeltaPass {
         for (i64 i = 0; i < ratio; i++) {
             Taken& taken = scratch.taken[i];
             const i64 hv = h * ratio + i;
-            sweep(s.memory.mutable_data_ptr<float>() + (r * s.Hv + hv) * K * s.V, taken, scratch.keys, 2 * n, scratch.y,
-                  K, s.V);
+            sweep(s.memory + (r * s.Hv + hv) * K * s.V, taken, scratch.keys, 2 * n, scratch.y, K, s.V);
             if (!n) continue;
             attend_and_update(m, hv, n, scratch.x + 2 * K + i * s.V, taken.updates, scratch);
             for (i64 j = 0; j < n; j++) emit(m + j, hv, scratch.y + (n + j) * s.V);
             if (last) {
                 for (i64 j = 0; j < n; j++) {
                     const i64 at = (r * s.P + j) * s.Hv + hv;
-                    std::copy_n(taken.updates + j * s.V, s.V, s.updates.mutable_data_ptr<float>() + at * s.V);
-                    s.decays.mutable_data_ptr<float>()[at] = g[(m + j) * s.Hv + hv];
+                    std::copy_n(taken.updates + j * s.V, s.V, s.updates + at * s.V);
+                    s.decays[at] = in.g[(m + j) * s.Hv + hv];
                 }
             } else taken.weigh(scratch.keys, K, scratch.sums, n, K);
         }
         if (last)
             for (i64 j = 0; j < n; j++)
-                std::copy_n(scratch.keys + j * K, K, s.keys.mutable_data_ptr<float>() + ((r * s.P + j) * s.Hk + h) * K);
+                std::copy_n(scratch.keys + j * K, K, s.keys + ((r * s.P + j) * s.Hk + h) * K);
         else std::copy_n(scratch.inputs.get() + n * width, (s.size - 1) * width, scratch.inputs.get());
     }
 
@@ -291,15 +254,16 @@ template <typename T> struct DeltaPass {
     void convolve(i64 h, i64 m, i64 n, DeltaScratch<T>& scratch) const {
         T* inputs = scratch.inputs.get();
         channels(h, [&](i64 first, i64 count, i64 to) {
+            const T* conv = in.conv + first;
             for (i64 i = 0; i < n; i++) {
                 const auto read = [&](const auto* from) {
-                    convert(from + (m + i) * qkv_row + first, inputs + (s.size - 1 + i) * width + to, count);
+                    convert(from + (m + i) * in.qkv_row + first, inputs + (s.size - 1 + i) * width + to, count);
                 };
-                in_fp32 ? read((const float*)qkv) : read((const T*)qkv);
+                in.in_fp32 ? read((const float*)in.qkv) : read((const T*)in.qkv);
                 for (i64 c = 0; c < count; c += LANES) {
                     f32xL y = {};
                     for (i64 tap = 0; tap < s.size; tap++)
-                        y += load_lanes(inputs + (i + tap) * width + to + c) * load_lanes(conv + tap * s.N + first + c);
+                        y += load_lanes(inputs + (i + tap) * width + to + c) * load_lanes(conv + tap * s.N + c);
                     store_lanes(scratch.x + i * width + to + c, silu(y));
                 }
             }
@@ -311,10 +275,10 @@ template <typename T> struct DeltaPass {
         const i64 V = s.V, padded = scratch.padded;
         float *sums = scratch.sums, *y = scratch.y, *o = y + n * V;
         float sum = 0;
-        for (i64 i = 0; i < n; i++) sums[i] = sum += g[(m + i) * s.Hv + hv];
+        for (i64 i = 0; i < n; i++) sums[i] = sum += in.g[(m + i) * s.Hv + hv];
         std::fill(sums + n, sums + (n + 15) / 16 * 16, sum);
         for (i64 i = 0; i < n; i++) {
-            const float strength = b[(m + i) * s.Hv + hv], decayed = decay(sums[i]);
+            const float strength = in.b[(m + i) * s.Hv + hv], decayed = decay(sums[i]);
             for (i64 j = 0; j <= (i | 3); j += LANES) {  // four rows are multiplied at once: zeros after the diagonal
                 i32xL column;
                 UNROLL(lane, LANES) column[lane] = j + lane;
@@ -339,35 +303,5 @@ template <typename T> struct DeltaPass {
         }
     }
 };
-
-// DeltaState.run: qkv [B, S, N], g and b fp32 [B, S, Hv], conv [N, size], input_pos [B, S] -> o, fp32 [B, S, Hv, V]
-Tensor delta_net(const Tensor& qkv_, const Tensor& g_, const Tensor& b_, const Tensor& conv, const Tensor& input_pos,
-                 at::TensorList tensors) {
-    const DeltaState state(tensors);
-    const auto qkv = qkv_.contiguous(), g = g_.contiguous(), b = b_.contiguous(), pos = input_pos.contiguous();
-    const i64 S = qkv.dim() == 3 ? qkv.size(1) : 0;
-    const auto fp32 = [](const Tensor& t, i64 size) { return t.scalar_type() == at::kFloat && t.numel() == size; };
-    const i64 gates = state.B * S * state.Hv;
-    const auto dtype = qkv.scalar_type();
-    TORCH_CHECK(S > 0 && qkv.size(0) == state.B && qkv.size(2) == state.N && fp32(g, gates) && fp32(b, gates) &&
-                    state.inputs.scalar_type() == dtype && conv.scalar_type() == dtype &&
-                    conv.sizes() == at::IntArrayRef({state.N, state.size}) && pos.scalar_type() == at::kLong &&
-                    pos.numel() == state.B * S,
-                "delta_net: qkv ", qkv.sizes(), " ", dtype, ", convolution ", conv.sizes(), " for memory ",
-                state.memory.sizes());
-    const auto taps = conv.t().contiguous();
-    auto out = at::empty({state.B, S, state.Hv, state.V}, state.memory.options());
-    float* o = out.mutable_data_ptr<float>();
-    by_dtype(qkv, [&](auto zero) {
-        using T = decltype(zero);
-        const T* conv = taps.const_data_ptr<T>();
-        const float *decays = g.const_data_ptr<float>(), *strengths = b.const_data_ptr<float>();
-        const DeltaPass<T> pass{state, conv, qkv.const_data_ptr(), false, state.N, S, decays, strengths};
-        pass.run(pos.const_data_ptr<i64>(), [&](i64 m, i64 h, const float* from) {
-            std::copy_n(from, state.V, o + (m * state.Hv + h) * state.V);
-        });
-    });
-    return out;
-}
 
 }  // namespace

@@ -3,18 +3,15 @@
 // through PyTorch's products, in the model's own dtype, or in fp32 where the CPU has no products of bf16.
 #pragma once
 #include <ATen/ops/from_blob.h>
+#include <array>
 #include <variant>
-#include "attention.h"
-#include "deltanet.h"
 #include "prefill.h"
 
 namespace {
 
-using qwen_fast::Int8, qwen_fast::Product;
+using qwen_fast::DeltaTokens, qwen_fast::Int8, qwen_fast::Product;
 
 using MaybeTensor = std::optional<Tensor>;
-
-bool is(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype; }
 
 // The tensors of one linear stand in a list: [weight], int8 [weight, scales fp32] or int4 [packed, scales, zeros]; then
 // its bias, if it has one.
@@ -95,15 +92,14 @@ struct Linear {
         const i64 M = x.size(0);
         if (decodes(M)) {
             const auto x32 = is(x, at::kFloat) ? x : x.to(at::kFloat);
-            auto y = at::empty({M, N}, x32.options());
+            auto y = empty({M, N}, at::kFloat);
             if (M > 0) decode(x32.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, quantize_activations);
             return y;
         }
-        const bool as_it_is = is(weight, x.scalar_type());
-        auto y = at::empty({M, N}, x.options());
+        auto y = empty({M, N}, x.scalar_type());
         if (is(x, at::kBFloat16) && multiply_tiles(x, y)) return bias.defined() ? y.add_(bias) : y;
-        if (as_it_is) at::mm_out(y, x, weight.t());
-        else if (zeros.defined()) by_dtype(x, [&](auto zero) { int4_prefill<decltype(zero)>(x, int4(), y); });
+        if (zeros.defined()) by_dtype(x, [&](auto zero) { int4_prefill<decltype(zero)>(x, int4(), y); });
+        else if (is(weight, x.scalar_type())) y = x.mm(weight.t());
         else converted_prefill(x, weight, scales, y);
         return bias.defined() ? y.add_(bias) : y;
     }
@@ -158,10 +154,10 @@ INLINE void finish_head(const U* x, const T* weight, Norm norm, const float* cos
 template <typename T> struct CacheRows {
     T* rows = nullptr;
     int8_t* int8_rows = nullptr;
-    float* scales = nullptr;
-    CacheRows(const Tensor& cache, const Tensor& scale) {
-        if (!scale.defined()) rows = cache.mutable_data_ptr<T>();
-        else int8_rows = cache.mutable_data_ptr<int8_t>(), scales = scale.mutable_data_ptr<float>();
+    float* scales;
+    CacheRows(void* cache, float* scales) : scales(scales) {
+        if (!scales) rows = (T*)cache;
+        else int8_rows = (int8_t*)cache;
     }
     INLINE void write(i64 row, const float* x, i64 D) const {
         if (rows) return convert(x, rows + row * D, D);
@@ -174,7 +170,7 @@ template <typename T> struct CacheRows {
 struct Attention {
     Linear wqkv, wo;        // queries, keys, values; the output's gate if any
     Tensor q_norm, k_norm;  // both or neither
-    KVCache cache;
+    KVTensors cache;
     i64 window;
     bool output_gate;
 };
@@ -182,7 +178,7 @@ struct Attention {
 struct DeltaNet {
     Linear wqkv, wba, wo;           // queries, keys, values, the output's gate; writing strengths, decays
     Tensor conv, A, dt_bias, norm;  // [size, N] of the model's type; fp32 [Hv], -exp(A_log); [Hv]; [V]
-    DeltaState state;
+    DeltaTensors state;
 };
 
 struct FeedForward {
@@ -243,7 +239,7 @@ template <typename T, typename U> struct Step {
 #pragma omp parallel for num_threads(threads()) if (M > MAX_TOKENS)
         for (i64 m = 0; m < M; m++) f(m);
     }
-    Tensor empty(i64 width) const { return at::empty({M, width}, c10::CppTypeToScalarType<U>::value); }
+    Tensor empty(i64 width) const { return ::empty({M, width}, c10::CppTypeToScalarType<U>::value); }
     Tensor multiply(const Linear& linear, const Tensor& h) const {
         return linear.multiply(h, fused.quantize_activations);
     }
@@ -268,10 +264,10 @@ template <typename T> const T* values(const Tensor& t) { return t.defined() ? t.
 
 // wo(attention(wqkv(h))); keys and values are written to the caches.
 template <typename T, typename U> Tensor run(const Step<T, U>& step, const Attention& layer, const Tensor& h) {
-    const auto& cache = layer.cache;
-    const i64 H = step.fused.n_head, K = cache.k.size(1), slots = cache.k.size(2), D = cache.k.size(3), R = step.R;
+    const KVCache cache = layer.cache.cache();
+    const i64 H = step.fused.n_head, K = cache.K, D = cache.D, R = step.R;
     const Tensor qkv = step.multiply(layer.wqkv, h);
-    Tensor queries = at::empty({step.M, H * D}, c10::CppTypeToScalarType<T>::value), y = step.empty(H * D);
+    Tensor queries = empty({step.M, H * D}, c10::CppTypeToScalarType<T>::value), y = step.empty(H * D);
     const U* from = qkv.const_data_ptr<U>();
     const T *q_norm = values<T>(layer.q_norm), *k_norm = values<T>(layer.k_norm);
     T* q = queries.mutable_data_ptr<T>();
@@ -284,7 +280,7 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Atten
         const float scale = step.logn ? step.logn[m] : 1.0f;
         const Norm norm = step.fused.norm;
         const U* head = from + m * layer.wqkv.N;
-        const auto row = [&](i64 i) { return (b * K + i) * slots + slot; };  // of KV head i in the caches
+        const auto row = [&](i64 i) { return (b * K + i) * cache.T + slot; };  // of KV head i in the caches
         float finished[MAX_HEAD];
         for (i64 i = 0; i < H; i++, head += D) {
             finish_head(head, q_norm, norm, cos, sin, R, scale, finished, D);
@@ -299,7 +295,7 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Atten
             v_rows.write(row(i), finished, D);
         }
     });
-    attend_heads(q, cache, H, step.pos, layer.window, out);
+    qwen_fast::attend_heads(q, cache, H, step.S, positions, layer.window, out);
     if (layer.output_gate)
         step.each([&](i64 m) {
             const U* gate = from + m * layer.wqkv.N + (H + 2 * K) * D;
@@ -313,10 +309,10 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Atten
 
 // wo(norm(o) * silu(gate)), where o is what the heads read from memory
 template <typename T, typename U> Tensor run(const Step<T, U>& step, const DeltaNet& layer, const Tensor& h) {
-    const DeltaState& state = layer.state;
+    const DeltaState state = layer.state.state();
     const i64 Hv = state.Hv, V = state.V;
     const Tensor qkv = step.multiply(layer.wqkv, h), ba = step.multiply(layer.wba, h);
-    Tensor y = step.empty(Hv * V), gates = at::empty({2, step.M, Hv}, at::kFloat);
+    Tensor y = step.empty(Hv * V), gates = empty({2, step.M, Hv}, at::kFloat);
     const U *from = qkv.const_data_ptr<U>(), *strengths = ba.const_data_ptr<U>();
     const float *A = layer.A.const_data_ptr<float>(), *dt_bias = layer.dt_bias.const_data_ptr<float>();
     const float* norm = layer.norm.const_data_ptr<float>();
@@ -329,9 +325,9 @@ template <typename T, typename U> Tensor run(const Step<T, U>& step, const Delta
             b[m * Hv + i] = 1 / (1 + std::exp(-(float)strengths[2 * m * Hv + i]));
         }
     });
-    const T* conv = layer.conv.const_data_ptr<T>();
-    const DeltaPass<T> pass{state, conv, from, std::is_same_v<U, float>, layer.wqkv.N, step.S, g, b};
-    pass.run(step.pos.template const_data_ptr<i64>(), [&](i64 m, i64 i, float* o) {
+    const DeltaTokens<T> tokens{values<T>(layer.conv), from, std::is_same_v<U, float>, layer.wqkv.N, step.S, g, b,
+                                step.pos.template const_data_ptr<i64>()};
+    qwen_fast::run_delta_net<T>(state, tokens, [&](i64 m, i64 i, float* o) {
         const U* gate = from + m * layer.wqkv.N + state.N + i * V;
         rms_norm(o, norm, o, V, Norm{step.fused.norm.eps, 0});
         U* to = out + (m * Hv + i) * V;
@@ -351,7 +347,7 @@ template <typename U> INLINE void silu_times(const U* gate_up, U* to, i64 F) {
 // [rows, 2 F] -> [rows, F]
 template <typename U> Tensor silu_times(const Tensor& gate_up) {
     const i64 rows = gate_up.size(0), F = gate_up.size(1) / 2;
-    Tensor y = at::empty({rows, F}, gate_up.options());
+    Tensor y = empty({rows, F}, gate_up.scalar_type());
     const U* from = gate_up.const_data_ptr<U>();
     U* to = y.mutable_data_ptr<U>();
 #pragma omp parallel for num_threads(threads()) if (rows * F > ONE_THREAD)
@@ -405,8 +401,8 @@ struct Routing {
 template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, const Tensor& x,
                                        bool quantize_activations) {
     const i64 E = routing.first.size() - 1, n = w.N / E, K = w.K;
-    Tensor y = at::empty({x.size(0), n}, x.options());
-    const Tensor x32 = x.to(at::kFloat), y32 = is(y, at::kFloat) ? y : at::empty(y.sizes(), x32.options());
+    Tensor y = empty({x.size(0), n}, x.scalar_type());
+    const Tensor x32 = x.to(at::kFloat), y32 = is(y, at::kFloat) ? y : empty(y.sizes(), at::kFloat);
     std::vector<Product> products;
     for (i64 e = 0; e < E; e++) {
         const i64 begin = routing.first[e], count = routing.first[e + 1] - begin;
@@ -429,7 +425,7 @@ template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, 
 template <typename U> Tensor run(const FeedForward& experts, const Routing& routing, const Tensor& h,
                                  bool quantize_activations) {
     const i64 C = h.size(1), pairs = routing.token.size();
-    Tensor x = at::empty({pairs, C}, h.options()), y = at::empty(h.sizes(), h.options().dtype(at::kFloat));
+    Tensor x = empty({pairs, C}, h.scalar_type()), y = empty(h.sizes(), at::kFloat);
     const U* from = h.const_data_ptr<U>();
     U* to = x.mutable_data_ptr<U>();
     for (i64 p = 0; p < pairs; p++) std::copy_n(from + routing.token[p] * C, C, to + p * C);
@@ -521,7 +517,7 @@ void add_attention(const Tensor& handle, const Tensor& norm, at::TensorList wqkv
                    i64 window, bool output_gate, at::TensorList scales) {
     auto* fused = extend(handle, norm);
     const auto dtype = fused->dtype;
-    const KVCache kv_cache(k_cache, v_cache, scales, dtype);
+    const KVTensors kv_cache(k_cache, v_cache, scales, dtype);
     const auto& cache = fused->cache.defined() ? fused->cache : k_cache;
     const i64 C = fused->C, H = fused->n_head, K = k_cache.size(1), D = k_cache.size(3);
     TORCH_CHECK(k_cache.sizes() == cache.sizes() && H % K == 0, "add_attention: caches ", k_cache.sizes(), " for ", H,
@@ -545,7 +541,7 @@ void add_deltanet(const Tensor& handle, const Tensor& norm, at::TensorList wqkv,
                   at::TensorList state) {
     auto* fused = extend(handle, norm);
     const auto dtype = fused->dtype;
-    const DeltaState s(state);
+    const DeltaTensors s(state);
     const i64 C = fused->C, values = s.Hv * s.V;
     TORCH_CHECK(is(conv, dtype) && is(s.inputs, dtype) && conv.sizes() == at::IntArrayRef({s.N, s.size}) &&
                     A_log.numel() == s.Hv && dt_bias.numel() == s.Hv && output_norm.numel() == s.V,

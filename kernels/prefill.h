@@ -1,10 +1,9 @@
 // Linears with many tokens unless FP32_PRODUCTS: a chunk of the weights at a time, in the model's dtype, for PyTorch.
 #pragma once
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 #include "quantized.h"
 #include "tensors.h"
+#include <ATen/ops/mm_ops.h>
+#include <ATen/ops/mul_ops.h>
 
 namespace {
 
@@ -12,13 +11,13 @@ namespace {
 inline void converted_prefill(const Tensor& x, const Tensor& weight, const Tensor& scales, Tensor& y) {
     const i64 M = x.size(0), N = weight.size(0), K = weight.size(1);
     const i64 step = std::min(N, std::max<i64>(64, CHUNK / std::max<i64>(K, 1)));
-    auto chunk = at::empty({step, K}, x.options()), product = at::empty({M, step}, x.options());
+    auto chunk = empty({step, K}, x.scalar_type()), product = empty({M, step}, x.scalar_type());
     for (i64 n = 0; n < N; n += step) {
         const i64 rows = std::min(step, N - n);
         const auto converted = chunk.narrow(0, 0, rows).copy_(weight.narrow(0, n, rows));
         auto of_rows = y.narrow(1, n, rows), out = product.narrow(1, 0, rows);
-        at::mm_out(out, x, converted.t());
-        if (scales.defined()) at::mul_out(of_rows, out, scales.view({N}).narrow(0, n, rows));
+        at::_ops::mm_out::call(x, converted.t(), out);
+        if (scales.defined()) at::_ops::mul_out::call(out, scales.view({N}).narrow(0, n, rows), of_rows);
         else of_rows.copy_(out);
     }
 }
@@ -28,13 +27,13 @@ template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& 
     const i64 N = y.size(1), K = x.size(1), padded = w.units() * G4;
     const i64 step = std::max<i64>(64, CHUNK / padded / 64 * 64);
     const i64 width = std::min(step, (N + ROWS - 1) / ROWS * ROWS);
-    auto chunk = at::empty({padded, width}, x.options());
+    auto chunk = empty({padded, width}, x.scalar_type());
     T* to = chunk.mutable_data_ptr<T>();
     for (i64 n = 0; n < N; n += step) {
         const i64 rows = std::min(step, N - n);
 #pragma omp parallel for num_threads(threads())
         for (i64 r = 0; r < rows; r += ROWS) convert_int4(w, (n + r) / ROWS, 0, padded, to + r, width);
-        y.narrow(1, n, rows).copy_(at::mm(x, chunk.narrow(0, 0, K).narrow(1, 0, rows)));
+        y.narrow(1, n, rows).copy_(x.mm(chunk.narrow(0, 0, K).narrow(1, 0, rows)));
     }
 }
 
