@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <vector>
 #include "linear.h"
 #include "states.h"
@@ -308,6 +309,12 @@ void attend_range(const Queries& a, const T* q, const Head& head, i64 begin, i64
     } else attend_as<T>(a, q, head, begin, end, scores, out);
 }
 
+}  // namespace
+
+#include "attention_tiles.h"
+
+namespace {
+
 // How attention is shared out between threads: a job is one KV head of one row of the batch with a tile of its tokens.
 // Where there are too few jobs for threads to share evenly, late ones too, each job's positions are split as well.
 struct Schedule {
@@ -315,8 +322,8 @@ struct Schedule {
         i64 head, b, first, tokens;  // head: b * K + the KV head
     };
     i64 H, K, D, G, S, tile, tiles, jobs, splits = 1;
-    Schedule(const KVCache& cache, i64 H, i64 S, i64 longest, i64 threads)
-        : H(H), K(cache.K), D(cache.D), G(H / K), S(S), tile(std::min(S, std::max<i64>(1, TILE_QUERIES / G))),
+    Schedule(const KVCache& cache, i64 H, i64 S, i64 longest, i64 threads, i64 queries)
+        : H(H), K(cache.K), D(cache.D), G(H / K), S(S), tile(std::min(S, std::max<i64>(1, queries / G))),
           tiles((S + tile - 1) / tile), jobs(cache.B * K * tiles) {
         if (jobs < 4 * threads || (jobs % threads && jobs < 8 * threads))
             splits = std::clamp<i64>((4 * threads + jobs - 1) / jobs, 1, std::max<i64>(1, longest / LEAST_SPLIT));
@@ -346,15 +353,26 @@ template <typename P, typename Y> INLINE void merge_splits(const P& partial, i64
 template <typename T, typename Y>
 void qwen_fast::attend_heads(const T* q, const KVCache& cache, i64 H, i64 S, const i64* pos, i64 window, Y* y) {
     const i64 count = cache.B * S, longest = *std::max_element(pos, pos + count) + 1;
-    const Schedule plan(cache, H, S, longest, at::get_num_threads());  // not threads(): it decides how sums are split
+    const bool by_tiles = std::is_same_v<T, BFloat16> && S * H / cache.K > FEW_QUERIES && attends_by_tiles(cache.D);
+    // at::get_num_threads(), not threads(): it decides how sums are split
+    const Schedule plan(cache, H, S, longest, at::get_num_threads(), by_tiles ? AMX_QUERIES : TILE_QUERIES);
     const i64 D = plan.D, G = plan.G, R = plan.tile * G, splits = plan.splits, partial_size = Partial::size(R, D);
-    const std::unique_ptr<float[]> partials(new float[plan.jobs * splits * partial_size]);
+    // Of every part if there are several to a job, else of each thread's present one
+    const i64 kept = splits > 1 ? plan.jobs * splits : at::get_num_threads();
+    const std::unique_ptr<float[]> partials(new float[kept * partial_size]);
     const auto partial = [&](i64 i) { return Partial(partials.get() + i * partial_size, R); };
+    const auto finish = [&](i64 i, i64 first) {
+        const auto j = plan.job(i);
+        const auto of_job = [&](i64 split) { return partial(first + split); };
+        for (i64 r = 0; r < j.tokens * G; r++) merge_splits(of_job, splits, r, D, y + plan.row(j, r));
+    };
     const i64 work = longest * count * H * D;
 #pragma omp parallel num_threads(threads()) if (work > ONE_THREAD)
     {
-        std::vector<float> scores(R * BLOCK);
+        std::vector<float> scores(by_tiles ? 0 : R * BLOCK);
         std::vector<T> queries(R * D);
+        std::optional<TileAttention> tiles;
+        if (by_tiles) tiles.emplace(R, D);
 #pragma omp for schedule(dynamic)
         for (i64 i = 0; i < plan.jobs * splits; i++) {
             const auto j = plan.job(i / splits);
@@ -363,14 +381,16 @@ void qwen_fast::attend_heads(const T* q, const KVCache& cache, i64 H, i64 S, con
             const i64 least = window > 0 ? std::max<i64>(0, *low - window + 1) : 0;
             const i64 length = (*high + splits - least) / splits;
             const i64 begin = least + i % splits * length, end = std::min(*high + 1, begin + length);
+            const i64 at = splits > 1 ? i : omp_get_thread_num();
             for (i64 r = 0; r < a.R; r += G) std::copy_n(q + plan.row(j, r), G * D, queries.data() + r * D);
-            attend_range(a, queries.data(), Head(cache, j.head, sizeof(T)), begin, end, scores.data(), partial(i));
+            const Head head(cache, j.head, sizeof(T));
+            if (tiles) tiles->attend(a, queries.data(), head, begin, end, partial(at));
+            else attend_range(a, queries.data(), head, begin, end, scores.data(), partial(at));
+            if (splits == 1) finish(i, at);
         }
+        if (splits > 1) {
 #pragma omp for schedule(static)
-        for (i64 i = 0; i < plan.jobs; i++) {
-            const auto j = plan.job(i);
-            const auto of_job = [&](i64 split) { return partial(i * splits + split); };
-            for (i64 r = 0; r < j.tokens * G; r++) merge_splits(of_job, splits, r, D, y + plan.row(j, r));
+            for (i64 i = 0; i < plan.jobs; i++) finish(i, i * splits);
         }
     }
 }

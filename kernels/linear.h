@@ -131,7 +131,7 @@ template <typename T, int R> void dot_tokens(const T* w, const T* x, float* y, i
 // Sixteen rows of the weights become a panel in fp32, [k][16], which stays in the second-level cache while six tokens
 // at a time are multiplied with it: their sums fill the registers. On an AMD EPYC with AVX2 it reaches 80 % of what its
 // multiply-adds allow, and PyTorch's product of matrices in fp32 55 to 70 %.
-constexpr int ROWS = 16, TILE = 6;
+constexpr int ROWS = 16, PANEL_TOKENS = 6;
 
 // panel[k * 16 + r] = rows[r][k] for k < n
 template <typename W> INLINE void fill_panel(const W* const rows[ROWS], i64 n, float* panel) {
@@ -151,13 +151,13 @@ template <typename W> INLINE void fill_panel(const W* const rows[ROWS], i64 n, f
 INLINE void multiply_panel(const float* panel, const float* x, i64 K, i64 n, i64 tokens, i64 rows, bool add, float* y,
                            i64 N) {
     constexpr int P = ROWS / LANES;
-    const float* from[TILE];
-    UNROLL(m, TILE) from[m] = x + std::min<i64>(m, tokens - 1) * K;
-    f32xL sums[TILE * P] = {};
+    const float* from[PANEL_TOKENS];
+    UNROLL(m, PANEL_TOKENS) from[m] = x + std::min<i64>(m, tokens - 1) * K;
+    f32xL sums[PANEL_TOKENS * P] = {};
     for (i64 k = 0; k < n; k++) {
         f32xL w[P];
         UNROLL(p, P) w[p] = load_lanes(panel + k * ROWS + p * LANES);
-        UNROLL2(m, TILE, p, P) sums[m * P + p] += w[p] * from[m][k];
+        UNROLL2(m, PANEL_TOKENS, p, P) sums[m * P + p] += w[p] * from[m][k];
     }
     for (i64 m = 0; m < tokens; m++) {
         float out[ROWS], *to = y + m * N;
@@ -177,8 +177,8 @@ void multiply_many(F fill, const float* x, float* y, i64 M, i64 N, i64 K, i64 be
         for (i64 k = 0; k < K; k += PANEL_DEPTH) {
             const i64 count = std::min(PANEL_DEPTH, K - k);
             fill(n, k, count, panel);
-            for (i64 m = 0; m < M; m += TILE)
-                multiply_panel(panel, x + m * K + k, K, count, std::min<i64>(TILE, M - m),
+            for (i64 m = 0; m < M; m += PANEL_TOKENS)
+                multiply_panel(panel, x + m * K + k, K, count, std::min<i64>(PANEL_TOKENS, M - m),
                                std::min<i64>(ROWS, end - n), k > 0, y + m * N + n, N);
         }
 }

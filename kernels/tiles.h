@@ -4,41 +4,12 @@
 // while all tokens of a chunk are multiplied with them. The chunk's activations at these columns and its sums for
 // TILE_GROUP rows stay in the second-level cache.
 #pragma once
+#include "amx.h"
 #include "quantized.h"
-
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace {
 
 #ifdef __AMX_BF16__
-constexpr i64 PAIR = 2 * ROWS;              // rows of weights, or tokens, that are multiplied at once
-constexpr i64 TILE_K = 32, TILE_SIZE = 512;  // columns of a tile, numbers in it
-
-// Linux keeps a process from using tiles until it asks.
-inline bool tiles_allowed() {
-    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    return allowed;
-}
-
-// While it lives, this thread's eight tiles have sixteen rows of 64 bytes.
-struct UseTiles {
-    struct alignas(64) Configuration {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    };
-    UseTiles() {
-        Configuration c;
-        std::fill_n(c.bytes, 8, 64), std::fill_n(c.rows, 8, 16);
-        _tile_loadconfig(&c);
-    }
-    ~UseTiles() { _tile_release(); }
-};
-
 // x [M, K] as tiles [M / 32, K / 32, 2, 16, 32], with zeros up to whole ones
 inline std::vector<f32x16> tiles_of(const BFloat16* x, i64 M, i64 K) {
     const i64 columns = (K + TILE_K - 1) / TILE_K, rows = (M + PAIR - 1) / PAIR * 2;
@@ -64,38 +35,6 @@ struct Ahead {
     }
 };
 
-// A panel's tile: sixteen pairs of neighbouring columns, of sixteen rows each. Transposes rows [16] of such pairs.
-INLINE void store_tile(BFloat16* to, const __m512i rows[ROWS]) {
-    __m512i a[ROWS], b[ROWS];
-    UNROLL(i, 8) {
-        a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    UNROLL2(i, 4, j, 2) {
-        b[4 * i + 2 * j] = _mm512_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
-        b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
-    }
-    UNROLL2(i, 2, j, 4) {
-        a[8 * i + j] = _mm512_shuffle_i32x4(b[8 * i + j], b[8 * i + 4 + j], 0x88);
-        a[8 * i + 4 + j] = _mm512_shuffle_i32x4(b[8 * i + j], b[8 * i + 4 + j], 0xDD);
-    }
-    UNROLL(j, 8) {
-        _mm512_store_si512(to + j * TILE_K, _mm512_shuffle_i32x4(a[j], a[8 + j], 0x88));
-        _mm512_store_si512(to + (8 + j) * TILE_K, _mm512_shuffle_i32x4(a[j], a[8 + j], 0xDD));
-    }
-}
-
-INLINE __mmask32 first_of_32(i64 n) { return n < 32 ? (1u << n) - 1 : ~0u; }
-
-// 32 numbers in bf16, zeros where there are fewer
-INLINE __m512i bf16_of(const BFloat16* from, i64 n) { return _mm512_maskz_loadu_epi16(first_of_32(n), from); }
-INLINE __m512i bf16_of(const int8_t* from, i64 n) {
-    const __m256i bytes = _mm256_maskz_loadu_epi8(first_of_32(n), from);
-    const auto floats = [](__m128i b) INLINE_LAMBDA { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)); };
-    return (__m512i)_mm512_cvtne2ps_pbh(floats(_mm256_extracti128_si256(bytes, 1)),
-                                        floats(_mm256_castsi256_si128(bytes)));
-}
-
 // Weights [N, K] as panels: bf16, or int8 whose scales [N] go to the sums
 template <typename W> struct PanelsOfRows {
     const W* w;
@@ -104,7 +43,7 @@ template <typename W> struct PanelsOfRows {
     // Rows n .. n + 32 and columns k .. k + count: tiles [count / 32, 2]
     void fill(i64 n, i64 k, i64 count, BFloat16* panel) const {
         for (i64 i = 0; i < count; i += TILE_K)
-            for (i64 half = 0; half < 2; half++, panel += TILE_SIZE) {
+            for (i64 half = 0; half < 2; half++, panel += TILE) {
                 __m512i rows[ROWS];
                 UNROLL(r, ROWS) rows[r] = bf16_of(w + std::min(n + half * ROWS + r, N - 1) * K + k + i, K - k - i);
                 store_tile(panel, rows);
@@ -128,21 +67,14 @@ struct PanelsOfInt4 {
                 const i64 g = (block * w.groups + unit / w.per) * ROWS;
                 const f32x16 scale = load16(w.scales + g), zero = load16(w.zeros + g) * (1.0f / 16);
                 const uint8_t* p = w.packed + (block * w.units() + unit) * UNIT;
-                BFloat16* to = panel + ((unit - k / G4) * 2 + half) * TILE_SIZE;
+                BFloat16* to = panel + ((unit - k / G4) * 2 + half) * TILE;
                 UNROLL(j, 4) {
                     f32x16 v[8];
                     each_of_eight(p + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA { v[i] = scale * (q - zero); });
-                    UNROLL(i, 4) store_column_pairs(to + (4 * j + i) * TILE_K, v[2 * i], v[2 * i + 1]);
+                    UNROLL(i, 4) _mm512_store_si512(to + (4 * j + i) * TILE_K, pairs_of(v[2 * i], v[2 * i + 1]));
                 }
             }
         }
-    }
-    // (even[r], odd[r]) for sixteen rows
-    static INLINE void store_column_pairs(BFloat16* to, f32x16 even, f32x16 odd) {
-        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-        _mm512_store_si512(to, _mm512_permutexvar_epi16(order, both));
     }
     Ahead ahead(i64 n, i64 k, i64 count) const {
         const i64 stride = w.units() * UNIT, blocks = count == 0 ? 0 : n + ROWS < N ? 2 : 1;
@@ -150,37 +82,6 @@ struct PanelsOfInt4 {
     }
     float scale(i64) const { return 1.0f; }
 };
-
-// sums [2 tiles of tokens, 2 of rows] += x times a panel, for 32 tokens and `columns` tiles along k
-INLINE void multiply_tiles(const f32x16* x, const BFloat16* panel, i64 columns, bool add, float* sums,
-                           Ahead& ahead, i64 lines) {
-    if (add) {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + 256, 64);
-        _tile_loadd(2, sums + 512, 64);
-        _tile_loadd(3, sums + 768, 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (i64 k = 0; k < columns; k++, x += PAIR, panel += 2 * TILE_SIZE) {
-        for (i64 i = 0; i < lines; i++) ahead.prefetch();
-        _tile_loadd(4, x, 64);
-        _tile_loadd(6, panel, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, panel + TILE_SIZE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + ROWS, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-}
 
 // x as tiles_of makes it -> y [M, N] for rows begin .. end of the weights
 template <typename P>
@@ -193,7 +94,7 @@ void multiply_panels(const P& w, const f32x16* x, BFloat16* y, i64 M, i64 N, i64
     float scales[TILE_GROUP + PAIR];
     // Sums of 32 tokens and rows: four tiles
     const auto sums_of = [&](i64 row, i64 token) {
-        return sums.data() + (row / PAIR * (tokens / PAIR) + token / PAIR) * 4 * ROWS;
+        return (float*)(sums.data() + (row / PAIR * (tokens / PAIR) + token / PAIR) * 4 * ROWS);
     };
     for (i64 m = 0; m < M; m += tokens)
         for (i64 first = begin; first < end; first += TILE_GROUP) {
@@ -208,15 +109,19 @@ void multiply_panels(const P& w, const f32x16* x, BFloat16* y, i64 M, i64 N, i64
                     Ahead ahead = w.ahead(same_k ? n + PAIR : first, next_k * TILE_K, std::max<i64>(0, there) * TILE_K);
                     const i64 lines = ahead.lines() / (here * ((count + PAIR - 1) / PAIR)) + 1;
                     for (i64 i = 0; i < count; i += PAIR) {
-                        const f32x16* from = x + ((m + i) / PAIR * columns + k) * PAIR;
-                        multiply_tiles(from, panel, here, k > 0, (float*)sums_of(n - first, i), ahead, lines);
+                        const Tiles tokens_at{x + ((m + i) / PAIR * columns + k) * PAIR, 64, 2 * TILE, 4 * TILE};
+                        multiply_tiles(tokens_at, {panel, 64, 2 * TILE, 4 * TILE}, here, k > 0, sums_of(n - first, i),
+                                       [&]() INLINE_LAMBDA {
+                                           for (i64 line = 0; line < lines; line++) ahead.prefetch();
+                                       });
                     }
                 }
             for (i64 n = first; n < last; n++) scales[n - first] = w.scale(std::min(n, N - 1));
             for (i64 i = 0; i < count; i++)
                 for (i64 n = 0; n < last - first; n += PAIR) {
-                    const f32x16* sum = sums_of(n, i) + i % PAIR / ROWS * 2 * ROWS + i % ROWS;
-                    const f32x16 low = sum[0] * load16(scales + n), high = sum[ROWS] * load16(scales + n + ROWS);
+                    const float* sum = sums_of(n, i) + (i % PAIR / ROWS * 2 * ROWS + i % ROWS) * ROWS;
+                    const f32x16 low = load16(sum) * load16(scales + n);
+                    const f32x16 high = load16(sum + ROWS * ROWS) * load16(scales + n + ROWS);
                     const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
                     BFloat16* to = y + (m + i) * N + first + n;
                     _mm512_mask_storeu_epi16(to, first_of_32(N - first - n), (__m512i)both);

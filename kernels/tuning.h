@@ -29,6 +29,8 @@ constexpr i64 CHUNK = 1 << 20;         // weights converted at a time for many t
 constexpr int BLOCK = 256;           // cache positions per turn of the online softmax
 constexpr i64 BLOCK_IN_CACHE = 32;   // of these, whose keys or values stay in the first-level cache for all queries
 constexpr i64 TILE_QUERIES = 64;     // queries of one KV head that share a pass over its keys and values
+constexpr i64 AMX_QUERIES = 256;     // the same for AMX, which rearranges values for them
+constexpr i64 FEW_QUERIES = 8;       // up to which tiles of AMX take longer
 constexpr i64 LEAST_SPLIT = 128;     // positions that are worth a thread of their own
 constexpr i64 ONE_THREAD = 1 << 15;  // multiply-adds up to which waking the other threads takes longer
 

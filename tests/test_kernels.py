@@ -189,7 +189,8 @@ def test_quantized_heads_are_within_half_a_step(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("B,S,H,K,D,T", [(1, 1, 16, 8, 128, 300), (2, 3, 14, 2, 64, 100), (1, 16, 4, 4, 80, 70),
                                          (1, 1, 8, 1, 256, 600), (3, 1, 6, 3, 96, 290), (1, 24, 4, 2, 64, 60),
-                                         (1, 1, 8, 2, 256, 301), (2, 90, 4, 1, 16, 97)])
+                                         (1, 1, 8, 2, 256, 301), (2, 90, 4, 1, 16, 97), (1, 270, 2, 1, 32, 700),
+                                         (2, 21, 6, 2, 96, 530)])
 def test_attend(B: int, S: int, H: int, K: int, D: int, T: int, dtype: torch.dtype, int8: bool) -> None:
     """Windows, rows at different positions, and NaN where no query may look. The fast path and both plain ones. A
     cache in int8 stands for the keys and values that the reference sees."""
