@@ -21,16 +21,20 @@ inline bool tiles_allowed() {
     return allowed;
 }
 
-// While it lives, this thread's eight tiles have sixteen rows of 64 bytes.
+// While it lives, this thread's tiles are 0 to 3 for sums, 4 and 5 for the first operand, with so many rows of so many
+// bytes, 6 and 7 for the second.
 struct UseTiles {
     struct alignas(64) Configuration {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
     };
-    UseTiles() {
+    explicit UseTiles(i64 rows = 16, i64 bytes = 64) {
         Configuration c;
-        std::fill_n(c.bytes, 8, 64), std::fill_n(c.rows, 8, 16);
+        for (int i = 0; i < 8; i++) {
+            c.rows[i] = i < 6 ? rows : bytes / 4;
+            c.bytes[i] = i == 4 || i == 5 ? bytes : 64;
+        }
         _tile_loadconfig(&c);
     }
     ~UseTiles() { _tile_release(); }

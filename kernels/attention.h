@@ -311,7 +311,7 @@ void attend_range(const Queries& a, const T* q, const Head& head, i64 begin, i64
 
 }  // namespace
 
-#include "attention_tiles.h"
+#include "amx_attention.h"
 
 namespace {
 

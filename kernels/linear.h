@@ -39,15 +39,20 @@ struct Halves {
     }
 };
 
-// Four tokens (or MOST) share one pass over the weights: f(first, how many) for 0 .. M.
+// Some tokens, MOST at the most, share one pass over the weights: f(first, how many) for 0 .. M.
 template <int MOST = 4, typename F> INLINE void tiles(i64 M, F f) {
     i64 m = 0;
     for (; m + MOST <= M; m += MOST) f(m, std::integral_constant<int, MOST>());
-    if constexpr (MOST > 3)
-        if (M - m == 3) return f(m, std::integral_constant<int, 3>());
-    if constexpr (MOST > 2)
-        if (M - m == 2) return f(m, std::integral_constant<int, 2>());
-    if (M - m == 1) f(m, std::integral_constant<int, 1>());
+    const auto rest = [&](auto count) INLINE_LAMBDA {
+        if (MOST > count && M - m == count) f(m, count);
+    };
+    if constexpr (MOST > 4) {
+        rest(std::integral_constant<int, 7>()), rest(std::integral_constant<int, 6>());
+        rest(std::integral_constant<int, 5>()), rest(std::integral_constant<int, 4>());
+    }
+    if constexpr (MOST > 3) rest(std::integral_constant<int, 3>());
+    if constexpr (MOST > 2) rest(std::integral_constant<int, 2>());
+    rest(std::integral_constant<int, 1>());
 }
 
 // R rows of w, `apart` rows from one another, against M tokens. U independent sums per product hide the latency of the

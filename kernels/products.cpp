@@ -1,11 +1,12 @@
 // A translation unit of its own, without PyTorch's headers: products of weights of every kind.
 #include "products.h"
-#include "tiles.h"
+#include "amx_decode.h"
+#include "amx_prefill.h"
 
 namespace qwen_fast {
 
 template <typename T> void multiply_plain(const T* w, const std::vector<Product>& products, i64 N, i64 K) {
-    std::vector<Rows<T>> rows;
+    std::vector<TiledRows<T>> rows;
     std::vector<std::vector<T>> rounded(products.size());
     std::vector<std::vector<float>> x32(products.size());
     for (size_t i = 0; i < products.size(); i++) {
@@ -19,19 +20,19 @@ template <typename T> void multiply_plain(const T* w, const std::vector<Product>
             x = rounded[i].data();
         }
         const float* floats = many ? p.x : x32[i].empty() ? nullptr : x32[i].data();
-        rows.push_back({w + p.e * N * K, x, floats, p.y, p.M, N, K});
+        rows.push_back(Rows<T>{w + p.e * N * K, x, floats, p.y, p.M, N, K});
     }
     share_all(rows);
 }
 
 template <bool quantize> void multiply_int8(const Int8& w, const std::vector<Product>& products, i64 N, i64 K) {
-    std::vector<Int8Rows<quantize>> rows;
+    std::vector<TiledInt8Rows<quantize>> rows;
     for (const auto& p : products) rows.emplace_back(w.w + p.e * N * K, w.scales + p.e * N, p.x, p.y, p.M, N, K);
     share_all(rows);
 }
 
 template <bool quantize> void multiply_int4(const Int4& w, const std::vector<Product>& products, i64 N, i64 K) {
-    std::vector<Int4Rows<quantize>> rows;
+    std::vector<TiledInt4Rows<quantize>> rows;
     for (const auto& p : products) {
         const i64 block = p.e * (N / ROWS), at = block * w.groups * ROWS;
         const Int4 own{w.packed + block * w.units() * UNIT, w.scales + at, w.zeros + at, w.groups, w.per};

@@ -14,17 +14,25 @@ using qwen_fast::Int4;
 
 // M tokens of x in fp32, each padded with zeros, and rounded to integers of type Q: x[k] ~ scale[g] * q[k], g = k / G.
 template <typename Q> struct Activations {
-    i64 padded, groups;                 // lengths of one token's rows
-    std::vector<float> x, scale, sums;  // sums: of the (rounded) x over each group
+    i64 padded, groups;                    // lengths of one token's rows
+    std::vector<float> copy, scale, sums;  // copy: if there is padding; sums: of the (rounded) x over each group
+    const float* x;
     std::vector<Q> q;
 
     Activations(const float* source, i64 M, i64 K, i64 padded_, i64 G, bool quantize)
-        : padded(padded_), groups(padded / G), x(M * padded), scale(M * groups, 1.0f), sums(M * groups),
-          q(quantize ? M * padded : 0) {
-        for (i64 m = 0; m < M; m++) std::copy_n(source + m * K, K, x.data() + m * padded);
-#pragma omp parallel for num_threads(threads()) if (M * padded > ONE_THREAD)
-        for (i64 i = 0; i < M * groups; i++) {
-            const float* from = x.data() + i * G;
+        : padded(padded_), groups(padded / G), copy(padded > K ? M * padded : 0), scale(M * groups, 1.0f),
+          sums(M * groups), x(padded > K ? copy.data() : source), q(quantize ? M * padded : 0) {
+        for (i64 m = 0; m < M && padded > K; m++) std::copy_n(source + m * K, K, copy.data() + m * padded);
+        i64 done = 0;
+        if constexpr (sizeof(Q) == 1 && !NARROW)
+            if (quantize && G == 32) {
+                done = M * groups / 16 * 16;
+#pragma omp parallel for num_threads(threads()) if (M * padded > ONE_THREAD / 4)
+                for (i64 i = 0; i < done; i += 16) round_groups(i);
+            }
+#pragma omp parallel for num_threads(threads()) if (M * padded > ONE_THREAD && !done)
+        for (i64 i = done; i < M * groups; i++) {
+            const float* from = x + i * G;
             f32x16 high = {}, total = {};
             for (i64 j = 0; j < G; j += 16) {
                 const f32x16 v = load16(from + j);
@@ -34,6 +42,34 @@ template <typename Q> struct Activations {
             if (quantize) total = round_group(from, highest(high), G, q.data() + i * G, scale[i]);
             sums[i] = sum(total) * scale[i];
         }
+    }
+
+    Activations(Activations&&) = default;  // x stays where it is
+
+    // Sixteen groups of 32 at once
+    INLINE void round_groups(i64 i) {
+        const float* from = x + i * 32;
+        const auto of_sixteen = [](const f32x16* v, auto op) INLINE_LAMBDA {
+            return sums16(sums4(v, op), sums4(v + 4, op), sums4(v + 8, op), sums4(v + 12, op), op);
+        };
+        f32x16 v[16];
+        UNROLL(g, 16) {
+            const f32x16 a = load16(from + 32 * g), b = load16(from + 32 * g + 16);
+            v[g] = max16(max16(a, -a), max16(b, -b));
+        }
+        const f32x16 high = of_sixteen(v, [](f32x16 a, f32x16 b) INLINE_LAMBDA { return max16(a, b); });
+        const f32x16 steps = high / 127.0f, factors = select(splat(1e-30f) < high, 127.0f / high, f32x16{});
+        float inverse[16];
+        store16(inverse, factors);
+        UNROLL(g, 16) {
+            const f32x16 a = load16(from + 32 * g) * inverse[g] + ROUND;
+            const f32x16 b = load16(from + 32 * g + 16) * inverse[g] + ROUND;
+            narrow16(q.data() + (i + g) * 32, bits<i32x16>(a));
+            narrow16(q.data() + (i + g) * 32 + 16, bits<i32x16>(b));
+            v[g] = (a - ROUND) + (b - ROUND);
+        }
+        store16(scale.data() + i, steps);
+        store16(sums.data() + i, of_sixteen(v, add) * steps);
     }
 
     // Returns the sum of the integers.
@@ -98,7 +134,7 @@ INLINE void int8_rows_fp32(const int8_t* w, i64 apart, const Activations<int16_t
     for (; k + 16 <= K; k += 16)
         UNROLL(r, R) {
             const f32x16 wv = load16(w + r * apart * K + k);
-            UNROLL(m, M) acc[r * M + m] += wv * load16(a.x.data() + (first + m) * a.padded + k);
+            UNROLL(m, M) acc[r * M + m] += wv * load16(a.x + (first + m) * a.padded + k);
         }
     UNROLL(i, R * M) {
         out[i] = sum(acc[i]);
@@ -126,9 +162,9 @@ template <bool quantize> struct Int8Rows {
     i64 bytes() const { return K; }
     void operator()(i64 begin, i64 end) const {
         if (M > MAX_TOKENS) return multiply_many(panels_of(w, scales, N, K), x, y, M, N, K, begin, end);
-        const Halves rows(begin, end, M <= 2 || (M > 4 && !NARROW));  // a second tile finds them in the cache
+        const Halves rows(begin, end, M <= 2);
         rows.each([&](i64 n, auto R) INLINE_LAMBDA {
-            tiles(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
+            tiles<R == 2 ? 2 : MOST_TOKENS>(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
                 float out[R * tokens];
                 const int8_t* from = w + n * K;
                 if constexpr (quantize)
@@ -219,7 +255,7 @@ INLINE void int4_blocks(const Int4& w, i64 block, i64 apart, const Activations<i
             f32x16 dots[R * M];
             const i64 k = first * a.padded + unit * G4;
             if constexpr (quantize) int4_unit_quantized<R, M>(p, stride, a.q.data() + k, a.padded, dots);
-            else int4_unit_fp32<R, M>(p, stride, a.x.data() + k, a.padded, dots);
+            else int4_unit_fp32<R, M>(p, stride, a.x + k, a.padded, dots);
             UNROLL(i, R * M) {
                 const i64 at = i % M * a.groups + unit;
                 acc[i] += scale[i / M] * (dots[i] * steps[at] - zero[i / M] * sums[at]);
@@ -255,19 +291,19 @@ template <bool quantize> struct Int4Rows {
     // Tokens m .. m + count, which stay in the cache
     void some(const Halves& halves, i64 m, i64 count) const {
         halves.each([&](i64 block, auto R) INLINE_LAMBDA {
-            tiles(count, [&](i64 tile, auto tokens) INLINE_LAMBDA {
+            tiles<R == 2 ? 2 : MOST_TOKENS>(count, [&](i64 tile, auto tokens) INLINE_LAMBDA {
                 const i64 first = m + tile;
                 f32x16 out[R * tokens];
                 int4_blocks<R, tokens, quantize>(w, block, halves.apart, a, first, out);
-                UNROLL(i, R * tokens) {
-                    const i64 n = (block + i / tokens * halves.apart) * ROWS;
-                    float* to = y + (first + i % tokens) * N + n;
-                    if (n + ROWS <= N) store16(to, out[i]);
-                    else
-                        for (i64 row = 0; row < N - n; row++) to[row] = out[i][row];
-                }
+                UNROLL(i, R * tokens)
+                    store(first + i % tokens, (block + i / tokens * halves.apart) * ROWS, out[i]);
             });
         });
+    }
+    INLINE void store(i64 m, i64 n, f32x16 out) const {
+        float* to = y + m * N + n;
+        if (n + ROWS <= N) return store16(to, out);
+        for (i64 row = 0; row < N - n; row++) to[row] = out[row];
     }
 };
 

@@ -20,6 +20,12 @@ constexpr i64 TWO_ROWS_MAX_K = 6144, TWO_ROWS_TWO_TOKENS_MAX_K = 2048;
 constexpr i64 FOUR_ROWS_AHEAD = 4096;  // elements, at least
 constexpr i64 LEAST_SHARE = 1 << 16;   // bytes of weights a thread takes at once: enough to hide the atomic counter
 constexpr i64 ROWS_IN_CACHE = 32;      // of weights in bf16 without AVX512, multiplied with all tokens before the next
+constexpr i64 AMX_BF16 = 3, AMX_INT8 = 5, AMX_INT4 = 12;  // fewest tokens for which tiles of AMX are faster
+#ifdef __AVX512F__
+constexpr int MOST_TOKENS = 8;         // that share a pass over quantized weights: their sums fill the registers
+#else
+constexpr int MOST_TOKENS = 4;
+#endif
 constexpr i64 PANEL_DEPTH = 1024;      // of sixteen rows in fp32, which many tokens are multiplied with
 constexpr i64 TILE_DEPTH = 256;        // of a panel of 32 rows for AMX: 16 KB
 constexpr i64 TILE_GROUP = 256, TILE_TOKENS = 512;  // rows whose sums with so many tokens stay in the cache: 512 KB

@@ -319,20 +319,24 @@ INLINE void transpose(f32xL v[LANES]) {
 #endif
 }
 
-// Sixteen sums over lanes at once: lane i of sums16(sums4(v), sums4(v + 4), ...) is the sum of v[i]'s lanes.
+// Sixteen sums over lanes at once: lane i of sums16(sums4(v), sums4(v + 4), ...) is the sum of v[i]'s lanes. With
+// another operation on two registers in the place of `add`, what it makes of the lanes.
+constexpr auto add = [](auto a, auto b) INLINE_LAMBDA { return a + b; };
 #ifdef __AVX512F__
-INLINE f32x16 sums4(const f32x16 v[4]) {  // four to every 128 bits, each over that many of its lanes
+// four to every 128 bits, each over that many of its lanes
+template <typename Op = decltype(add)> INLINE f32x16 sums4(const f32x16 v[4], Op op = add) {
     const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    return (f32x16)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+    const auto ab = (__m512)op((f32x16)_mm512_unpacklo_ps(a, b), (f32x16)_mm512_unpackhi_ps(a, b));
+    const auto cd = (__m512)op((f32x16)_mm512_unpacklo_ps(c, d), (f32x16)_mm512_unpackhi_ps(c, d));
+    return op((f32x16)_mm512_shuffle_ps(ab, cd, 0x44), (f32x16)_mm512_shuffle_ps(ab, cd, 0xEE));
 }
-INLINE __m512 halves(__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-}
-INLINE f32x16 sums16(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3) {
-    const __m512 low = halves((__m512)v0, (__m512)v1), high = halves((__m512)v2, (__m512)v3);
-    return (f32x16)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+template <typename Op = decltype(add)> INLINE f32x16 sums16(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3, Op op = add) {
+    const auto halves = [&](f32x16 a, f32x16 b) INLINE_LAMBDA {
+        return (__m512)op((f32x16)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44),
+                          (f32x16)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xEE));
+    };
+    const __m512 low = halves(v0, v1), high = halves(v2, v3);
+    return op((f32x16)_mm512_shuffle_f32x4(low, high, 0x88), (f32x16)_mm512_shuffle_f32x4(low, high, 0xDD));
 }
 #else
 INLINE f32x16 sums4(const f32x16 v[4]) {
@@ -468,14 +472,15 @@ struct WordSums {
     }
     INLINE i32x16 total() const { return (upper << 8) + lower; }
 };
-// For every 64 activations their upper, then their lower bytes, each from -128 to 127
+// For every 64 activations, as many as a multiple of 64, their upper, then their lower bytes, each from -128 to 127
 inline std::vector<int16_t> arranged(const std::vector<int16_t>& x) {
     std::vector<int16_t> out(x.size());
     auto* bytes = (int8_t*)out.data();
-    for (size_t i = 0; i < x.size(); i++) {
-        const int upper = (x[i] + 128) >> 8;
+    for (size_t i = 0; i < x.size(); i += 16) {
         int8_t* to = bytes + i / 64 * 128 + i % 64;
-        to[0] = upper, to[64] = x[i] - 256 * upper;
+        const auto v = widen<i32x16>(x.data() + i), upper = (v + 128) >> 8;
+        narrow16(to, upper);
+        narrow16(to + 64, v - (upper << 8));
     }
     return out;
 }
