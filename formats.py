@@ -7,6 +7,7 @@ int4: w = scale * (q - zero / ZERO_STEPS), q in 0 .. 15, one bf16 scale and one 
 Shapes: N and K the rows and columns of a weight, G the group size.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -147,6 +148,10 @@ class QuantizedLinear(nn.Module):
         """The weight that buffers stand for: by default the module's own, before pack_for."""
         return self.restore(*self.from_buffers(buffers or dict(self.named_buffers())), dtype)
 
+    def repacks(self, device: torch.device) -> bool:
+        """Whether pack_for makes matrices of its own from those stored, which then need not be copied from a file."""
+        return False
+
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         """Turns the buffers as stored into those that compute fastest on a device for activations of a dtype."""
 
@@ -217,9 +222,12 @@ class Int4Linear(QuantizedLinear):
     def from_buffers(self, buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return kernels.unpack_nibbles(buffers["weight"], self.in_features), buffers["scales"], buffers["zeros"]
 
+    def repacks(self, device: torch.device) -> bool:
+        return device.type == "cpu" and kernels.available()
+
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         assert self.layout == "stored"
-        if device.type == "cpu" and kernels.available():
+        if Int4Linear.repacks(self, device):
             packed = kernels.pack_int4(self.weight.cpu(), self.scales.cpu(), self.zeros.cpu(), self.groupsize)
             self.weight, self.scales, self.zeros = (tensor.to(device) for tensor in packed)
             self.layout = "packed"
@@ -269,6 +277,9 @@ class GPTQLinear(Int4Linear):
     def dequantize(self, dtype: torch.dtype = torch.float32, buffers: dict[str, Tensor] | None = None) -> Tensor:
         weight = super().dequantize(dtype, buffers)
         return weight if self.order is None else weight[:, self.order.argsort()]
+
+    def repacks(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     def pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
         if self.bits == 4 and kernels.on_gpu(device):
@@ -344,10 +355,15 @@ def replace_linears(model: Transformer, quantization: Quantization) -> list[tupl
     return replaced
 
 
-def pack_for(model: Transformer, device: torch.device) -> None:
+def pack_for(model: Transformer, device: torch.device, release: Callable[[Tensor], None] = lambda stored: None) -> None:
+    """release: for the buffers that are needed no longer."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
+            stored = dict(module.named_buffers())
             module.pack_for(device, model.dtype)
+            for name, tensor in stored.items():
+                if getattr(module, name) is not tensor:
+                    release(tensor)
 
 
 def set_quantize_activations(model: Transformer, on: bool) -> None:

@@ -15,7 +15,7 @@ from checkpoint import check_finite, empty_model, read_checkpoint, read_weights,
 from cli import UserError, read_json
 from config import ModelArgs
 from convert import convert
-from formats import pack_for, set_quantize_activations
+from formats import QuantizedLinear, pack_for, set_quantize_activations
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -76,12 +76,15 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
     sharing = ranks.local_world_size if ranks and device.type == "cpu" else 1
     check_memory(device, needed * sharing, f"the weights of {path}")
+    repacked = {f"{name}.{key}" for name, module in model.named_modules() for key in ("weight", "scales", "zeros")
+                if isinstance(module, QuantizedLinear) and module.repacks(device)}
     loaded = {}
     for name, tensor in zip(dtypes, read_weights(state, dtypes), strict=True):
-        loaded[name] = kernels.copy_to(plan.shard(name, tensor) if plan else tensor, device, dtypes[name])
+        shard = plan.shard(name, tensor) if plan else tensor
+        loaded[name] = shard if name in repacked else kernels.copy_to(shard, device, dtypes[name])
         check_finite(name, loaded[name])
     model.load_state_dict(loaded, assign=True)
-    pack_for(model, device)
+    pack_for(model, device, kernels.release_mapped)
     set_quantize_activations(model, quantize_activations)
     model.int8_kv_cache = int8_kv_cache
     kernels.trim_memory()

@@ -38,6 +38,7 @@ class HugePages:
 
 
 arena = functools.cache(HugePages)    # the one of this process
+libc = functools.cache(lambda: ctypes.CDLL(None))
 
 
 def huge_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -63,11 +64,11 @@ def release_mapped(tensor: Tensor) -> None:
     come back from the file when they are used again."""
     begin, end = (address // mmap.PAGESIZE * mmap.PAGESIZE for address in (
         tensor.data_ptr() + mmap.PAGESIZE - 1, tensor.data_ptr() + tensor.nbytes))         # of whole pages
-    if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+    if end > begin and tensor.is_cpu and hasattr(mmap, "MADV_DONTNEED"):
+        libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def trim_memory() -> None:
     """Returns freed memory to the system; glibc would keep what packing the weights has used."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        libc().malloc_trim(0)
