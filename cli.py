@@ -104,6 +104,8 @@ def run(main: Callable[[], None]) -> None:
                 with _interruptible():
                     main()
             finally:
+                if IS_COMMAND:
+                    gc.freeze()                  # the interpreter would look through all of it again when it ends
                 sys.stdout.flush()               # here, where a failure can be told
         return
     except UserError as error:
