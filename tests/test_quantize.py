@@ -180,6 +180,18 @@ def linear_of(kind: str, N: int, K: int, groupsize: int = 32) -> tuple[Quantized
     return linear, linear.dequantize()
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_is_repacked_need_not_be_copied(kind):
+    """pack_for releases what repacks() says it makes anew, and only that."""
+    linear, model = linear_of(kind, 20, 96)[0], torch.nn.Module()
+    model.linear, model.dtype = linear, torch.bfloat16
+    stored, released, cpu = dict(linear.named_buffers()), [], torch.device("cpu")
+    formats.pack_for(model, cpu, released.append)
+    assert [*map(id, released)] == ([*map(id, stored.values())] if linear.repacks(cpu) else [])
+    assert linear.repacks(cpu) == (kind == "int4" and kernels.available())
+    assert not {t.data_ptr() for t in released} & {t.data_ptr() for t in linear.buffers()}
+
+
 @pytest.mark.parametrize("kind,groupsize", [("int8", 32), ("int4", 32), ("int4", 128)])
 @pytest.mark.parametrize("N,K", [(48, 128), (20, 96), (5, 33), (3, 300)])
 def test_linear_equals_its_dequantized_weights(kind, groupsize, N, K):
