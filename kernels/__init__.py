@@ -3,7 +3,8 @@ them, those in Triton for GPUs (gpu.py) and PyTorch's operators. Imports nothing
 
 B batch, S sequence, T cache length, H query heads, K KV heads, D head dim, C model dim; N rows and K_in columns of a
 weight, in groups of G. For up to 16 tokens reading the weights takes the time, and the C++ does it at the memory's
-speed; products for more tokens are PyTorch's.
+speed. More are multiplied by the C++, too, where the CPU has AMX, AVX2 alone or, for int8 and int4, VNNI; else by
+PyTorch.
 """
 import importlib
 import importlib.util
@@ -65,7 +66,8 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, quantize_activations: bool = True) -> Tensor:
     """x [..., K_in], weight int8 [N, K_in], scales fp32 [N] -> [..., N]; w = scale * q.
 
-    quantize_activations: may round up to 16 tokens (with AVX2 or VNNI) to int16, in groups of 256 with a scale each.
+    quantize_activations: may round up to 16 tokens (with AVX2 or AMX; with VNNI alone any number) to int16, in groups
+    of 256 with a scale each.
     """
     if on_cpu(x) and weight.is_contiguous() and available():
         return torch.ops.qwen_fast.linear(x, [weight, scales], weight.size(0), quantize_activations)
@@ -85,8 +87,8 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
                 quantize_activations: bool = True) -> Tensor:
     """x [..., K_in] and weights from pack_int4 -> [..., N].
 
-    quantize_activations: may round up to 16 tokens (with AVX2 any number, else with VNNI) to int8, in groups of 32
-    with a scale each.
+    quantize_activations: may round up to 16 tokens (with AVX2 or VNNI, unless there is AMX, any number) to int8, in
+    groups of 32 with a scale each.
     """
     if on_cpu(x) and available():
         return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, quantize_activations)

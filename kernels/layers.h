@@ -65,7 +65,10 @@ struct Linear {
     }
 
     // Whether so many tokens go through decode()
-    static bool decodes(i64 M) { return M <= MAX_TOKENS || FP32_PRODUCTS; }
+    bool decodes(i64 M, bool quantize_activations) const {
+        const bool in_integers = zeros.defined() ? INT4_INTEGERS_FOR_ALL : scales.defined() && INT8_INTEGERS_FOR_ALL;
+        return M <= MAX_TOKENS || FP32_PRODUCTS || (quantize_activations && in_integers);
+    }
 
     // x [M, K] -> y [M, N]
     void decode(const float* x, float* y, i64 M, bool quantize_activations) const {
@@ -87,14 +90,14 @@ struct Linear {
         return qwen_fast::multiply_tiles(weight.const_data_ptr<BFloat16>(), from, to, M, N, K);
     }
 
-    // x [M, K] -> [M, N], in fp32 if it is computed here, else in x's dtype: the model's, or where that is slow, fp32
+    // x [M, K] -> [M, N] in x's dtype
     Tensor multiply(const Tensor& x, bool quantize_activations) const {
         const i64 M = x.size(0);
-        if (decodes(M)) {
+        if (decodes(M, quantize_activations)) {
             const auto x32 = is(x, at::kFloat) ? x : x.to(at::kFloat);
             auto y = empty({M, N}, at::kFloat);
             if (M > 0) decode(x32.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, quantize_activations);
-            return y;
+            return y.to(x.scalar_type());
         }
         auto y = empty({M, N}, x.scalar_type());
         if (is(x, at::kBFloat16) && multiply_tiles(x, y)) return bias.defined() ? y.add_(bias) : y;
@@ -406,7 +409,7 @@ template <typename U> Tensor by_expert(const Linear& w, const Routing& routing, 
     std::vector<Product> products;
     for (i64 e = 0; e < E; e++) {
         const i64 begin = routing.first[e], count = routing.first[e + 1] - begin;
-        if (!w.decodes(count))
+        if (!w.decodes(count, quantize_activations))
             y.narrow(0, begin, count).copy_(w.expert(e, E).multiply(x.narrow(0, begin, count), quantize_activations));
         else if (count)
             products.push_back(

@@ -1,8 +1,8 @@
 // Linears with int8 and int4 weights.
 // Up to 16 tokens: with VNNI or AVX2 the activations are rounded to integers in groups along k, each with a scale of
 // its own. Without, or where activations shall keep their precision, the weights are converted to fp32 on their way.
-// More tokens: multiply_many, or PyTorch (prefill.h). Only int4 goes on in integers where those are faster even then
-// (INTEGERS_FOR_ALL).
+// More tokens: on in integers where those are faster even then (INT4_INTEGERS_FOR_ALL), else AMX (amx_prefill.h),
+// multiply_many or PyTorch (prefill.h).
 #pragma once
 #include <vector>
 #include "linear.h"
@@ -147,13 +147,14 @@ template <bool quantize> struct Int8Rows {
     const float *scales, *x;
     float* y;
     i64 M, N, K;
-    Activations<int16_t> a;  // of few tokens
+    bool in_panels = M > MAX_TOKENS && !(quantize && INT8_INTEGERS_FOR_ALL);
+    Activations<int16_t> a;
     std::vector<int16_t> arranged_q = arranged(a.q);
     std::vector<float> offset = std::vector<float>(M);
 
     Int8Rows(const int8_t* w, const float* scales, const float* x, float* y, i64 M, i64 N, i64 K)
         : w(w), scales(scales), x(x), y(y), M(M), N(N), K(K),
-          a(x, M <= MAX_TOKENS ? M : 0, K, (K + G8 - 1) / G8 * G8, G8, quantize) {
+          a(x, in_panels ? 0 : M, K, (K + G8 - 1) / G8 * G8, G8, quantize) {
         if (quantize)
             for (size_t i = 0; i < a.sums.size(); i++) offset[i / a.groups] += OFFSET * a.sums[i];
     }
@@ -161,10 +162,14 @@ template <bool quantize> struct Int8Rows {
     i64 unit() const { return 16; }
     i64 bytes() const { return K; }
     void operator()(i64 begin, i64 end) const {
-        if (M > MAX_TOKENS) return multiply_many(panels_of(w, scales, N, K), x, y, M, N, K, begin, end);
-        const Halves rows(begin, end, M <= 2);
+        if (in_panels) return multiply_many(panels_of(w, scales, N, K), x, y, M, N, K, begin, end);
+        for (i64 m = 0; m < M; m += MAX_TOKENS) some(Halves(begin, end, M <= 2), m, std::min<i64>(M - m, MAX_TOKENS));
+    }
+    // Tokens m .. m + count, which stay in the cache
+    void some(const Halves& rows, i64 m, i64 count) const {
         rows.each([&](i64 n, auto R) INLINE_LAMBDA {
-            tiles<R == 2 ? 2 : MOST_TOKENS>(M, [&](i64 first, auto tokens) INLINE_LAMBDA {
+            tiles<R == 2 ? 2 : MOST_TOKENS>(count, [&](i64 tile, auto tokens) INLINE_LAMBDA {
+                const i64 first = m + tile;
                 float out[R * tokens];
                 const int8_t* from = w + n * K;
                 if constexpr (quantize)
@@ -270,7 +275,7 @@ template <bool quantize> struct Int4Rows {
     const float* x;
     float* y;
     i64 M, N, K;
-    bool in_panels = M > MAX_TOKENS && !(quantize && INTEGERS_FOR_ALL);
+    bool in_panels = M > MAX_TOKENS && !(quantize && INT4_INTEGERS_FOR_ALL);
     Activations<int8_t> a;
 
     Int4Rows(const Int4& w, const float* x, float* y, i64 M, i64 N, i64 K)

@@ -424,8 +424,17 @@ constexpr bool INTEGERS = false;
 INLINE i32x16 dot_bytes(i32x16 acc, u8x64, i8x64) { return acc; }
 #endif
 
+// Whether integers are worth while for any number of tokens, with int4 weights and with int8, which take twice as many
+// instructions
+#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
+constexpr bool INT4_INTEGERS_FOR_ALL = true, INT8_INTEGERS_FOR_ALL = true;
+#elif defined(PAIRS_OF_WORDS)
+constexpr bool INT4_INTEGERS_FOR_ALL = true, INT8_INTEGERS_FOR_ALL = false;
+#else
+constexpr bool INT4_INTEGERS_FOR_ALL = false, INT8_INTEGERS_FOR_ALL = false;
+#endif
+
 #ifdef PAIRS_OF_WORDS
-constexpr bool INTEGERS_FOR_ALL = true;  // numbers of tokens: bytes are multiplied faster than fp32
 using ByteSums = i16x32;
 INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) {
     EACH_PART(acc.part[i] += (i16x32::Part)_mm256_maddubs_epi16((__m256i)a.part[i], (__m256i)b.part[i]))
@@ -452,7 +461,6 @@ struct WordSums {
 // The activations as add wants them
 inline std::vector<int16_t> arranged(std::vector<int16_t> x) { return x; }
 #else
-constexpr bool INTEGERS_FOR_ALL = false;
 INLINE i32x16 add_words(i32x16 acc, i16x32, i16x32) { return acc; }
 using ByteSums = i32x16;
 INLINE ByteSums add_bytes(ByteSums acc, u8x64 a, i8x64 b) { return dot_bytes(acc, a, b); }

@@ -33,10 +33,12 @@ needs_ops = pytest.mark.skipif(not HAVE_OPS, reason="the C++ kernels could not b
 CPU = os.environ.get("TEST_CPU", "")               # which other CPU test_other_cpus has built for
 flags = set(build.cpu_flags().split())
 vnni, narrow = "avx512_vnni" in flags, "avx2" in flags and "avx512f" not in flags
-rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "emulated") or not CPU and (vnni or narrow))  # activations
+rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "cooperlake", "emulated") or not CPU and (vnni or narrow))  # activations
 MOST_ROUNDED = {"int8": kernels.MAX_TOKENS, "int4": kernels.MAX_TOKENS}                       # tokens
 if CPU == "haswell" or not CPU and narrow:
     MOST_ROUNDED["int4"] = 1 << 30
+if CPU in ("cascadelake", "cooperlake") or not CPU and vnni and "amx_bf16" not in flags:
+    MOST_ROUNDED = dict.fromkeys(MOST_ROUNDED, 1 << 30)
 # [N, K_in] with tails in both, one large enough to be shared out, and K_in beyond what two rows at once are for
 SHAPES = [(64, 64), (33, 78), (7, 1024), (300, 896), (37, 2100), (21, 6200)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 9, 16]
@@ -728,13 +730,15 @@ def test_a_change_of_any_source_is_built_anew(compiler: Path, tmp_path: Path, mo
 @pytest.mark.long
 @needs_ops
 @pytest.mark.skipif(platform.machine() != "x86_64" or bool(CPU), reason="built for x86-64, and once")
-@pytest.mark.parametrize("cpu", ["haswell", "skylake-avx512", "cascadelake", "emulated"])
+@pytest.mark.parametrize("cpu", ["haswell", "skylake-avx512", "cascadelake", "cooperlake", "emulated"])
 def test_other_cpus(tmp_path: Path, cpu: str) -> None:
-    """The kernels as other CPUs build them, in another process: AVX2, AVX512 without BF16 and VNNI, and without BF16.
+    """The kernels as other CPUs build them, in another process: AVX2, AVX512 without BF16 and VNNI, without BF16, and
+    without AMX.
 
     On a CPU without VNNI, also its path with plain C++ in the place of its instruction. -O1 compiles in half the time.
     """
-    needed = {"haswell": "avx512f", "skylake-avx512": "avx512bw", "cascadelake": "avx512_vnni"}
+    needed = {"haswell": "avx512f", "skylake-avx512": "avx512bw", "cascadelake": "avx512_vnni",
+              "cooperlake": "amx_bf16"}
     if cpu == "emulated" and vnni or needed.get(cpu, "fpu") not in flags:
         pytest.skip("this CPU's own build is that one, or cannot run it")
     target = "native -DEMULATE_VNNI" if cpu == "emulated" else cpu
