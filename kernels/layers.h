@@ -1,6 +1,6 @@
 // Linears of every kind, and whole layers: between their matrices there is too little work to be worth operators of its
-// own. Up to 16 tokens go through the decoding kernels, and what passes between the matrices stays in fp32; more go
-// through PyTorch's products, in the model's own dtype, or in fp32 where the CPU has no products of bf16.
+// own. Up to 16 tokens go through the decoding kernels, and what passes between the matrices stays in fp32; more are
+// multiplied in the model's own dtype, or in fp32 where the CPU has no products of bf16 (see Linear::multiply).
 #pragma once
 #include <ATen/ops/from_blob.h>
 #include <array>

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmark_worker import measured, reset_peak_memory, serve, token_times
 from config import ModelArgs, rope_frequencies
+from kernels.build import cpu_flags
 from model import rotate
 
 # ---- llama.cpp
@@ -154,6 +155,7 @@ def load_llama(lib, path: Path, on_gpu: bool):
         raise RuntimeError("this llama-cpp-python was built without CUDA")
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 999 if on_gpu else 0
+    params.use_extra_bufts = "amx_int8" not in cpu_flags()    # with those for AMX 0.3.36 ends in a segmentation fault
     if not (model := lib.llama_model_load_from_file(str(path).encode(), params)):
         raise RuntimeError(f"llama.cpp could not load {path}")
     return model
