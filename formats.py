@@ -231,6 +231,8 @@ class Int4Linear(QuantizedLinear):
             packed = kernels.pack_int4(self.weight.cpu(), self.scales.cpu(), self.zeros.cpu(), self.groupsize)
             self.weight, self.scales, self.zeros = (tensor.to(device) for tensor in packed)
             self.layout = "packed"
+        elif device.type == "cuda":
+            self.scales = self.scales.to(dtype)      # the compiler takes no bf16 where a GPU lacks it, as Turing does
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.layout == "packed":

@@ -257,6 +257,10 @@ def test_int4_stays_as_stored_on_a_gpu(monkeypatch):
         reordered = GPTQLinear(256, 16, reordered=True)
         reordered.pack_for(cuda, torch.bfloat16)
         assert reordered.layout == "stored" and reordered.kernel_args(torch.bfloat16) is None
+        for kind, dtype in itertools.product((Int4Linear, GPTQLinear), (torch.float16, torch.float32)):
+            linear = kind(256, 16)
+            linear.pack_for(cuda, dtype)
+            assert linear.scales.dtype == (torch.float16 if kind is GPTQLinear else dtype)      # Turing has no bf16
 
 
 # ---- models and files
