@@ -42,7 +42,7 @@ def stored(N: int, K: int, bits: int, groupsize: int, dtype: torch.dtype) -> lis
     """A linear's tensors, with every value that a quantized weight may have."""
     if bits == 4:
         return [torch.randint(0, 256, (N, K // 2), dtype=torch.uint8),
-                (torch.rand(N, K // groupsize) * 0.1 + 0.01).bfloat16(),
+                (torch.rand(N, K // groupsize) * 0.1 + 0.01).to(dtype),
                 torch.randint(0, 241, (N, K // groupsize), dtype=torch.uint8)]
     if bits == 8:
         return [torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N) * 0.01 + 0.001]

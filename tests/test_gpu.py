@@ -155,7 +155,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def weights(bits: int, N: int, K: int, dtype: torch.dtype) -> Weights:
-    scales = {8: empty(N, dtype=torch.float32), 4: empty(N, K // 32, dtype=torch.bfloat16)}.get(bits)
+    scales = {8: empty(N, dtype=torch.float32), 4: empty(N, K // 32, dtype=dtype)}.get(bits)
     return Weights(bits, empty(N, K, dtype=dtype) if bits > 8 else empty(N, K * bits // 32), scales,
                    empty(N, K // 32, dtype=torch.uint8) if bits == 4 else None)
 
