@@ -192,18 +192,22 @@ def steps(kind: str, dtype: torch.dtype):
                            ("all", Sampling(1.0, None))):
         choice = sampling.choice(V)._replace(limits=zeros(3, of=torch.float32))
         n, fp32 = choice.candidates, torch.float32
+        if name in ("top_p", "all") and kind != "none":        # what follows the logits is the same in every kind
+            continue
         yield f"decode, {name}", lambda: engine.run_decode(model, None, V, zeros(1, 1), zeros(1, 1), choice,
                                                            zeros(1, n, of=fp32))
-        if name not in ("greedy", "top_k"):
+        if name in ("top_p", "all"):
             continue
         if fused and n:                    # compiled without CUDA graphs: RecordedStep makes one, of real memory
             yield "decode, fused", lambda: engine.run_decode.step(model, fused, V, zeros(1, 1), zeros(1, 1), choice,
                                                                   zeros(1, n, of=fp32))
             yield "verify, fused", lambda: speculator.verify.step(
                 fused, zeros(1, 5), zeros(1, 5), choice, None, None, zeros(4, of=fp32), zeros(1, n, of=fp32))
-        for drafted in (None, 4):
-            probs = (zeros(4, n, of=fp32), zeros(4, n)) if drafted and n else (None, None)
-            yield f"verify, {name}, {'model' if drafted else 'ngram'}", lambda: speculator.verify(
+        drafts = {", model": (zeros(4, n, of=fp32), zeros(4, n))} if n else {"": (None, None)}
+        if n and kind == "none":
+            drafts[", ngram"] = None, None
+        for draft, probs in drafts.items():
+            yield f"verify, {name}{draft}", lambda: speculator.verify(
                 None, zeros(1, 5), zeros(1, 5), choice, *probs, zeros(4, of=fp32), zeros(1, n, of=fp32))
     if kind in ("none", "int4"):
         yield "40 requests", lambda: answer_requests(Engine(model, compile=True), V)
@@ -218,7 +222,7 @@ def steps(kind: str, dtype: torch.dtype):
     torch._dynamo.maybe_mark_dynamic(idx, 1)
     torch._dynamo.maybe_mark_dynamic(input_pos, 0)
     yield "prefill", lambda: torch.compile(model.forward, fullgraph=True)(idx, input_pos, zeros(1, 1))
-    if fused:
+    if fused and fused.max_tokens >= 300:
         yield "prefill, fused", lambda: torch.compile(model.forward, fullgraph=True)(idx, input_pos, zeros(1, 1), fused)
 
 
