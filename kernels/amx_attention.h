@@ -121,7 +121,7 @@ public:
         for (i64 t = begin; t < end; t += BLOCK) {
             const i64 n = std::min<i64>(BLOCK, end - t);
             if (head.k_scales) {
-                std::copy_n(head.k_scales + t, n, k_scales), std::copy_n(head.v_scales + t, n, v_scales);
+                copy_scales(head.k_scales + t, n, k_scales), copy_scales(head.v_scales + t, n, v_scales);
                 blocks(a, (const int8_t*)head.keys + t * D, (const int8_t*)head.values + t * D, k_scales, t, n);
             } else blocks(a, (const BFloat16*)head.keys + t * D, (const BFloat16*)head.values + t * D, nullptr, t, n);
         }
@@ -139,6 +139,9 @@ public:
     }
 
 private:
+    // Zeros after them: what is left of another row of the batch may be NaN, which even times 0 remains.
+    static void copy_scales(const float* from, i64 n, float* to) { std::fill(std::copy_n(from, n, to), to + BLOCK, 0); }
+
     void start(const Queries& a, const BFloat16* q) {
         std::fill(sums.begin(), sums.end(), f32x16{});
         softmax.assign((a.R + PAIR - 1) / PAIR * 2, {});

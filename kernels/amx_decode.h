@@ -3,6 +3,7 @@
 // which slowed it down in every form tried. Products of integers are added up in groups, each with a scale of its own.
 #pragma once
 #include "amx.h"
+#include <cmath>
 #include <optional>
 #include "quantized.h"
 
@@ -160,7 +161,10 @@ template <bool quantize> struct TiledInt8Rows : Int8Rows<quantize> {
         tokens = tokens_in_columns(this->arranged_q.data(), M, 2 * a.padded);
         steps.resize(a.groups);
         for (i64 m = 0; m < M; m++)
-            for (i64 g = 0; g < a.groups; g++) steps[g][m] = a.scale[m * a.groups + g];
+            for (i64 g = 0; g < a.groups; g++) {
+                const i64 i = m * a.groups + g;
+                steps[g][m] = std::isnan(a.sums[i]) ? a.sums[i] : a.scale[i];  // NaN became the integer 0
+            }
     }
     void operator()(i64 n, i64 end) const {
         if (!tokens.empty())

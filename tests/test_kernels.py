@@ -156,6 +156,24 @@ def test_zero_activations_give_zero() -> None:
 
 
 @needs_ops
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_a_token_of_nan_is_seen_in_its_own_results_alone(kind: str) -> None:
+    """Integers hold no NaN."""
+    if kind == "int4":
+        weight, scales, zeros, _ = int4_weights(64, 512, 32)
+        tensors = list(kernels.pack_int4(weight, scales, zeros, 32))
+    else:
+        tensors = list(int8_weights(64, 512)[:2]) if kind == "int8" else [torch.randn(64, 512).bfloat16()]
+    for M in [*TOKENS, 40]:
+        x = torch.randn(M, 512).bfloat16()
+        expected = torch.ops.qwen_fast.linear(x, tensors, 64, True)
+        for value in (torch.nan, torch.inf):
+            x[0, 300] = value
+            y = torch.ops.qwen_fast.linear(x, tensors, 64, True)
+            assert not y[0].isfinite().any() and torch.equal(y[1:], expected[1:]), (M, value)
+
+
+@needs_ops
 def test_linears_of_what_does_not_fit_are_refused() -> None:
     weight, scales, zeros, _ = int4_weights(32, 64, 32)
     packed, scales, zeros = kernels.pack_int4(weight, scales, zeros, 32)
@@ -245,6 +263,23 @@ def test_attend_splits_positions_between_threads() -> None:
                 assert error(kernels.attend(q, k8, v8, input_pos, 0, [ks, vs]), expected) < 1e-5
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_ops
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("S", [1, 16])
+def test_nan_in_one_row_of_the_cache_stays_there(S: int, int8: bool) -> None:
+    k, v = torch.randn(2, 2, 1, 100, 64).bfloat16()
+    q, scales = torch.randn(2, S, 2, 64).bfloat16(), []
+    if int8:
+        (k, k_scales), (v, v_scales) = map(kernels.quantize_heads, (k, v))
+        scales = [k_scales, v_scales]
+    input_pos = torch.tensor([[100 - S], [20]]) + torch.arange(S)
+    expected = kernels.attend(q, k, v, input_pos, 0, scales)
+    for t in scales or (k, v):
+        t[0] = torch.nan
+    y = kernels.attend(q, k, v, input_pos, 0, scales)
+    assert y[0].isnan().all() and torch.equal(y[1], expected[1])
 
 
 @needs_ops
