@@ -245,15 +245,15 @@ template <typename T> struct Rows {
     }
 };
 
-// The rows of several matrices of one size, as if they were one.
+// The rows of several matrices of one size, as if they were one, each padded to whole units.
 template <typename R> void share_all(const std::vector<R>& matrices) {
     if (matrices.empty()) return;
     const R& any = matrices[0];
-    const i64 count = any.count();
-    share(count * matrices.size(), any.unit(), any.bytes(), [&](i64 n, i64 end) {
+    const i64 count = any.count(), padded = (count + any.unit() - 1) / any.unit() * any.unit();
+    share(padded * matrices.size(), any.unit(), any.bytes(), [&](i64 n, i64 end) {
         while (n < end) {
-            const i64 first = n % count, last = std::min(count, first + end - n);
-            matrices[n / count](first, last);
+            const i64 first = n % padded, last = std::min(padded, first + end - n);
+            matrices[n / padded](first, std::min(count, last));
             n += last - first;
         }
     });

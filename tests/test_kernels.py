@@ -560,6 +560,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     plain, xs = torch.randn(N, K_in), [torch.randn(M, K_in) for M in (1, 3, 16)]
     chosen, expert_weights = torch.stack([torch.randperm(E_)[:3] for _ in range(9)]), torch.rand(9, 3)
     w13, w2, x9 = torch.randn(E_ * 2 * SIZE, WIDTH), torch.randn(E_ * WIDTH, SIZE), torch.randn(9, WIDTH)
+    odd13, odd2, x_odd = int8_weights(E_ * 2 * 12, 2048)[:2], int8_weights(E_ * 2048, 12)[:2], torch.randn(9, 2048)
     layer, (cos, sin, input_pos) = make_layer("int4", FP32)[0], step_inputs(1, 5, 20)
     fused, x5 = kernels.fuse([layer], H, EPS, 0.0, True), torch.randn(1, 5, C)
     q, k, v = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 3000, 64), torch.randn(1, 2, 3000, 64)
@@ -570,6 +571,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             kernels.linear(x, plain), kernels.linear(x.bfloat16(), plain.bfloat16()),
             kernels.int8_linear(x, int8, scale, quantize), kernels.int4_linear(x, *packed, N, quantize))]
         return [*packed, *linears, kernels.experts(x9, chosen, expert_weights, [w13], [w2], E_, SIZE),
+                kernels.experts(x_odd, chosen, expert_weights, [*odd13], [*odd2], E_, 12),
                 kernels.run_fused(fused, x5, cos, sin, None, input_pos)]
     try:
         found = []
@@ -595,6 +597,9 @@ def test_experts_that_do_not_fit_are_refused() -> None:
                    dict(size=SIZE // 2), dict(w13=[w13.bfloat16()]), dict(w2=[])):
         with pytest.raises((RuntimeError, IndexError)):
             torch.ops.qwen_fast.experts(**good | change)
+    halves = [list(kernels.pack_int4(*int4_weights(N, 32, 32)[:3], 32)) for N in (E_ * 2 * 4, E_ * 32)]
+    with pytest.raises(RuntimeError, match="not whole blocks"):
+        kernels.experts(x[:, :32].contiguous(), chosen, weights, *halves, E_, 4)
 
 
 # ---- compilation
