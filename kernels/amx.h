@@ -21,6 +21,10 @@ inline bool tiles_allowed() {
     return allowed;
 }
 
+// GCC's intrinsics do not say that tiles, and their configuration, are loaded from memory: after this, what has been
+// written there is.
+INLINE void finish_writing() { asm volatile("" ::: "memory"); }
+
 // While it lives, this thread's tiles are 0 to 3 for sums, 4 and 5 for the first operand, with so many rows of so many
 // bytes, 6 and 7 for the second.
 struct UseTiles {
@@ -35,6 +39,7 @@ struct UseTiles {
             c.rows[i] = i < 6 ? rows : bytes / 4;
             c.bytes[i] = i == 4 || i == 5 ? bytes : 64;
         }
+        finish_writing();
         _tile_loadconfig(&c);
     }
     ~UseTiles() { _tile_release(); }
@@ -88,6 +93,8 @@ struct Tiles {
 // sums [2, 2, 16, 16] = a[0], a[1] times b[0], b[1], n tiles along k; added to what is there, if add. Meanwhile f() is
 // called n times.
 template <typename F> INLINE void multiply_tiles(Tiles a, Tiles b, i64 n, bool add, float* sums, F f) {
+    const char *pa = (const char*)a.at, *pb = (const char*)b.at;
+    finish_writing();
     if (add) {
         _tile_loadd(0, sums, 64);
         _tile_loadd(1, sums + 256, 64);
@@ -99,7 +106,6 @@ template <typename F> INLINE void multiply_tiles(Tiles a, Tiles b, i64 n, bool a
         _tile_zero(2);
         _tile_zero(3);
     }
-    const char *pa = (const char*)a.at, *pb = (const char*)b.at;
     for (; n > 0; n--, pa += a.next, pb += b.next) {
         f();
         _tile_loadd(4, pa, a.row);

@@ -86,7 +86,7 @@ class TileAttention {
     i64 D, columns;
     Buffer queries;  // [R / 16, D / 32], transposed pairs
     Buffer copy;     // [BLOCK, D] in bf16, of keys or values that are not in whole tiles of bf16
-    Buffer values;   // see pair_positions
+    Buffer values;   // [D / 32, BLOCK_TILES, 2], see pair_positions
     Buffer scores;   // [BLOCK / 16, 2], 16 positions of 16 queries each
     Buffer weights;  // [2, BLOCK_TILES]
     Buffer sums;     // [R / 32, D / 32, 2, 2], 16 queries and 16 dimensions each
@@ -111,7 +111,7 @@ class TileAttention {
 public:
     TileAttention(i64 R, i64 D)
         : D(D), columns(D / TILE_K), queries((R + PAIR - 1) * columns), copy(BLOCK * columns),
-          values(2 * BLOCK * columns), scores(2 * BLOCK), weights(2 * BLOCK), sums((R + PAIR - 1) * 2 * columns) {}
+          values(BLOCK * columns), scores(2 * BLOCK), weights(BLOCK), sums((R + PAIR - 1) * 2 * columns) {}
 
     // Positions begin .. end of one KV head. q [a.R, D] in bf16
     template <typename T>

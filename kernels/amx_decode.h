@@ -116,6 +116,7 @@ template <int T> INLINE void few_tokens(const Int4& w, i64 block, const TokensIn
                 acc[m] -= zero * x.sums[unit * T + m];
             }
         }
+        finish_writing();
         for (i64 i = 0; i < SOME && u - SOME + i < w.units() && u >= SOME; i++) {
             _tile_zero(0);
             _tile_loadd(4, x.q.data() + (u - SOME + i) * T * G4, G4);

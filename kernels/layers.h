@@ -472,8 +472,10 @@ Tensor experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, at:
                     weights.numel() == M * k && x.is_contiguous(),
                 "experts: x ", x.sizes(), ", chosen ", chosen.sizes(), ", weights ", weights.sizes());
     const FeedForward all{Linear(w13, n_expert * 2 * size, C, dtype), Linear(w2, n_expert * C, size, dtype)};
-    const auto whole = [&](const Linear& w) { return !w.zeros.defined() || n_expert == 1 || w.N / n_expert % ROWS == 0; };
-    TORCH_CHECK(whole(all.w13) && whole(all.w2), "experts: int4 of ", 2 * size, " and ", C, " rows, not whole blocks");
+    for (const Linear* w : {&all.w13, &all.w2}) {
+        const bool whole = !w->zeros.defined() || n_expert == 1 || w->N / n_expert % ROWS == 0;
+        TORCH_CHECK(whole, "experts: int4 of ", w->N / n_expert, " rows, not whole blocks");
+    }
     const Tensor chosen_ = chosen.contiguous(), weights_ = weights.contiguous();
     const auto* c = chosen_.const_data_ptr<i64>();
     const float* w = weights_.const_data_ptr<float>();
