@@ -80,7 +80,7 @@ struct SoftmaxTile {
     }
 };
 
-// For up to R queries of a dimension that is a multiple of 32, with what one thread needs for it
+// Attention of up to R queries [D], where D is a multiple of 32, with the buffers that one thread needs
 class TileAttention {
     using Buffer = std::vector<f32x16>;  // of tiles
     i64 D, columns;
@@ -95,7 +95,7 @@ class TileAttention {
 
     static BFloat16* tile(Buffer& buffer, i64 i) { return (BFloat16*)(buffer.data() + i * TILE_ROWS); }
 
-    // The queries of half a pair against positions t .. end, in whole tiles n: scores -> weights
+    // Scores of half a pair's queries at positions t .. end, n with padding -> weights; rescales the sums so far
     template <bool masked>
     void weigh(i64 half, SoftmaxTile& queries, i64 t, i64 end, i64 n, const float* k_scales, i64 pair) {
         float* const from = (float*)tile(scores, half);

@@ -30,7 +30,7 @@ INLINE void write_columns(const Tile& sums, const float* scales, float* y, i64 M
         for (i64 r = 0; r < TILE_ROWS; r++) y[m * N + r] = sums[r][m] * (scales ? scales[r] : 1.0f);
 }
 
-// Rows n .. end of w [N, K], as far as they are sixteens; returns the first of the rest. K: a multiple of 32
+// Rows n .. end of w [N, K], sixteen at a time; returns the first of those left over. K: a multiple of 32
 inline i64 few_tokens(const BFloat16* w, const std::vector<f32x16>& x, float* y, i64 M, i64 N, i64 K, i64 n, i64 end) {
     const UseTiles use;
     for (; n + TILE_ROWS <= end; n += TILE_ROWS) {

@@ -1,5 +1,6 @@
-// Attention of a few queries over the KV cache: softmax(scale * q k^T) v by the online softmax, block by block of
-// positions (Milakov and Gimelshein, 2018), where the positions are split between threads as in Flash-Decoding.
+// Attention over the KV cache (of many queries, with AMX: amx_attention.h): softmax(scale * q k^T) v by the online
+// softmax, block by block of positions (Milakov and Gimelshein, 2018), where the positions are split between threads as
+// in Flash-Decoding.
 #pragma once
 #include <ATen/Parallel.h>
 #include <cmath>

@@ -1,5 +1,5 @@
 // The CPU kernels as operators: matrix-vector products (products.cpp), attention (attention.cpp) and DeltaNet
-// (deltanet.cpp) that run at the speed of the memory, and whole layers made of them (layers.h), which leave
+// (deltanet.cpp) that run at the speed of the memory, and whole layers made of them (layers.h), which without AMX leave
 // matrix-matrix products to PyTorch. build.py builds them on first use; __init__.py holds a plain PyTorch twin of every
 // operator.
 #include <torch/csrc/stable/library.h>

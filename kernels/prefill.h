@@ -1,4 +1,5 @@
-// Linears with many tokens unless FP32_PRODUCTS: a chunk of the weights at a time, in the model's dtype, for PyTorch.
+// Linears with many tokens without AMX and FP32_PRODUCTS: a chunk of the weights at a time, in the model's dtype, for
+// PyTorch.
 #pragma once
 #include "quantized.h"
 #include "tensors.h"

@@ -44,7 +44,7 @@ template <typename Q> struct Activations {
         }
     }
 
-    Activations(Activations&&) = default;  // x stays where it is
+    Activations(Activations&&) = default;  // x stays valid: a vector that is moved keeps its memory
 
     // Sixteen groups of 32 at once
     INLINE void round_groups(i64 i) {
@@ -190,8 +190,8 @@ template <bool quantize> struct Int8Rows {
 // rows. A byte is two values of q: register j, row r, byte b holds k = 8 j + b in its lower half and k = 8 j + 4 + b in
 // its upper half. scales, zeros [N / 16, K / G, 16]. Sixteen lanes are sixteen rows throughout:
 //   y[n] = sum_g scale[n, g] * (sum_{k in g} q[n, k] x[k] - zero[n, g] / 16 * sum_{k in g} x[k])
-constexpr int G4 = 32;                               // activations to a scale
-constexpr int REGISTER = 64, UNIT = 256;             // bytes
+constexpr int G4 = 32;                    // activations to a scale
+constexpr int REGISTER = 64, UNIT = 256;  // bytes
 
 // f(i, q[.., 8 j + i]) for the eight values of k in register j
 template <typename F> INLINE void each_of_eight(const uint8_t* p, F f) {
@@ -211,7 +211,6 @@ template <typename T> void convert_int4(const Int4& w, i64 block, i64 k, i64 cou
             });
     }
 }
-
 
 // dots[r * M + m] = sum over a unit's k of q[r, k] * x[m, k] in integers. p, q: weights and rounded x of the unit
 template <int R, int M>

@@ -7,7 +7,7 @@ namespace {
 using i64 = int64_t;
 
 // Limits, which kernels/__init__.py knows too
-constexpr int MAX_TOKENS = 16;  // of a matrix-vector product; products with more tokens are left to PyTorch
+constexpr int MAX_TOKENS = 16;  // of a product limited by the memory; more tokens take other ways (quantized.h)
 constexpr int MAX_HEAD = 512;   // dimensions of a head
 
 // Linears. One core waits less for the memory if it reads from two places in turn and asks early for what comes next.
