@@ -1,18 +1,19 @@
-// Tiles of AMX, sixteen rows of 64 bytes each, and their products in bf16:
+// Tiles of AMX, sixteen rows of 64 bytes each, and their products in bf16 (those of integers: amx_decode.h):
 // sums[i, j] += sum over k < 32 of a[i, k] b[k, j], where b stands as pairs: [16, 16, 2], k = 0 and 1 of every j first.
 #pragma once
 #include "vec.h"
 
-#ifdef __AMX_BF16__
+#ifdef AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace {
 
-#ifdef __AMX_BF16__
+#ifdef AMX
 constexpr i64 TILE_ROWS = 16, TILE_K = 32, TILE = TILE_ROWS * TILE_K;  // of a tile: rows, columns and numbers
-constexpr i64 PAIR = 2 * TILE_ROWS;                               // two tiles are multiplied with two
+constexpr i64 TWO_TILES = 2 * TILE_ROWS;                               // two tiles are multiplied with two
+constexpr i64 whole_tiles(i64 n) { return (n + TWO_TILES - 1) / TWO_TILES * TWO_TILES; }
 
 // Linux keeps a process from using tiles until it asks.
 inline bool tiles_allowed() {
@@ -78,7 +79,7 @@ INLINE __m512i bf16_of(const int8_t* from, i64 n) {
 }
 
 // (even[i], odd[i]) for sixteen i
-INLINE __m512i pairs_of(f32x16 even, f32x16 odd) {
+INLINE __m512i column_pairs(f32x16 even, f32x16 odd) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));

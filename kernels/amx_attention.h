@@ -5,16 +5,16 @@
 
 namespace {
 
-#ifdef __AMX_BF16__
+#ifdef AMX
 constexpr i64 BLOCK_TILES = BLOCK / TILE_K;  // along the positions of a block
 constexpr float LEAST_SCORE = -1e30f;        // finite, so that differences are, too
 
 // A block of keys or values, `n` rows [D] of T, as rows in bf16 up to whole tiles: where they are, or copied
 template <typename T> const BFloat16* rows_in_tiles(const T* from, i64 n, i64 D, BFloat16* copy) {
     if constexpr (std::is_same_v<T, BFloat16>)
-        if (n % PAIR == 0) return from;
+        if (n % TWO_TILES == 0) return from;
     convert(from, copy, n * D);
-    std::fill(copy + n * D, copy + (n + PAIR - 1) / PAIR * PAIR * D, BFloat16(0.0f));
+    std::fill(copy + n * D, copy + whole_tiles(n) * D, BFloat16(0.0f));
     return copy;
 }
 
@@ -70,7 +70,7 @@ struct SoftmaxTile {
                     sums += e[h];
                     if (v_scales) e[h] *= v_scales[j + 2 * i + h];
                 }
-                pairs[i] = pairs_of(e[0], e[1]);
+                pairs[i] = column_pairs(e[0], e[1]);
             }
             store_tile(weights, pairs);
         }
@@ -110,8 +110,8 @@ class TileAttention {
 
 public:
     TileAttention(i64 R, i64 D)
-        : D(D), columns(D / TILE_K), queries((R + PAIR - 1) * columns), copy(BLOCK * columns),
-          values(BLOCK * columns), scores(2 * BLOCK), weights(BLOCK), sums((R + PAIR - 1) * 2 * columns) {}
+        : D(D), columns(D / TILE_K), queries(whole_tiles(R) * columns), copy(BLOCK * columns),
+          values(BLOCK * columns), scores(2 * BLOCK), weights(BLOCK), sums(whole_tiles(R) * 2 * columns) {}
 
     // Positions begin .. end of one KV head. q [a.R, D] in bf16
     template <typename T>
@@ -129,7 +129,8 @@ public:
             out.max[r] = softmax[r / TILE_ROWS].high[r % TILE_ROWS];
             out.total[r] = softmax[r / TILE_ROWS].total[r % TILE_ROWS];
             for (i64 c = 0; c < columns; c++) {
-                const i64 at = ((r / PAIR * columns + c) * 4 + r % PAIR / TILE_ROWS * 2) * TILE_ROWS + r % TILE_ROWS;
+                const i64 pair = r / TWO_TILES, half = r % TWO_TILES / TILE_ROWS;
+                const i64 at = ((pair * columns + c) * 4 + half * 2) * TILE_ROWS + r % TILE_ROWS;
                 f32x16 low = sums[at], high = sums[at + TILE_ROWS];
                 Lanes<BFloat16>::reorder(low, high);
                 float* to = out.acc + r * D + c * TILE_K;
@@ -144,7 +145,7 @@ private:
 
     void start(const Queries& a, const BFloat16* q) {
         std::fill(sums.begin(), sums.end(), f32x16{});
-        softmax.assign((a.R + PAIR - 1) / PAIR * 2, {});
+        softmax.assign(whole_tiles(a.R) / TILE_ROWS, {});
         for (i64 first = 0; first < a.R; first += TILE_ROWS) {
             auto& tile_of = softmax[first / TILE_ROWS];
             const i64 count = std::min(TILE_ROWS, a.R - first);
@@ -161,25 +162,25 @@ private:
     template <typename C>
     void blocks(const Queries& a, const C* keys, const C* values, const float* k_scales, i64 t, i64 n) {
         BFloat16* const buffer = tile(copy, 0);
-        pair_positions(rows_in_tiles(values, n, D, buffer), (n + PAIR - 1) / PAIR * PAIR, D, tile(this->values, 0));
+        pair_positions(rows_in_tiles(values, n, D, buffer), whole_tiles(n), D, tile(this->values, 0));
         const BFloat16* rows = rows_in_tiles(keys, n, D, buffer);
-        for (i64 r = 0; r < a.R; r += PAIR) block(a, r, t, n, rows, k_scales);
+        for (i64 r = 0; r < a.R; r += TWO_TILES) block(a, r, t, n, rows, k_scales);
     }
 
     // Queries r .. r + 32 and n positions from t on
     void block(const Queries& a, i64 r, i64 t, i64 n, const BFloat16* keys, const float* k_scales) {
         i64 first_least = INT64_MAX, first_most = 0, last_least = INT64_MAX, last_most = 0;  // of these queries
-        for (i64 i = r; i < std::min(a.R, r + PAIR); i++) {
+        for (i64 i = r; i < std::min(a.R, r + TWO_TILES); i++) {
             first_least = std::min(first_least, a.first(i)), first_most = std::max(first_most, a.first(i));
             last_least = std::min(last_least, a.last(i)), last_most = std::max(last_most, a.last(i));
         }
         n = std::min(n, last_most - t);
         if (n <= 0 || t + n <= first_least) return;
         const i64 end = t + n;
-        n = (n + PAIR - 1) / PAIR * PAIR;
-        const i64 bytes = TILE * sizeof(BFloat16), pair = r / PAIR, row = D * sizeof(BFloat16);
+        n = whole_tiles(n);
+        const i64 bytes = TILE * sizeof(BFloat16), pair = r / TWO_TILES, row = D * sizeof(BFloat16);
         const Tiles these_queries{tile(queries, pair * 2 * columns), 64, columns * bytes, bytes};
-        for (i64 j = 0; j < n; j += PAIR)
+        for (i64 j = 0; j < n; j += TWO_TILES)
             multiply_tiles({keys + j * D, row, TILE_ROWS * row, 64}, these_queries, columns, false,
                            (float*)tile(scores, j / TILE_ROWS * 2), [] {});
         const bool all_seen = t >= first_most && t + n <= std::min(end, last_least);

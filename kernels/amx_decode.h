@@ -1,6 +1,6 @@
 // y[m, n] = sum_k x[m, k] w[n, k] for a few tokens by AMX: hardly slower than for one, because a tile of weights is
-// multiplied with up to sixteen tokens at once. Sixteen rows are read side by side, in bf16 without prefetching,
-// which slowed it down in every form tried. Products of integers are added up in groups, each with a scale of its own.
+// multiplied with up to sixteen tokens at once. Sixteen rows are read side by side; in bf16 nothing is prefetched,
+// because every way to prefetch made it slower. Products of integers are added up in groups, each with a scale.
 #pragma once
 #include "amx.h"
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace {
 
-#ifdef __AMX_BF16__
+#ifdef AMX
 using Tile = f32x16[TILE_ROWS];
 
 // M tokens as tiles whose columns are tokens, zeros up to sixteen: [bytes / 64, 16, 16, 4]. x [M, bytes], a multiple of

@@ -9,15 +9,15 @@
 
 namespace {
 
-#ifdef __AMX_BF16__
+#ifdef AMX
 // x [M, K] as tiles [M / 32, K / 32, 2, 16, 32], with zeros up to whole ones
 inline std::vector<f32x16> tiles_of(const BFloat16* x, i64 M, i64 K) {
-    const i64 columns = (K + TILE_K - 1) / TILE_K, rows = (M + PAIR - 1) / PAIR * 2;
+    const i64 columns = (K + TILE_K - 1) / TILE_K, rows = whole_tiles(M) / TILE_ROWS;
     std::vector<f32x16> out(rows * columns * ROWS);
 #pragma omp parallel for num_threads(threads()) if (M * K > ONE_THREAD)
     for (i64 m = 0; m < M; m++)
         for (i64 k = 0; k < columns; k++) {
-            f32x16* to = out.data() + (m / PAIR * columns + k) * PAIR + m % PAIR;
+            f32x16* to = out.data() + (m / TWO_TILES * columns + k) * TWO_TILES + m % TWO_TILES;
             std::memcpy(to, x + m * K + k * TILE_K, std::min(TILE_K, K - k * TILE_K) * sizeof(BFloat16));
         }
     return out;
@@ -50,7 +50,7 @@ template <typename W> struct PanelsOfRows {
             }
     }
     Ahead ahead(i64 n, i64 k, i64 count) const {
-        const i64 rows = count > 0 ? std::min(PAIR, N - n) : 0;
+        const i64 rows = count > 0 ? std::min(TWO_TILES, N - n) : 0;
         return {(const char*)(w + n * K + k), rows, K * (i64)sizeof(W), count * (i64)sizeof(W)};
     }
     float scale(i64 n) const { return scales ? scales[n] : 1.0f; }
@@ -71,7 +71,7 @@ struct PanelsOfInt4 {
                 UNROLL(j, 4) {
                     f32x16 v[8];
                     each_of_eight(p + REGISTER * j, [&](int i, f32x16 q) INLINE_LAMBDA { v[i] = scale * (q - zero); });
-                    UNROLL(i, 4) _mm512_store_si512(to + (4 * j + i) * TILE_K, pairs_of(v[2 * i], v[2 * i + 1]));
+                    UNROLL(i, 4) _mm512_store_si512(to + (4 * j + i) * TILE_K, column_pairs(v[2 * i], v[2 * i + 1]));
                 }
             }
         }
@@ -88,38 +88,40 @@ template <typename P>
 void multiply_panels(const P& w, const f32x16* x, BFloat16* y, i64 M, i64 N, i64 K, i64 begin, i64 end) {
     const UseTiles use;
     const i64 columns = (K + TILE_K - 1) / TILE_K, depth = std::min(columns, TILE_DEPTH / TILE_K);
-    const i64 tokens = std::min((M + PAIR - 1) / PAIR * PAIR, TILE_TOKENS);
-    std::vector<f32x16> panels(depth * PAIR), sums(tokens * 2 * (TILE_GROUP / PAIR));
+    const i64 tokens = std::min(whole_tiles(M), TILE_TOKENS);
+    std::vector<f32x16> panels(depth * TWO_TILES), sums(tokens * 2 * (TILE_GROUP / TWO_TILES));
     BFloat16* const panel = (BFloat16*)panels.data();
-    float scales[TILE_GROUP + PAIR];
+    float scales[TILE_GROUP + TWO_TILES];
     // Sums of 32 tokens and rows: four tiles
     const auto sums_of = [&](i64 row, i64 token) {
-        return (float*)(sums.data() + (row / PAIR * (tokens / PAIR) + token / PAIR) * 4 * ROWS);
+        return (float*)(sums.data() + (row / TWO_TILES * (tokens / TWO_TILES) + token / TWO_TILES) * 4 * ROWS);
     };
     for (i64 m = 0; m < M; m += tokens)
         for (i64 first = begin; first < end; first += TILE_GROUP) {
             const i64 last = std::min(end, first + TILE_GROUP), count = std::min(tokens, M - m);
             for (i64 k = 0; k < columns; k += depth)
-                for (i64 n = first; n < last; n += PAIR) {
+                for (i64 n = first; n < last; n += TWO_TILES) {
                     const i64 here = std::min(depth, columns - k);
                     w.fill(n, k * TILE_K, here * TILE_K, panel);
                     // The panel after this one
-                    const bool same_k = n + PAIR < last;
+                    const bool same_k = n + TWO_TILES < last;
                     const i64 next_k = same_k ? k : k + depth, there = std::min(depth, columns - next_k);
-                    Ahead ahead = w.ahead(same_k ? n + PAIR : first, next_k * TILE_K, std::max<i64>(0, there) * TILE_K);
-                    const i64 lines = ahead.lines() / (here * ((count + PAIR - 1) / PAIR)) + 1;
-                    for (i64 i = 0; i < count; i += PAIR) {
-                        const Tiles tokens_at{x + ((m + i) / PAIR * columns + k) * PAIR, 64, 2 * TILE, 4 * TILE};
-                        multiply_tiles(tokens_at, {panel, 64, 2 * TILE, 4 * TILE}, here, k > 0, sums_of(n - first, i),
-                                       [&]() INLINE_LAMBDA {
-                                           for (i64 line = 0; line < lines; line++) ahead.prefetch();
-                                       });
+                    const i64 next_n = same_k ? n + TWO_TILES : first;
+                    Ahead ahead = w.ahead(next_n, next_k * TILE_K, std::max<i64>(0, there) * TILE_K);
+                    const i64 lines = ahead.lines() / (here * whole_tiles(count) / TWO_TILES) + 1;
+                    for (i64 i = 0; i < count; i += TWO_TILES) {
+                        const f32x16* from = x + ((m + i) / TWO_TILES * columns + k) * TWO_TILES;
+                        const auto prefetch = [&]() INLINE_LAMBDA {
+                            for (i64 line = 0; line < lines; line++) ahead.prefetch();
+                        };
+                        multiply_tiles({from, 64, 2 * TILE, 4 * TILE}, {panel, 64, 2 * TILE, 4 * TILE}, here, k > 0,
+                                       sums_of(n - first, i), prefetch);
                     }
                 }
             for (i64 n = first; n < last; n++) scales[n - first] = w.scale(std::min(n, N - 1));
             for (i64 i = 0; i < count; i++)
-                for (i64 n = 0; n < last - first; n += PAIR) {
-                    const float* sum = sums_of(n, i) + (i % PAIR / ROWS * 2 * ROWS + i % ROWS) * ROWS;
+                for (i64 n = 0; n < last - first; n += TWO_TILES) {
+                    const float* sum = sums_of(n, i) + (i % TWO_TILES / ROWS * 2 * ROWS + i % ROWS) * ROWS;
                     const f32x16 low = load16(sum) * load16(scales + n);
                     const f32x16 high = load16(sum + ROWS * ROWS) * load16(scales + n + ROWS);
                     const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
@@ -133,7 +135,7 @@ void multiply_panels(const P& w, const f32x16* x, BFloat16* y, i64 M, i64 N, i64
 template <typename P> bool multiply_panels(const P& w, const BFloat16* x, BFloat16* y, i64 M, i64 N, i64 K) {
     if (!tiles_allowed()) return false;
     const auto tiles = tiles_of(x, M, K);
-    share(N, PAIR, K, [&](i64 n, i64 end) { multiply_panels(w, tiles.data(), y, M, N, K, n, end); });
+    share(N, TWO_TILES, K, [&](i64 n, i64 end) { multiply_panels(w, tiles.data(), y, M, N, K, n, end); });
     return true;
 }
 #endif

@@ -15,6 +15,11 @@
 
 #include "tuning.h"
 
+// All that the kernels with tiles need
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#define AMX
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 // A loop of a constant number of turns, unrolled so that arrays of registers stay registers
@@ -426,7 +431,7 @@ INLINE i32x16 dot_bytes(i32x16 acc, u8x64, i8x64) { return acc; }
 
 // Whether integers are worth while for any number of tokens, with int4 weights and with int8, which take twice as many
 // instructions
-#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
+#if defined(__AVX512VNNI__) && !defined(AMX)
 constexpr bool INT4_INTEGERS_FOR_ALL = true, INT8_INTEGERS_FOR_ALL = true;
 #elif defined(PAIRS_OF_WORDS)
 constexpr bool INT4_INTEGERS_FOR_ALL = true, INT8_INTEGERS_FOR_ALL = false;

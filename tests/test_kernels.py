@@ -37,7 +37,7 @@ rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "cooperlake", "emulated
 MOST_ROUNDED = {"int8": kernels.MAX_TOKENS, "int4": kernels.MAX_TOKENS}                       # tokens
 if CPU == "haswell" or not CPU and narrow:
     MOST_ROUNDED["int4"] = 1 << 30
-if CPU in ("cascadelake", "cooperlake") or not CPU and vnni and "amx_bf16" not in flags:
+if CPU in ("cascadelake", "cooperlake") or not CPU and vnni and "amx_int8" not in flags:
     MOST_ROUNDED = dict.fromkeys(MOST_ROUNDED, 1 << 30)
 # [N, K_in] with tails in both, one large enough to be shared out, and K_in beyond what two rows at once are for
 SHAPES = [(64, 64), (33, 78), (7, 1024), (300, 896), (37, 2100), (21, 6200)]
