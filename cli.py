@@ -104,8 +104,9 @@ def run(main: Callable[[], None]) -> None:
                 with _interruptible():
                     main()
             finally:
-                if IS_COMMAND:
-                    gc.freeze()                  # the interpreter would look through all of it again when it ends
+                # The interpreter would look through all of it again when it ends. Ranks need that for their threads.
+                if IS_COMMAND and "WORLD_SIZE" not in os.environ:
+                    gc.freeze()
                 sys.stdout.flush()               # here, where a failure can be told
         return
     except UserError as error:

@@ -84,7 +84,8 @@ def random_blocks(kind, shape: tuple[int, ...], rng):
     blocks = rng.integers(0, 1 << 16, (*shape[:-1], shape[-1] // weights, -(-nbytes // 2)), np.uint16)
     if kind.name == "BF16":
         return (blocks & 0x807f | 0x3c00).view(np.uint8).reshape(*shape[:-1], -1)         # +- 0.008 to 0.016
-    blocks[..., 0] = np.float16(0.001).view(np.uint16)           # Q8_0 and Q4_0: a block begins with its scale
+    scale = {"Q8_0": 0.012 / 73.9, "Q4_0": 0.012 / 4.61}[kind.name]            # over the spread of such integers
+    blocks[..., 0] = np.float16(scale).view(np.uint16)                         # a block begins with its scale
     return blocks.view(np.uint8).reshape(*shape[:-1], -1)
 
 
