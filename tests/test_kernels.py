@@ -33,7 +33,8 @@ needs_ops = pytest.mark.skipif(not HAVE_OPS, reason="the C++ kernels could not b
 CPU = os.environ.get("TEST_CPU", "")               # which other CPU test_other_cpus has built for
 flags = set(build.cpu_flags().split())
 vnni, narrow = "avx512_vnni" in flags, "avx2" in flags and "avx512f" not in flags
-rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "cooperlake", "emulated") or not CPU and (vnni or narrow))  # activations
+# Whether activations are rounded
+rounds = HAVE_OPS and (CPU in ("haswell", "cascadelake", "cooperlake", "emulated") or not CPU and (vnni or narrow))
 MOST_ROUNDED = {"int8": kernels.MAX_TOKENS, "int4": kernels.MAX_TOKENS}                       # tokens
 if CPU == "haswell" or not CPU and narrow:
     MOST_ROUNDED["int4"] = 1 << 30
