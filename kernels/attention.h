@@ -33,11 +33,18 @@ struct Partial {
     Partial(float* p, i64 R) : max(p), total(p + R), acc(p + 2 * R) {}
 };
 
+// A register of a query in type T or in fp32, to be multiplied with keys of type T
+template <typename T, typename Q> INLINE typename Lanes<T>::Reg load_query(const Q* q, i64 n) {
+    if constexpr (std::is_same_v<T, Q>) return load_up_to(q, n);
+    else return load16(q);
+}
+
 // out[r, i] = scale * q[r] . k[i] for NR queries and sixteen keys of D values: C registers, or any number if C is 0
-template <typename T, int NR, int C> INLINE void dot16(const T* q, const T* k, i64 D, float scale, float* out) {
+template <typename T, int NR, int C, typename Q>
+INLINE void dot16(const Q* q, const T* k, i64 D, float scale, float* out) {
     using L = Lanes<T>;
     typename L::Reg query[NR][C + 1];
-    UNROLL2(r, NR, c, C) query[r][c] = L::load(q + r * D + c * L::N);
+    UNROLL2(r, NR, c, C) query[r][c] = load_query<T>(q + r * D + c * L::N, L::N);
     f32x16 sums[NR][4];
     UNROLL(j, 4) {
         f32x16 acc[NR][4] = {};
@@ -49,7 +56,7 @@ template <typename T, int NR, int C> INLINE void dot16(const T* q, const T* k, i
             for (i64 d = C * L::N; d < D; d += L::N) {
                 const int n = std::min<i64>(L::N, D - d);
                 const auto key = load_up_to(k + d, n);
-                UNROLL(r, NR) acc[r][i] = L::dot(acc[r][i], key, load_up_to(q + r * D + d, n));
+                UNROLL(r, NR) acc[r][i] = L::dot(acc[r][i], key, load_query<T>(q + r * D + d, n));
             }
             k += D;
         }
@@ -58,22 +65,24 @@ template <typename T, int NR, int C> INLINE void dot16(const T* q, const T* k, i
     UNROLL(r, NR) store16(out + r * BLOCK, sums16(sums[r][0], sums[r][1], sums[r][2], sums[r][3]) * scale);
 }
 
-template <typename T, int NR> INLINE void dot16(const T* q, const T* k, i64 D, float scale, float* out) {
+template <typename T, int NR, typename Q> INLINE void dot16(const Q* q, const T* k, i64 D, float scale, float* out) {
     constexpr int N = Lanes<T>::N;
-    if (D == 4 * N) dot16<T, NR, 4>(q, k, 4 * N, scale, out);
+    if (std::is_same_v<T, int8_t> && D == 8 * N) dot16<T, NR, 8>(q, k, 8 * N, scale, out);
+    else if (D == 4 * N) dot16<T, NR, 4>(q, k, 4 * N, scale, out);
     else if (D == 2 * N) dot16<T, NR, 2>(q, k, 2 * N, scale, out);
     else dot16<T, NR, 0>(q, k, D, scale, out);
 }
 
-template <typename T> INLINE float dot(const T* a, const T* b, i64 D) {
+template <typename T, typename Q> INLINE float dot(const Q* q, const T* k, i64 D) {
     using L = Lanes<T>;
     f32x16 acc[2] = {};
     i64 d = 0;
     for (; d + 2 * L::N <= D; d += 2 * L::N)
-        for (int u = 0; u < 2; u++) acc[u] = L::dot(acc[u], L::load(a + d + u * L::N), L::load(b + d + u * L::N));
+        for (int u = 0; u < 2; u++)
+            acc[u] = L::dot(acc[u], load_query<T>(q + d + u * L::N, L::N), L::load(k + d + u * L::N));
     for (; d < D; d += L::N) {
         const int n = std::min<i64>(L::N, D - d);
-        acc[0] = L::dot(acc[0], load_up_to(a + d, n), load_up_to(b + d, n));
+        acc[0] = L::dot(acc[0], load_query<T>(q + d, n), load_up_to(k + d, n));
     }
     return sum(acc[0] + acc[1]);
 }
@@ -107,8 +116,8 @@ INLINE void dot_keys(const E* k, const E* next, const float* q, i64 D, float* ou
     UNROLL(r, NR) store_sums<KEYS>(out + r * BLOCK, acc + r * KEYS);
 }
 
-// The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. q: of type E, or if NARROW,
-// scale * q in fp32 in the order of Lanes<E>. next: what to prefetch meanwhile, or null
+// The scores of all R queries for n keys from k, out[r * BLOCK + j] = scale * q[r] . k[j]. q: of type E or, if that is
+// int8, in fp32; if NARROW, scale * q in fp32 in the order of Lanes<E>. next: what to prefetch meanwhile, or null
 template <typename E, typename Q>
 INLINE void score_block(const Q* q, const E* k, const E* next, i64 R, i64 n, i64 D, float scale, float* out) {
     if constexpr (NARROW) {
@@ -274,7 +283,7 @@ void attend_as(const Queries& a, const Q* q, const Head& head, i64 begin, i64 en
                         convert(stored, buffer.data(), count * D);
                         part = buffer.data(), next = nullptr;
                     }
-                if (!NARROW && !head.k_scales) prefetch(part + count * D, after);
+                if (!NARROW && (!head.k_scales || std::is_same_v<E, int8_t>)) prefetch(part + count * D, after);
                 f(part, next, scores + j, count);
             }
         };
@@ -298,16 +307,20 @@ void attend_as(const Queries& a, const Q* q, const Head& head, i64 begin, i64 en
 
 template <typename T>
 void attend_range(const Queries& a, const T* q, const Head& head, i64 begin, i64 end, float* scores, Partial out) {
-    if constexpr (NARROW) {
-        // int8 for a few queries is converted in registers, else once for all of them.
-        const bool in_registers = head.k_scales && a.R <= 4;
-        const float scale = 1.0f / std::sqrt((float)a.D);
-        std::vector<float> scaled(a.R * a.D);
-        for (size_t i = 0; i < scaled.size(); i += 16)
-            store16(scaled.data() + i, (in_registers ? load16(q + i) : Lanes<T>::load(q + i)) * scale);
-        if (in_registers) attend_as<int8_t>(a, scaled.data(), head, begin, end, scores, out);
-        else attend_as<T>(a, scaled.data(), head, begin, end, scores, out);
-    } else attend_as<T>(a, q, head, begin, end, scores, out);
+    // int8 for a few queries is converted in registers, else once for all of them.
+    const bool in_registers = head.k_scales && a.R <= 4;
+    if constexpr (!NARROW)
+        if (!in_registers) return attend_as<T>(a, q, head, begin, end, scores, out);
+    const float scale = NARROW ? 1.0f / std::sqrt((float)a.D) : 1.0f;
+    std::vector<float> queries(a.R * a.D);
+    for (size_t i = 0; i < queries.size(); i += 16) {
+        f32x16 some = load16(q + i);
+        if constexpr (NARROW)
+            if (!in_registers) some = Lanes<T>::load(q + i);  // in another order
+        store16(queries.data() + i, some * scale);
+    }
+    if (in_registers) attend_as<int8_t>(a, queries.data(), head, begin, end, scores, out);
+    else if constexpr (NARROW) attend_as<T>(a, queries.data(), head, begin, end, scores, out);
 }
 
 }  // namespace
