@@ -123,8 +123,6 @@ template <typename F> INLINE void multiply_tiles(Tiles a, Tiles b, i64 n, bool a
     _tile_stored(2, sums + 512, 64);
     _tile_stored(3, sums + 768, 64);
 }
-#else
-inline bool tiles_allowed() { return false; }
 #endif
 
 }  // namespace

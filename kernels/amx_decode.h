@@ -82,13 +82,13 @@ inline i64 few_tokens(const int8_t* w, const float* scales, const std::vector<f3
     return n;
 }
 
-// T tokens at units of 32 values: q [units, T, 32], scales and sums (of the rounded values) [units, T]
+// Up to T tokens at units of 32 values: q [units, T, 32], scales and sums (of the rounded values) [units, T]
 struct TokensInUnits {
-    i64 T;
+    static constexpr int T = TILE_ROWS;
     std::vector<int8_t> q;
     std::vector<float> scale, sums;
     TokensInUnits(const Activations<int8_t>& a, i64 M)
-        : T(M <= 8 ? 8 : 16), q(a.groups * T * G4), scale(a.groups * T), sums(a.groups * T) {
+        : q(a.groups * T * G4), scale(a.groups * T), sums(a.groups * T) {
 #pragma omp parallel for num_threads(threads()) if (M * a.padded > ONE_THREAD / 4)
         for (i64 m = 0; m < M; m++)
             for (i64 g = 0; g < a.groups; g++) {
@@ -100,7 +100,8 @@ struct TokensInUnits {
 
 // A block of sixteen rows in int4 -> out [T], in each lane a row. While some units are multiplied, the next ones are
 // unpacked and the last ones added up: what a tile writes, or reads, is in the cache by then.
-template <int T> INLINE void few_tokens(const Int4& w, i64 block, const TokensInUnits& x, f32x16* out) {
+INLINE void few_tokens(const Int4& w, i64 block, const TokensInUnits& x, f32x16* out) {
+    constexpr int T = TokensInUnits::T;
     constexpr i64 SOME = 4;
     alignas(64) uint8_t bytes[2][SOME][2 * UNIT];  // [8, 16 rows, 4]
     i32x16 dots[2][SOME][T];
@@ -181,11 +182,10 @@ template <bool quantize> struct TiledInt4Rows : Int4Rows<quantize> {
     }
     void operator()(i64 begin, i64 end) const {
         if (!tokens) return Int4Rows<quantize>::operator()(begin, end);
-        const UseTiles use(tokens->T, G4);
+        const UseTiles use(TokensInUnits::T, G4);
         for (i64 block = begin; block < end; block++) {
-            f32x16 out[TILE_ROWS];
-            if (tokens->T == 8) few_tokens<8>(this->w, block, *tokens, out);
-            else few_tokens<16>(this->w, block, *tokens, out);
+            f32x16 out[TokensInUnits::T];
+            few_tokens(this->w, block, *tokens, out);
             for (i64 m = 0; m < this->M; m++) this->store(m, block * ROWS, out[m]);
         }
     }

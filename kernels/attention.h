@@ -268,7 +268,7 @@ void attend_as(const Queries& a, const Q* q, const Head& head, i64 begin, i64 en
     std::fill_n(out.max, R, -INFINITE);
     std::fill_n(out.total, R, 0.0f);
     std::fill_n(out.acc, R * D, 0.0f);
-    std::vector<E> buffer(head.k_scales ? BLOCK_IN_CACHE * D : 0);  // of what was in int8
+    std::vector<E> buffer(head.k_scales && !std::is_same_v<E, int8_t> ? BLOCK_IN_CACHE * D : 0);  // of what was int8
     for (i64 t = begin; t < end; t += BLOCK) {
         const i64 n = std::min<i64>(BLOCK, end - t);
         const auto each_part = [&](const void* rows, auto f) INLINE_LAMBDA {
