@@ -137,7 +137,10 @@ class RecordedStep:
                 kernels.tune(None, self.model.linears(), tokens, self.model.dtype)
                 self.tuned.add(few)
             torch.compiler.cudagraph_mark_step_begin()
-            return self.by_compiler(*(None if isinstance(arg, kernels.FusedLayers) else arg for arg in args))
+            # Experts one by one await the device, which no graph can record (PyTorch 2.11 overlooks their tag).
+            graphs = tokens * self.model.args.n_expert_per_token <= kernels.FEW_PAIRS
+            step = self.by_compiler if graphs else self.step
+            return step(*(None if isinstance(arg, kernels.FusedLayers) else arg for arg in args))
         flat, spec = tree_flatten([arg for arg in args if not isinstance(arg, kernels.FusedLayers)])
         inputs = [arg for arg in flat if isinstance(arg, Tensor) and arg.numel()]
         around = [t.data_ptr() for t in self.model.around_layers()]

@@ -29,15 +29,17 @@ from .gpu_deltanet import fits as fits_delta_net
 MAX_HEAD = 256                       # dimensions: more would not fit into a thread block's registers
 
 
+DRIVER_VERSIONS = "/proc/driver/nvidia/version", "/sys/module/amdgpu/version"     # where Linux has them
+
+
 @functools.cache
 def device_name(device: torch.device) -> str:
     """All that times depend on."""
     if device.type != "cuda":
         return str(device)
-    bindings: Any = torch._C
-    runtime, driver = torch.version.hip or torch.version.cuda, bindings._cuda_getDriverVersion()
-    return (f"{torch.cuda.get_device_name(device)}, {runtime}, driver {driver}, torch {torch.__version__}, "
-            f"triton {triton.__version__}")
+    drivers = [Path(file).read_text().split("\n")[0].strip() for file in DRIVER_VERSIONS if os.path.exists(file)]
+    return ", ".join([torch.cuda.get_device_name(device), f"runtime {torch.version.hip or torch.version.cuda}",
+                      *drivers, f"torch {torch.__version__}", f"triton {triton.__version__}"])
 
 
 # ---- tiles

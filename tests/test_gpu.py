@@ -455,11 +455,12 @@ def test_what_cannot_be_compiled_is_left_out(tuned: SimpleNamespace, tmp_path: P
     assert tuned.kinds == [tile for tile in offered[1:] if tile != COMPILED]
 
 
-def test_times_hold_for_a_device_and_its_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_hold_for_a_device_and_its_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = []
-    for name, driver, version in zip("ABAA", (13000, 13000, 12080, 13000), ("2.13", "2.13", "2.13", "2.11")):
+    monkeypatch.setattr(gpu_layers, "DRIVER_VERSIONS", (tmp_path / "missing", tmp_path / "version"))
+    for name, driver, version in zip("ABAA", ("580.1", "580.1", "575.2", "580.1"), ("2.13", "2.13", "2.13", "2.11")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        (tmp_path / "version").write_text(f"NVRM version: {driver}\nGCC version\n")
         monkeypatch.setattr(torch, "__version__", version)
         said.append(gpu_layers.device_name.__wrapped__(torch.device("cuda")))
     assert len(set(said)) == 4 and f"triton {triton.__version__}" in said[0]
