@@ -288,6 +288,7 @@ def measure_decoding(report: Report, bandwidth: float, models: list[str]) -> Non
 
 def free(model: Transformer) -> None:
     model.to("meta")
+    torch.compiler.reset()                             # what has been compiled for many models would exceed a limit
     gc.collect()
     torch.cuda.empty_cache()
 
