@@ -12,6 +12,7 @@ namespace {
 
 #ifdef AMX
 constexpr i64 TILE_ROWS = 16, TILE_K = 32, TILE = TILE_ROWS * TILE_K;  // of a tile: rows, columns and numbers
+constexpr i64 TILE_BYTES = 64;               // of a row
 constexpr i64 TWO_TILES = 2 * TILE_ROWS;                               // two tiles are multiplied with two
 constexpr i64 whole_tiles(i64 n) { return (n + TWO_TILES - 1) / TWO_TILES * TWO_TILES; }
 
@@ -47,7 +48,7 @@ struct UseTiles {
 };
 
 // Sixteen rows of pairs -> a tile [16, 16, 2] of them in columns
-INLINE void store_tile(BFloat16* to, const __m512i rows[TILE_ROWS]) {
+INLINE void store_tile(__m512i* to, const __m512i rows[TILE_ROWS]) {
     __m512i a[TILE_ROWS], b[TILE_ROWS];
     UNROLL(i, 8) {
         a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
@@ -62,8 +63,8 @@ INLINE void store_tile(BFloat16* to, const __m512i rows[TILE_ROWS]) {
         a[8 * i + 4 + j] = _mm512_shuffle_i32x4(b[8 * i + j], b[8 * i + 4 + j], 0xDD);
     }
     UNROLL(j, 8) {
-        _mm512_store_si512(to + j * TILE_K, _mm512_shuffle_i32x4(a[j], a[8 + j], 0x88));
-        _mm512_store_si512(to + (8 + j) * TILE_K, _mm512_shuffle_i32x4(a[j], a[8 + j], 0xDD));
+        to[j] = _mm512_shuffle_i32x4(a[j], a[8 + j], 0x88);
+        to[8 + j] = _mm512_shuffle_i32x4(a[j], a[8 + j], 0xDD);
     }
 }
 
@@ -76,6 +77,11 @@ INLINE __m512i bf16_of(const int8_t* from, i64 n) {
     const auto floats = [](__m128i b) INLINE_LAMBDA { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)); };
     return (__m512i)_mm512_cvtne2ps_pbh(floats(_mm256_extracti128_si256(bytes, 1)),
                                         floats(_mm256_castsi256_si128(bytes)));
+}
+
+// 64 bytes, zeros where there are fewer
+INLINE __m512i bytes_of(const int8_t* from, i64 n) {
+    return _mm512_maskz_loadu_epi8(n < 64 ? (1ull << n) - 1 : ~0ull, from);
 }
 
 // (even[i], odd[i]) for sixteen i
@@ -91,10 +97,11 @@ struct Tiles {
     i64 row, other, next;
 };
 
-// sums [2, 2, 16, 16] = a[0], a[1] times b[0], b[1], n tiles along k; added to what is there, if add. Meanwhile f() is
-// called n times.
-template <typename F> INLINE void multiply_tiles(Tiles a, Tiles b, i64 n, bool add, float* sums, F f) {
+// sums [2, 2, 16, 16] of bf16, or of int8, = a[0], a[1] times b[0], b[1], n tiles along k; added to what is there, if
+// add. Meanwhile f() is called n times.
+template <bool INTEGERS, typename F> INLINE void multiply_tiles(Tiles a, Tiles b, i64 n, bool add, void* out, F f) {
     const char *pa = (const char*)a.at, *pb = (const char*)b.at;
+    float* sums = (float*)out;
     finish_writing();
     if (add) {
         _tile_loadd(0, sums, 64);
@@ -107,17 +114,21 @@ template <typename F> INLINE void multiply_tiles(Tiles a, Tiles b, i64 n, bool a
         _tile_zero(2);
         _tile_zero(3);
     }
+#define MULTIPLY(sum, x, y)                         \
+    if constexpr (INTEGERS) _tile_dpbssd(sum, x, y); \
+    else _tile_dpbf16ps(sum, x, y)
     for (; n > 0; n--, pa += a.next, pb += b.next) {
         f();
         _tile_loadd(4, pa, a.row);
         _tile_loadd(6, pb, b.row);
-        _tile_dpbf16ps(0, 4, 6);
+        MULTIPLY(0, 4, 6);
         _tile_loadd(7, pb + b.other, b.row);
-        _tile_dpbf16ps(1, 4, 7);
+        MULTIPLY(1, 4, 7);
         _tile_loadd(5, pa + a.other, a.row);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        MULTIPLY(2, 5, 6);
+        MULTIPLY(3, 5, 7);
     }
+#undef MULTIPLY
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
     _tile_stored(2, sums + 512, 64);

@@ -72,7 +72,7 @@ struct SoftmaxTile {
                 }
                 pairs[i] = column_pairs(e[0], e[1]);
             }
-            store_tile(weights, pairs);
+            store_tile((__m512i*)weights, pairs);
         }
         const f32x16 correction = exp16(before - high);
         total = total * correction + sums;
@@ -153,7 +153,7 @@ private:
             for (i64 c = 0; c < columns; c++) {
                 __m512i rows[TILE_ROWS] = {};
                 for (i64 r = 0; r < count; r++) rows[r] = bf16_of(q + (first + r) * D + c * TILE_K, TILE_K);
-                store_tile(tile(queries, first / TILE_ROWS * columns + c), rows);
+                store_tile((__m512i*)tile(queries, first / TILE_ROWS * columns + c), rows);
             }
         }
     }
@@ -181,7 +181,7 @@ private:
         const i64 bytes = TILE * sizeof(BFloat16), pair = r / TWO_TILES, row = D * sizeof(BFloat16);
         const Tiles these_queries{tile(queries, pair * 2 * columns), 64, columns * bytes, bytes};
         for (i64 j = 0; j < n; j += TWO_TILES)
-            multiply_tiles({keys + j * D, row, TILE_ROWS * row, 64}, these_queries, columns, false,
+            multiply_tiles<false>({keys + j * D, row, TILE_ROWS * row, 64}, these_queries, columns, false,
                            (float*)tile(scores, j / TILE_ROWS * 2), [] {});
         const bool all_seen = t >= first_most && t + n <= std::min(end, last_least);
         for (i64 half = 0; half < 2; half++) {
@@ -190,7 +190,7 @@ private:
             else weigh<true>(half, queries, t, end, n, k_scales, pair);
         }
         for (i64 c = 0; c < columns; c++)
-            multiply_tiles({tile(weights, 0), 64, BLOCK_TILES * bytes, bytes},
+            multiply_tiles<false>({tile(weights, 0), 64, BLOCK_TILES * bytes, bytes},
                            {tile(values, c * BLOCK_TILES * 2), 64, bytes, 2 * bytes}, n / TILE_K, true,
                            (float*)tile(sums, (pair * columns + c) * 4), [] {});
     }

@@ -19,7 +19,7 @@ inline std::vector<f32x16> tokens_in_columns(const void* x, i64 M, i64 bytes) {
     for (i64 k = 0; k < bytes / 64; k++) {
         __m512i rows[TILE_ROWS] = {};
         for (i64 m = 0; m < M; m++) rows[m] = _mm512_loadu_si512((const char*)x + m * bytes + 64 * k);
-        store_tile((BFloat16*)(out.data() + k * TILE_ROWS), rows);
+        store_tile((__m512i*)(out.data() + k * TILE_ROWS), rows);
     }
     return out;
 }

@@ -81,12 +81,12 @@ struct Linear {
     }
 
     // x [M, K] -> y [M, N] in bf16, or false
-    bool multiply_by_tiles(const Tensor& x, Tensor& y) const {
+    bool multiply_by_tiles(const Tensor& x, Tensor& y, bool quantize) const {
         const i64 M = x.size(0);
         const auto* from = x.const_data_ptr<BFloat16>();
         auto* to = y.mutable_data_ptr<BFloat16>();
-        if (zeros.defined()) return qwen_fast::multiply_by_tiles(int4(), from, to, M, N, K);
-        if (scales.defined()) return qwen_fast::multiply_by_tiles(int8(), from, to, M, N, K);
+        if (zeros.defined()) return qwen_fast::multiply_by_tiles(int4(), from, to, M, N, K, quantize);
+        if (scales.defined()) return qwen_fast::multiply_by_tiles(int8(), from, to, M, N, K, quantize);
         return qwen_fast::multiply_by_tiles(weight.const_data_ptr<BFloat16>(), from, to, M, N, K);
     }
 
@@ -100,7 +100,7 @@ struct Linear {
             return y.to(x.scalar_type());
         }
         auto y = empty({M, N}, x.scalar_type());
-        if (is(x, at::kBFloat16) && multiply_by_tiles(x, y)) return bias.defined() ? y.add_(bias) : y;
+        if (is(x, at::kBFloat16) && multiply_by_tiles(x, y, quantize_activations)) return bias.defined() ? y.add_(bias) : y;
         if (zeros.defined()) by_dtype(x, [&](auto zero) { int4_prefill<decltype(zero)>(x, int4(), y); });
         else if (is(weight, x.scalar_type())) y = x.mm(weight.t());
         else converted_prefill(x, weight, scales, y);

@@ -56,18 +56,20 @@ void multiply(const Int4& w, const std::vector<Product>& products, i64 N, i64 K,
 
 #ifdef AMX
 bool multiply_by_tiles(const BFloat16* w, const BFloat16* x, BFloat16* y, i64 M, i64 N, i64 K) {
-    return multiply_panels(PanelsOfRows<BFloat16>{w, nullptr, N, K}, x, y, M, N, K);
+    return multiply_panels(PanelsOfRows<BFloat16, BFloat16>{w, nullptr, N, K}, x, y, M, N, K);
 }
-bool multiply_by_tiles(const Int8& w, const BFloat16* x, BFloat16* y, i64 M, i64 N, i64 K) {
-    return multiply_panels(PanelsOfRows<int8_t>{w.w, w.scales, N, K}, x, y, M, N, K);
+bool multiply_by_tiles(const Int8& w, const BFloat16* x, BFloat16* y, i64 M, i64 N, i64 K, bool quantize) {
+    if (quantize) return multiply_panels(PanelsOfRows<int8_t, int8_t>{w.w, w.scales, N, K}, x, y, M, N, K);
+    return multiply_panels(PanelsOfRows<BFloat16, int8_t>{w.w, w.scales, N, K}, x, y, M, N, K);
 }
-bool multiply_by_tiles(const Int4& w, const BFloat16* x, BFloat16* y, i64 M, i64 N, i64 K) {
-    return multiply_panels(PanelsOfInt4{w, N}, x, y, M, N, K);
+bool multiply_by_tiles(const Int4& w, const BFloat16* x, BFloat16* y, i64 M, i64 N, i64 K, bool quantize) {
+    if (quantize) return multiply_panels(PanelsOfInt4<int8_t>{w, N}, x, y, M, N, K);
+    return multiply_panels(PanelsOfInt4<BFloat16>{w, N}, x, y, M, N, K);
 }
 #else
 bool multiply_by_tiles(const BFloat16*, const BFloat16*, BFloat16*, i64, i64, i64) { return false; }
-bool multiply_by_tiles(const Int8&, const BFloat16*, BFloat16*, i64, i64, i64) { return false; }
-bool multiply_by_tiles(const Int4&, const BFloat16*, BFloat16*, i64, i64, i64) { return false; }
+bool multiply_by_tiles(const Int8&, const BFloat16*, BFloat16*, i64, i64, i64, bool) { return false; }
+bool multiply_by_tiles(const Int4&, const BFloat16*, BFloat16*, i64, i64, i64, bool) { return false; }
 #endif
 
 }  // namespace qwen_fast

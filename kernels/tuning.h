@@ -27,8 +27,8 @@ constexpr int MOST_TOKENS = 8;         // that share a pass over quantized weigh
 constexpr int MOST_TOKENS = 4;
 #endif
 constexpr i64 PANEL_DEPTH = 1024;      // of sixteen rows in fp32, which many tokens are multiplied with
-constexpr i64 TILE_DEPTH = 256;        // of a panel of 32 rows for AMX: 16 KB
-constexpr i64 TILE_GROUP = 256, TILE_TOKENS = 512;  // rows whose sums with so many tokens stay in the cache: 512 KB
+constexpr i64 PANEL_BYTES = 512;       // of each of the 32 rows of a panel for AMX: 16 KB in all
+constexpr i64 TILE_GROUP = 128, TILE_TOKENS = 256;  // rows whose sums with so many tokens stay in the cache: 128 KB
 constexpr i64 CHUNK = 1 << 20;         // weights converted at a time for many tokens: they stay in the cache
 
 // Attention
