@@ -14,12 +14,12 @@ namespace {
 inline std::vector<f32x16> tiles_of(const BFloat16* x, i64 M, i64 K) {
     const i64 columns = (K + TILE_K - 1) / TILE_K, rows = whole_tiles(M) / TILE_ROWS;
     std::vector<f32x16> out(rows * columns * ROWS);
-#pragma omp parallel for num_threads(threads()) if (M * K > ONE_THREAD)
-    for (i64 m = 0; m < M; m++)
+    for_each(M * K > ONE_THREAD, M, [&](i64 m) {
         for (i64 k = 0; k < columns; k++) {
             f32x16* to = out.data() + (m / TWO_TILES * columns + k) * TWO_TILES + m % TWO_TILES;
             std::memcpy(to, x + m * K + k * TILE_K, std::min(TILE_K, K - k * TILE_K) * sizeof(BFloat16));
         }
+    });
     return out;
 }
 
