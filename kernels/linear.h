@@ -8,8 +8,8 @@
 
 namespace {
 
-// Shares out 0 .. n: f(begin, end). All borders are multiples of `unit`, so that which thread takes what does not matter
-// to the result. row_bytes: of one of the n.
+// Shares out 0 .. n: f(begin, end). All borders are multiples of `unit`, so that which thread takes what does not
+// matter to the result. row_bytes: of one of the n.
 template <typename F> void share(i64 n, i64 unit, i64 row_bytes, F f) {
     Parts parts(n);
     together(true, [&](i64) { parts.shrinking(unit, LEAST_SHARE / row_bytes, f); });

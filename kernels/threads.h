@@ -8,6 +8,7 @@
 #include <chrono>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #ifdef __linux__
 #include <linux/futex.h>
@@ -24,24 +25,21 @@
 
 namespace qwen_fast {
 
-// What is asked of the system, which elsewhere than on Linux decides by itself who has which core. Threads are numbers:
-// those of threads that have ended are refused.
+// What is asked of the system; elsewhere than on Linux it alone decides which thread has which core. A thread is its
+// number: that of one that has ended is refused.
 #ifdef __linux__
 // std::atomic::wait first calls sched_yield, and so gives up a share of the core that is not given back.
-inline void sleep_while(std::atomic<int>& value, int is) { syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, is, 0, 0, 0); }
-inline void wake(std::atomic<int>& value) { syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, 0, 0, 0); }
-inline int this_thread() {
-    static thread_local const int id = syscall(SYS_gettid);
-    return id;
-}
+inline void sleep_while(std::atomic<int>& value, int is) { syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, is, NULL); }
+inline void wake(std::atomic<int>& value) { syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX); }
+inline int this_thread() { return syscall(SYS_gettid); }
 inline int this_core() { return sched_getcpu(); }
-// Seconds that a thread has computed
+// Seconds that a thread has had a core
 inline double computed(int thread) {
     timespec t{};
     clock_gettime(~(clockid_t)thread << 3 | 6, &t);  // what pthread_getcpuclockid makes of a thread that still lives
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
-// A thread that waits for a core gets this one, as soon as the present thread sleeps. Unless it stays, it may leave it.
+// A thread that waits for a core gets this one as soon as the present thread sleeps, and must stay or may leave it.
 inline void hand_core_to(int thread, bool stays) {
     cpu_set_t before, here;
     CPU_ZERO(&here);
@@ -50,7 +48,7 @@ inline void hand_core_to(int thread, bool stays) {
     sched_setaffinity(thread, sizeof here, &here);
     if (!stays) sched_setaffinity(thread, sizeof before, &before);
 }
-// A thread may have every core of the caller's, and of the places to which OpenMP binds threads, but this one.
+// A thread may have every core that the caller may, and all to which OpenMP binds threads, but this one.
 inline void keep_off(int thread, int caller, int core) {
     cpu_set_t cores;
     if (sched_getaffinity(caller, sizeof cores, &cores)) return;
@@ -101,16 +99,20 @@ class Crew {
     std::deque<Helper> helpers;
     alignas(64) std::atomic<int> region{0};  // counts their beginnings and ends: odd within one
     std::atomic<int64_t> most{0};            // threads of the region
-    std::atomic<int> caller{0}, core{-1};    // whose the region is
+    std::atomic<int> caller{0};              // whose the region is
+    std::atomic<int> core{-1};               // the caller's, which helpers are kept off; -1: to be settled again
+    std::atomic<bool> handing{false};        // its core to the caller: one helper at a time, which restores the mask
     std::atomic<int> sleeping{0};            // helpers
     void (*run)(const void*, int64_t) noexcept;
     const void* argument;
 
+    // Whether a thread has a core
     static bool computes(int thread) {
         const double before = computed(thread);
         spin(LATE, [] { return false; });
         return computed(thread) > before;
     }
+    // A helper's life. Where the caller has lost its core, it gets that of the first helper with nothing to do.
     void help(Helper& me, int64_t number) {
         me.thread = this_thread();
         wake(me.thread);
@@ -118,7 +120,11 @@ class Crew {
         const auto open = [&] { return (now = region) % 2 && now != seen && number < most; };
         while (true) {
             if (!spin(SPIN, open)) {
-                if (number < most && !computes(caller)) hand_core_to(caller, false);
+                if (number < most && !computes(caller) && !handing.exchange(true)) {
+                    hand_core_to(caller, false);
+                    core = -1;
+                    handing = false;
+                }
                 sleeping++;
                 if (!open()) sleep_while(region, now);
                 sleeping--;
@@ -129,13 +135,20 @@ class Crew {
             if (me.inside.exchange(0) == 2) {
                 wake(me.inside);
                 keep_off(me.thread, caller, this_core());
+                core = -1;  // the caller may be elsewhere by now, or have been handed a core: it looks again
             }
         }
     }
+    // Helpers that wake on the caller's core, where the system likes to put them, would only take turns with it.
     void begin(int64_t threads) {
         while ((int64_t)helpers.size() < threads - 1) {
             Helper& helper = helpers.emplace_back();
-            std::thread([&, number = (int64_t)helpers.size()] { help(helper, number); }).detach();
+            try {
+                std::thread([&, number = (int64_t)helpers.size()] { help(helper, number); }).detach();
+            } catch (const std::system_error&) {  // the system gives no more threads
+                helpers.pop_back();
+                break;
+            }
             while (!helper.thread) sleep_while(helper.thread, 0);
             core = -1;
         }
@@ -148,6 +161,7 @@ class Crew {
         region++;
         if (sleeping) wake(region);
     }
+    // A helper that has lost its core within a part goes on with the caller's, and then makes room again.
     void end() {
         region++;
         for (Helper& helper : helpers) {
@@ -158,7 +172,7 @@ class Crew {
             int one = 1;
             if (helper.inside.compare_exchange_strong(one, 2))
                 while (helper.inside == 2) sleep_while(helper.inside, 2);
-            else keep_off(helper.thread, caller, core);
+            else core = -1;
         }
     }
 

@@ -41,7 +41,7 @@ constexpr i64 LEAST_SPLIT = 128;     // positions that are worth a thread of the
 constexpr i64 ONE_THREAD = 1 << 15;  // multiply-adds up to which waking the other threads takes longer
 
 // Threads, in seconds
-constexpr double SPIN = 50e-6;  // before one without work sleeps: longer, and beside other processes it takes their time
+constexpr double SPIN = 50e-6;  // before one without work sleeps; twice as long was no faster, nor half
 constexpr double LATE = 10e-6;  // in which one that has a core computes
 
 // Gated DeltaNet
