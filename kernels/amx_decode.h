@@ -89,12 +89,12 @@ struct TokensInUnits {
     std::vector<float> scale, sums;
     TokensInUnits(const Activations<int8_t>& a, i64 M)
         : q(a.groups * T * G4), scale(a.groups * T), sums(a.groups * T) {
-#pragma omp parallel for num_threads(threads()) if (M * a.padded > ONE_THREAD / 4)
-        for (i64 m = 0; m < M; m++)
+        for_each(M * a.padded > ONE_THREAD / 4, M, [&](i64 m) {
             for (i64 g = 0; g < a.groups; g++) {
                 std::copy_n(a.q.data() + m * a.padded + g * G4, G4, q.data() + (g * T + m) * G4);
                 scale[g * T + m] = a.scale[m * a.groups + g], sums[g * T + m] = a.sums[m * a.groups + g];
             }
+        });
     }
 };
 

@@ -25,8 +25,7 @@ struct TiledTokens {
         : M(M), columns((K * (rounded ? 1 : 2) + TILE_BYTES - 1) / TILE_BYTES), tiles(whole_tiles(M) * columns),
           steps(rounded ? M * ((columns + PANEL_TILES - 1) / PANEL_TILES) : 0) {
         const i64 width = TILE_BYTES / (rounded ? 1 : 2);
-#pragma omp parallel for num_threads(threads()) if (M * K > ONE_THREAD)
-        for (i64 m = 0; m < M; m++)
+        for_each(M * K > ONE_THREAD, M, [&](i64 m) {
             for (i64 k = 0; k < columns; k += PANEL_TILES) {
                 const BFloat16* from = x + m * K + k * width;
                 const i64 count = std::min(PANEL_TILES * width, K - k * width);
@@ -35,6 +34,7 @@ struct TiledTokens {
                 else
                     for (i64 i = 0; i < count; i += width) to[i / width * TWO_TILES] = bf16_of(from + i, count - i);
             }
+        });
     }
     // Of the block at column k, in tiles
     i64 depth(i64 k) const { return std::min(PANEL_TILES, columns - k); }

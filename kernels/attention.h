@@ -368,11 +368,10 @@ template <typename T, typename Y>
 void qwen_fast::attend_heads(const T* q, const KVCache& cache, i64 H, i64 S, const i64* pos, i64 window, Y* y) {
     const i64 count = cache.B * S, longest = *std::max_element(pos, pos + count) + 1;
     const bool by_tiles = std::is_same_v<T, BFloat16> && S * H / cache.K > FEW_QUERIES && attends_by_tiles(cache.D);
-    // at::get_num_threads(), not threads(): it decides how sums are split
-    const Schedule plan(cache, H, S, longest, at::get_num_threads(), by_tiles ? AMX_QUERIES : TILE_QUERIES);
+    const Schedule plan(cache, H, S, longest, threads(), by_tiles ? AMX_QUERIES : TILE_QUERIES);
     const i64 D = plan.D, G = plan.G, R = plan.tile * G, splits = plan.splits, partial_size = Partial::size(R, D);
     // Of every part if there are several to a job, else of each thread's present one
-    const i64 kept = splits > 1 ? plan.jobs * splits : at::get_num_threads();
+    const i64 kept = splits > 1 ? plan.jobs * splits : threads();
     const std::unique_ptr<float[]> partials(new float[kept * partial_size]);
     const auto partial = [&](i64 i) { return Partial(partials.get() + i * partial_size, R); };
     const auto finish = [&](i64 i, i64 first) {
@@ -381,30 +380,26 @@ void qwen_fast::attend_heads(const T* q, const KVCache& cache, i64 H, i64 S, con
         for (i64 r = 0; r < j.tokens * G; r++) merge_splits(of_job, splits, r, D, y + plan.row(j, r));
     };
     const i64 work = longest * count * H * D;
-#pragma omp parallel num_threads(threads()) if (work > ONE_THREAD)
-    {
+    Parts parts(plan.jobs * splits);
+    together(work > ONE_THREAD, [&](i64 thread) {
         std::vector<float> scores(by_tiles ? 0 : R * BLOCK);
         std::vector<T> queries(R * D);
         std::optional<TileAttention> tiles;
         if (by_tiles) tiles.emplace(R, D);
-#pragma omp for schedule(dynamic)
-        for (i64 i = 0; i < plan.jobs * splits; i++) {
+        parts.each([&](i64 i) {
             const auto j = plan.job(i / splits);
             const Queries a{G, j.tokens * G, D, window, pos + j.b * S + j.first};
             const auto [low, high] = std::minmax_element(a.pos, a.pos + j.tokens);
             const i64 least = window > 0 ? std::max<i64>(0, *low - window + 1) : 0;
             const i64 length = (*high + splits - least) / splits;
             const i64 begin = least + i % splits * length, end = std::min(*high + 1, begin + length);
-            const i64 at = splits > 1 ? i : omp_get_thread_num();
+            const i64 at = splits > 1 ? i : thread;
             for (i64 r = 0; r < a.R; r += G) std::copy_n(q + plan.row(j, r), G * D, queries.data() + r * D);
             const Head head(cache, j.head, sizeof(T));
             if (tiles) tiles->attend(a, queries.data(), head, begin, end, partial(at));
             else attend_range(a, queries.data(), head, begin, end, scores.data(), partial(at));
             if (splits == 1) finish(i, at);
-        }
-        if (splits > 1) {
-#pragma omp for schedule(static)
-            for (i64 i = 0; i < plan.jobs; i++) finish(i, i * splits);
-        }
-    }
+        });
+    });
+    if (splits > 1) for_each(work > ONE_THREAD, plan.jobs, [&](i64 i) { finish(i, i * splits); });
 }

@@ -147,12 +147,11 @@ template <typename T> struct DeltaPass {
             most = std::max({most, rows.back().kept, rows.back().left, std::min<i64>(rows.back().taken, DELTA_CHUNK)});
         }
         const i64 work = s.B * S * s.Hv * s.K * s.V, jobs = s.B * s.Hk;
-#pragma omp parallel num_threads(threads()) if (work > ONE_THREAD)
-        {
+        Parts parts(jobs);
+        together(work > ONE_THREAD, [&](i64) {
             DeltaScratch<T> scratch(s, most, width);
-#pragma omp for schedule(dynamic)
-            for (i64 i = 0; i < jobs; i++) run_head(rows[i / s.Hk], i / s.Hk, i % s.Hk, scratch, emit);
-        }
+            parts.each([&](i64 i) { run_head(rows[i / s.Hk], i / s.Hk, i % s.Hk, scratch, emit); });
+        });
         for (i64 row = 0; row < s.B; row++) {
             s.length[row] = rows[row].length + rows[row].taken;
             s.pending[row] = rows[row].left;

@@ -3,7 +3,6 @@
 // multiplied in the model's own dtype, or in fp32 where the CPU has no products of bf16 (see Linear::multiply).
 #pragma once
 #include <ATen/ops/from_blob.h>
-#include <array>
 #include <variant>
 #include "prefill.h"
 
@@ -75,9 +74,9 @@ struct Linear {
         decode({{0, M, x, y}}, 1, quantize_activations);
         if (!bias.defined()) return;
         const float* b = bias.const_data_ptr<float>();
-#pragma omp parallel for num_threads(threads()) if (M * N > ONE_THREAD)
-        for (i64 m = 0; m < M; m++)
+        for_each(M * N > ONE_THREAD, M, [&](i64 m) {
             for (i64 n = 0; n < N; n++) y[m * N + n] += b[n];
+        });
     }
 
     // x [M, K] -> y [M, N] in bf16, or false
@@ -216,7 +215,6 @@ struct FusedLayers {
     at::ScalarType dtype = at::kFloat;
     i64 C = 0, B = 0;
     Tensor cache;
-    mutable std::array<Team, MAX_TOKENS + 1> teams;  // for passes of so many tokens
 
     static FusedLayers* of(const Tensor& handle) {
         auto* fused = (FusedLayers*)handle.const_data_ptr();
@@ -238,10 +236,7 @@ template <typename T, typename U> struct Step {
     i64 M = pos.numel();
 
     // f(m) for every token
-    template <typename F> void each(F f) const {
-#pragma omp parallel for num_threads(threads()) if (M > MAX_TOKENS)
-        for (i64 m = 0; m < M; m++) f(m);
-    }
+    template <typename F> void each(F f) const { for_each(M > MAX_TOKENS, M, f); }
     Tensor empty(i64 width) const { return ::empty({M, width}, c10::CppTypeToScalarType<U>::value); }
     Tensor multiply(const Linear& linear, const Tensor& h) const {
         return linear.multiply(h, fused.quantize_activations);
@@ -353,8 +348,7 @@ template <typename U> Tensor silu_times(const Tensor& gate_up) {
     Tensor y = empty({rows, F}, gate_up.scalar_type());
     const U* from = gate_up.const_data_ptr<U>();
     U* to = y.mutable_data_ptr<U>();
-#pragma omp parallel for num_threads(threads()) if (rows * F > ONE_THREAD)
-    for (i64 i = 0; i < rows; i++) silu_times(from + i * 2 * F, to + i * F, F);
+    for_each(rows * F > ONE_THREAD, rows, [&](i64 i) { silu_times(from + i * 2 * F, to + i * F, F); });
     return y;
 }
 
@@ -436,14 +430,14 @@ template <typename U> Tensor run(const FeedForward& experts, const Routing& rout
     const Tensor out = by_expert<U>(experts.w2, routing, hidden, quantize_activations);
     const U* outs = out.const_data_ptr<U>();
     float* sums = y.mutable_data_ptr<float>();
-#pragma omp parallel for num_threads(threads()) if (pairs * C > ONE_THREAD)
-    for (i64 m = 0; m < routing.M; m++)
+    for_each(pairs * C > ONE_THREAD, routing.M, [&](i64 m) {
         for (i64 c = 0; c < C; c++) {
             float sum = 0;
             for (i64 i = m * routing.k; i < (m + 1) * routing.k; i++)
                 sum += routing.weight[i] * (float)outs[routing.pair[i] * C + c];
             sums[m * C + c] = sum;
         }
+    });
     return y;
 }
 
@@ -617,7 +611,7 @@ Tensor run_fused(const Tensor& x, const Tensor& handle, const Tensor& cos_, cons
         if constexpr (BF16_PRODUCTS)
             if (M > MAX_TOKENS) return run_all(zero, zero);
         if (M > MAX_TOKENS) run_all(zero, 0.0f);
-        else fused->teams[M].run([&] { run_all(zero, 0.0f); });
+        else run_all(zero, 0.0f);
     });
     return out;
 }

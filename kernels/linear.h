@@ -1,7 +1,6 @@
 // y[m, n] = sum_k x[m, k] w[n, k] for few tokens and weights in bf16 or fp32, for many tokens and any weights where
 // PyTorch has nothing faster, and how the rows of any weight are shared out between threads.
 #pragma once
-#include <omp.h>
 #include <atomic>
 #include <vector>
 #include "threads.h"
@@ -9,23 +8,11 @@
 
 namespace {
 
-// Shares out 0 .. n: f(begin, end) for a part of what is left, smaller and smaller ones, so that no thread waits long
-// for another at the end. All borders are multiples of `unit`, so that which thread takes what does not matter to the
-// result. row_bytes: of one of the n.
+// Shares out 0 .. n: f(begin, end). All borders are multiples of `unit`, so that which thread takes what does not
+// matter to the result. row_bytes: of one of the n.
 template <typename F> void share(i64 n, i64 unit, i64 row_bytes, F f) {
-    std::atomic<i64> next{0};
-#pragma omp parallel num_threads(threads())
-    {
-        const i64 size_of_team = omp_get_num_threads();
-        for (i64 begin = next; begin < n;) {
-            const i64 size = std::max((n - begin) / (2 * size_of_team), LEAST_SHARE / row_bytes);
-            const i64 end = std::min(n, begin + (size / unit + 1) * unit);
-            if (next.compare_exchange_weak(begin, end)) {
-                f(begin, end);
-                begin = next;
-            }
-        }
-    }
+    Parts parts(n);
+    together(true, [&](i64) { parts.shrinking(unit, LEAST_SHARE / row_bytes, f); });
 }
 
 // each: f(n, 2) for rows n and n + apart, f(n, 1) for a row by itself: what is left over, or all if there is too much

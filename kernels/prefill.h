@@ -32,8 +32,9 @@ template <typename T> void int4_prefill(const Tensor& x, const Int4& w, Tensor& 
     T* to = chunk.mutable_data_ptr<T>();
     for (i64 n = 0; n < N; n += step) {
         const i64 rows = std::min(step, N - n);
-#pragma omp parallel for num_threads(threads())
-        for (i64 r = 0; r < rows; r += ROWS) convert_int4(w, (n + r) / ROWS, 0, padded, to + r, width);
+        for_each(true, (rows + ROWS - 1) / ROWS, [&](i64 i) {
+            convert_int4(w, n / ROWS + i, 0, padded, to + i * ROWS, width);
+        });
         y.narrow(1, n, rows).copy_(x.mm(chunk.narrow(0, 0, K).narrow(1, 0, rows)));
     }
 }
@@ -47,8 +48,7 @@ void pack_int4(const Tensor& stored, const Tensor& packed) {
                 "pack_int4: ", stored.sizes(), " to ", packed.sizes());
     const uint8_t* from = stored.const_data_ptr<uint8_t>();
     uint8_t* to = packed.mutable_data_ptr<uint8_t>();
-#pragma omp parallel for num_threads(threads())
-    for (i64 block = 0; block < blocks; block++)
+    for_each(true, blocks, [&](i64 block) {
         for (i64 i = 0; i < words; i++) {
             uint32_t word[ROWS] = {};
             const i64 rows = std::min<i64>(ROWS, N - block * ROWS);
@@ -62,6 +62,7 @@ void pack_int4(const Tensor& stored, const Tensor& packed) {
             }
             std::memcpy(to + (block * words + i) * sizeof word, word, sizeof word);
         }
+    });
 }
 
 }  // namespace

@@ -27,11 +27,10 @@ template <typename Q> struct Activations {
         if constexpr (sizeof(Q) == 1 && !NARROW)
             if (quantize && G == 32) {
                 done = M * groups / 16 * 16;
-#pragma omp parallel for num_threads(threads()) if (M * padded > ONE_THREAD / 4)
-                for (i64 i = 0; i < done; i += 16) round_groups(i);
+                for_each(M * padded > ONE_THREAD / 4, done / 16, [&](i64 i) { round_groups(16 * i); });
             }
-#pragma omp parallel for num_threads(threads()) if (M * padded > ONE_THREAD && !done)
-        for (i64 i = done; i < M * groups; i++) {
+        for_each(M * padded > ONE_THREAD && !done, M * groups - done, [&](i64 group) {
+            const i64 i = done + group;
             const float* from = x + i * G;
             f32x16 high = {}, total = {};
             for (i64 j = 0; j < G; j += 16) {
@@ -41,7 +40,7 @@ template <typename Q> struct Activations {
             }
             if (quantize) total = round_group(from, highest(high), G, q.data() + i * G, scale[i]);
             sums[i] = sum(total) * scale[i];
-        }
+        });
     }
 
     Activations(Activations&&) = default;  // x stays valid: a vector that is moved keeps its memory

@@ -40,10 +40,9 @@ constexpr i64 FEW_QUERIES = 8;       // up to which tiles of AMX take longer
 constexpr i64 LEAST_SPLIT = 128;     // positions that are worth a thread of their own
 constexpr i64 ONE_THREAD = 1 << 15;  // multiply-adds up to which waking the other threads takes longer
 
-// Threads beside other busy processes
-constexpr double CPU_SHARE = 0.9;  // of the time of all threads: less, and fewer threads are tried
-constexpr i64 WINDOW_PASSES = 8, MOST_WINDOWS = 8, TRIAL_PASSES = 4;
-constexpr double TRIAL_FASTER = 0.97;  // of the time: less is noise
+// Threads, in seconds
+constexpr double SPIN = 50e-6;  // before one without work sleeps; twice as long was no faster, nor half
+constexpr double LATE = 10e-6;  // in which one that has a core computes
 
 // Gated DeltaNet
 constexpr i64 DELTA_CHUNK = 64;  // tokens at once
