@@ -88,6 +88,7 @@ def load_model(checkpoint_path: Path | str, device: torch.device | str = "cpu", 
     set_quantize_activations(model, quantize_activations)
     model.int8_kv_cache = int8_kv_cache
     kernels.trim_memory()
+    kernels.keep_freed_memory()
     return model.eval(), tokenizer
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import build
 from .build import available, built_library, cpu_has_bf16, unavailable_reason  # noqa: F401 (re-exported)
-from .memory import copy_to, huge_zeros, release_mapped, trim_memory  # noqa: F401
+from .memory import copy_to, huge_zeros, keep_freed_memory, release_mapped, trim_memory  # noqa: F401
 
 gpu_layers: Any = None
 if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton"):
@@ -66,8 +66,8 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, quantize_activations: bool = True) -> Tensor:
     """x [..., K_in], weight int8 [N, K_in], scales fp32 [N] -> [..., N]; w = scale * q.
 
-    quantize_activations: may round up to 16 tokens (with AVX2 or AMX; with VNNI alone any number) to int16, in groups
-    of 256 with a scale each.
+    quantize_activations: may round up to 16 tokens (with VNNI and no AMX any number) to int16, in groups of 256 with a
+    scale each; with AMX more of them, in bf16, to int8, in blocks of 512.
     """
     if on_cpu(x) and weight.is_contiguous() and available():
         return torch.ops.qwen_fast.linear(x, [weight, scales], weight.size(0), quantize_activations)
@@ -88,7 +88,7 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_fe
     """x [..., K_in] and weights from pack_int4 -> [..., N].
 
     quantize_activations: may round up to 16 tokens (with AVX2 or VNNI, unless there is AMX, any number) to int8, in
-    groups of 32 with a scale each.
+    groups of 32 with a scale each; with AMX more of them, in bf16, as int8_linear does, and the weights to int8.
     """
     if on_cpu(x) and available():
         return torch.ops.qwen_fast.linear(x, [packed, scales, zeros], out_features, quantize_activations)
@@ -110,12 +110,28 @@ def stored_int4_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor)
 
 
 def quantize_activations_reference(x: Tensor, dtype: torch.dtype, group: int) -> Tensor:
-    """x [..., K_in] as the kernels round it, in fp32: int16 by 256 beside int8 weights, int8 by 32 beside int4."""
+    """x [..., K_in] as the kernels round it, in fp32: int16 by 256 beside int8 weights, int8 by 32 beside int4, for
+    AMX's tiles int8 by 512 beside both."""
     most = 127 if dtype == torch.int8 else 127 * 257    # the latter is multiplied as two bytes, each up to 127
     padded = F.pad(x.float(), (0, -x.size(-1) % group)).unflatten(-1, (-1, group))
     high = padded.abs().amax(-1, keepdim=True)
     rounded = torch.where(high > 1e-30, (padded.double() * (most / high)).round().float() * (high / most), 0.0)
     return rounded.flatten(-2)[..., :x.size(-1)]
+
+
+def int4_to_int8_reference(w: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> Tensor:
+    """int4 weights w [N, K_in], with scales and zeros [N, K_in / G], as they are rounded for AMX's tiles of int8: by a
+    step for a row of a block of 512 columns, of which none can be more than 127; fp64."""
+    scale, zero = scales.float(), zeros.float() / 16
+    blocks = F.pad(scale.abs() * torch.maximum(zero, 15 - zero), (0, -scale.size(1) % (512 // groupsize)))
+    step = blocks.unflatten(1, (-1, 512 // groupsize)).amax(2) / 127
+
+    def by_column(t: Tensor, columns: int) -> Tensor:
+        return t.repeat_interleave(columns, dim=1)[:, :w.size(1)].double()
+    factor = 256 * scale / step.repeat_interleave(512 // groupsize, dim=1)[:, :scale.size(1)]
+    q = (w / by_column(scale, groupsize) + by_column(zero, groupsize)).round()
+    parts = q * by_column(factor.round(), groupsize) + by_column((128 - zero * factor).round(), groupsize)
+    return (parts / 256).floor() * by_column(step, 512)
 
 
 # ---- int4 weights: w = scale * (q - zero / 16), scale and zero per row and group of G columns

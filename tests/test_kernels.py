@@ -40,6 +40,8 @@ if CPU == "haswell" or not CPU and narrow:
     MOST_ROUNDED["int4"] = 1 << 30
 if CPU in ("cascadelake", "cooperlake") or not CPU and vnni and "amx_int8" not in flags:
     MOST_ROUNDED = dict.fromkeys(MOST_ROUNDED, 1 << 30)
+# Whether more tokens, in bf16, go through AMX's tiles of int8
+TILES = HAVE_OPS and not CPU and {"amx_bf16", "amx_int8"} <= flags
 # [N, K_in] with tails in both, one large enough to be shared out, and K_in beyond what two rows at once are for
 SHAPES = [(64, 64), (33, 78), (7, 1024), (300, 896), (37, 2100), (21, 6200)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 9, 16]
@@ -104,6 +106,8 @@ def test_int8_linear(N: int, K_in: int, dtype: torch.dtype) -> None:
         assert error(kernels.int8_linear(x, weight, scales, False), x.double() @ w.T) < tolerance, M
         few = M <= MOST_ROUNDED["int8"]
         rounded = kernels.quantize_activations_reference(x, torch.int16, 256) if rounds and few else x
+        if TILES and M > 16 and dtype == BF16:
+            rounded = kernels.quantize_activations_reference(x, torch.int8, 512)
         assert error(kernels.int8_linear(x, weight, scales), rounded.double() @ w.T) < tolerance + ROUNDED / 256, M
         assert error(kernels.int8_linear_reference(x, weight, scales), x.double() @ w.T) < 3 * TOLERANCE[dtype], M
 
@@ -125,7 +129,12 @@ def test_int4_linear(N: int, K_in: int, groupsize: int, dtype: torch.dtype) -> N
         assert error(kernels.int4_linear(x, *packed, N, False), x.double() @ w.T) < tolerance, M
         few = M <= MOST_ROUNDED["int4"]
         rounded = kernels.quantize_activations_reference(x, torch.int8, 32) if rounds and few else x
-        assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w.T) < tolerance + ROUNDED, M
+        w_rounded = w
+        if TILES and M > 16 and dtype == BF16:
+            rounded = kernels.quantize_activations_reference(x, torch.int8, 512)
+            w_rounded = kernels.int4_to_int8_reference(w, scales, zeros, groupsize)
+            assert error(w_rounded, w) < 0.55 / 127
+        assert error(kernels.int4_linear(x, *packed, N), rounded.double() @ w_rounded.T) < tolerance + ROUNDED, M
     assert error(kernels.int4_linear_reference(x, *packed, N), x.double() @ w.T) < 3 * TOLERANCE[dtype]
 
 
