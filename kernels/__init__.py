@@ -122,13 +122,13 @@ def quantize_activations_reference(x: Tensor, dtype: torch.dtype, group: int) ->
 def int4_to_int8_reference(w: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> Tensor:
     """int4 weights w [N, K_in], with scales and zeros [N, K_in / G], as they are rounded for AMX's tiles of int8: by a
     step for a row of a block of 512 columns, of which none can be more than 127; fp64."""
-    scale, zero = scales.float(), zeros.float() / 16
-    blocks = F.pad(scale.abs() * torch.maximum(zero, 15 - zero), (0, -scale.size(1) % (512 // groupsize)))
-    step = blocks.unflatten(1, (-1, 512 // groupsize)).amax(2) / 127
+    scale, zero, groups = scales.float(), zeros.float() / 16, 512 // groupsize           # of a block
+    most = F.pad(scale.abs() * torch.maximum(zero, 15 - zero), (0, -scale.size(1) % groups))
+    step = most.unflatten(1, (-1, groups)).amax(2) / 127
 
     def by_column(t: Tensor, columns: int) -> Tensor:
         return t.repeat_interleave(columns, dim=1)[:, :w.size(1)].double()
-    factor = 256 * scale / step.repeat_interleave(512 // groupsize, dim=1)[:, :scale.size(1)]
+    factor = 256 * scale / step.repeat_interleave(groups, dim=1)[:, :scale.size(1)]
     q = (w / by_column(scale, groupsize) + by_column(zero, groupsize)).round()
     parts = q * by_column(factor.round(), groupsize) + by_column((128 - zero * factor).round(), groupsize)
     return (parts / 256).floor() * by_column(step, 512)

@@ -12,7 +12,7 @@ namespace {
 
 #ifdef AMX
 constexpr i64 TILE_ROWS = 16, TILE_K = 32, TILE = TILE_ROWS * TILE_K;  // of a tile: rows, columns and numbers
-constexpr i64 TILE_BYTES = 64;               // of a row
+constexpr i64 TILE_BYTES = 64;                                         // of a row
 constexpr i64 TWO_TILES = 2 * TILE_ROWS;                               // two tiles are multiplied with two
 constexpr i64 whole_tiles(i64 n) { return (n + TWO_TILES - 1) / TWO_TILES * TWO_TILES; }
 
@@ -97,8 +97,8 @@ struct Tiles {
     i64 row, other, next;
 };
 
-// sums [2, 2, 16, 16] of bf16, or of int8, = a[0], a[1] times b[0], b[1], n tiles along k; added to what is there, if
-// add. Meanwhile f() is called n times.
+// sums [2, 2, 16, 16] = a[0], a[1] times b[0], b[1], n tiles along k: fp32 of bf16, added to what is there, if add; or
+// int32 of int8. Meanwhile f() is called n times.
 template <bool INTEGERS, typename F> INLINE void multiply_tiles(Tiles a, Tiles b, i64 n, bool add, void* out, F f) {
     const char *pa = (const char*)a.at, *pb = (const char*)b.at;
     float* sums = (float*)out;
@@ -114,7 +114,7 @@ template <bool INTEGERS, typename F> INLINE void multiply_tiles(Tiles a, Tiles b
         _tile_zero(2);
         _tile_zero(3);
     }
-#define MULTIPLY(sum, x, y)                         \
+#define MULTIPLY(sum, x, y)                          \
     if constexpr (INTEGERS) _tile_dpbssd(sum, x, y); \
     else _tile_dpbf16ps(sum, x, y)
     for (; n > 0; n--, pa += a.next, pb += b.next) {
