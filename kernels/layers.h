@@ -99,7 +99,8 @@ struct Linear {
             return y.to(x.scalar_type());
         }
         auto y = empty({M, N}, x.scalar_type());
-        if (is(x, at::kBFloat16) && multiply_by_tiles(x, y, quantize_activations)) return bias.defined() ? y.add_(bias) : y;
+        if (is(x, at::kBFloat16) && multiply_by_tiles(x, y, quantize_activations))
+            return bias.defined() ? y.add_(bias) : y;
         if (zeros.defined()) by_dtype(x, [&](auto zero) { int4_prefill<decltype(zero)>(x, int4(), y); });
         else if (is(weight, x.scalar_type())) y = x.mm(weight.t());
         else converted_prefill(x, weight, scales, y);

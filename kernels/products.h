@@ -34,7 +34,7 @@ void multiply(const c10::BFloat16* w, const std::vector<Product>& products, i64 
 void multiply(const Int8& w, const std::vector<Product>& products, i64 N, i64 K, bool quantize);
 void multiply(const Int4& w, const std::vector<Product>& products, i64 N, i64 K, bool quantize);
 
-// y [M, N] = x [M, K] w^T for many tokens, if the CPU has tiles for it (AMX), which the result tells. quantize: as above
+// y [M, N] = x [M, K] w^T for many tokens, if the CPU has tiles for it (AMX), which the result tells
 bool multiply_by_tiles(const c10::BFloat16* w, const c10::BFloat16* x, c10::BFloat16* y, i64 M, i64 N, i64 K);
 bool multiply_by_tiles(const Int8& w, const c10::BFloat16* x, c10::BFloat16* y, i64 M, i64 N, i64 K, bool quantize);
 bool multiply_by_tiles(const Int4& w, const c10::BFloat16* x, c10::BFloat16* y, i64 M, i64 N, i64 K, bool quantize);
